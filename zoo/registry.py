@@ -1,0 +1,159 @@
+"""Names for the things that people add: models, mixers, tasks, datasets.
+
+One `Registry` class, four instances. An entry is an object registered by decorator, or a string
+"package.module:attribute" that is imported on first use: listing names imports nothing.
+"""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterator
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class UnknownName(LookupError):
+    """A name that a registry does not hold; the message names the nearest ones."""
+
+
+class Registry:
+    """A table from names to objects.
+
+    `kind` is the word used in messages; `load` is called once, before the first look-up, and registers what
+    lives in other modules or packages (entry points), so that importing zoo stays cheap.
+    """
+
+    def __init__(self, kind: str, load: Callable[["Registry"], None] | None = None):
+        self.kind = kind
+        self._entries: dict[str, Any] = {}
+        self._load = load
+
+    def register(self, name: str, *, replace: bool = False) -> Callable[[T], T]:
+        """Decorator: `@mixers.register("foo")`. A name is given once; `replace=True` says that you mean it."""
+
+        def add(entry: T) -> T:
+            self.add(name, entry, replace=replace)
+            return entry
+
+        return add
+
+    def add(self, name: str, entry: Any, *, replace: bool = False) -> None:
+        old = self._entries.get(name)
+        if old is not None and old is not entry and not replace and not self._stands_for(old, entry):
+            raise ValueError(f"{self.kind} {name!r} is registered already ({old!r}); pass replace=True to replace it")
+        self._entries[name] = entry
+
+    def names(self, pattern: str = "*") -> list[str]:
+        """Names matching a shell pattern, in natural order (8m before 125m)."""
+        self._fill()
+        return sorted((n for n in self._entries if fnmatch.fnmatch(n, pattern)), key=natural_key)
+
+    def get(self, name: str) -> Any:
+        """The entry called `name`, imported if it was a string. Raises UnknownName."""
+        self._fill()
+        if name not in self._entries:
+            raise UnknownName(f"unknown {self.kind} {name!r}{nearest(name, self._entries)}")
+        entry = self._entries[name]
+        if isinstance(entry, str):
+            entry = self._entries[name] = import_entry(entry, f"{self.kind} {name!r}")
+        return entry
+
+    def __contains__(self, name: object) -> bool:
+        self._fill()
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def _fill(self) -> None:
+        if self._load is not None:
+            load, self._load = self._load, None
+            load(self)
+
+    @staticmethod
+    def _stands_for(old: Any, new: Any) -> bool:
+        """The string entry "module:attr" and the object that the module registers under the same name are one."""
+        return isinstance(old, str) and old == f"{getattr(new, '__module__', '')}:{getattr(new, '__name__', '')}"
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def nearest(name: str, accepted: Any) -> str:
+    """'; did you mean …? accepted: …' for an error message."""
+    accepted = sorted(map(str, accepted), key=natural_key)
+    close = difflib.get_close_matches(str(name), accepted, n=1, cutoff=0.5)
+    listed = ", ".join(accepted[:24]) + (", …" if len(accepted) > 24 else "")
+    return (f"; did you mean {close[0]!r}?" if close else "") + (f" accepted: {listed}" if listed else "")
+
+
+def import_entry(target: str, what: str) -> Any:
+    module, _, attribute = target.partition(":")
+    try:
+        entry: Any = import_module(module)
+        for part in filter(None, attribute.split(".")):
+            entry = getattr(entry, part)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(f"{what} is declared as {target!r}, which cannot be loaded: {error}") from error
+    return entry
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Domains are found through entry points of the group "zoo.tasks"; each names the module that registers the domain's
+# task, models and datasets. zoo itself never imports a domain by name.
+
+TASK_GROUP = "zoo.tasks"
+OWN_DOMAINS = ("text",)
+
+
+def domain_modules() -> dict[str, str]:
+    """Domain name -> module, from installed entry points; from a bare source tree, the project's own."""
+    found = {point.name: point.value for point in metadata.entry_points(group=TASK_GROUP)}
+    return found or {name: f"tasks.{name}" for name in OWN_DOMAINS}
+
+
+def _load_domains(_: Registry) -> None:
+    for name, module in domain_modules().items():
+        loaded = import_module_unshadowed(name, module)
+        declare = getattr(loaded, "register", None)
+        if declare is None:
+            raise ImportError(f"the entry point {TASK_GROUP}:{name} names {module!r}, which has no register() function")
+        declare()
+
+
+def import_module_unshadowed(name: str, module: str) -> Any:
+    """Import a domain's module; if another package hides ours (a folder `tasks/` of the user's), say so."""
+    try:
+        return import_module(module)
+    except (ImportError, AttributeError) as error:
+        if module.split(".")[0] == "tasks":
+            hiding = import_module("tasks") if _importable("tasks") else None
+            if hiding is not None and getattr(hiding, "DISTRIBUTION", None) != "gatedfwa-zoo":
+                origin = getattr(hiding, "__file__", None) or list(getattr(hiding, "__path__", ["?"]))[0]
+                raise ImportError(
+                    f"another package named 'tasks' at {Path(origin)} hides gatedfwa-zoo's. "
+                    "Start with the `zoo` script (or `python -P -m zoo.cli`), or from another folder."
+                ) from error
+        raise ImportError(f"the domain {name!r} ({module}) cannot be loaded: {error}") from error
+
+
+def _importable(module: str) -> bool:
+    try:
+        import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
+def _load_mixers(registry: Registry) -> None:
+    import_module("zoo.mixers")
+
+
+mixers = Registry("mixer", _load_mixers)
+tasks = Registry("task", _load_domains)
+models = Registry("model", lambda registry: tasks.names() and None)
+datasets = Registry("dataset", lambda registry: tasks.names() and None)

@@ -1,0 +1,104 @@
+"""How a domain introduces its data to a model: Task and Metric. A task trains nothing.
+
+To add a domain: a Head (zoo/model.py), a Stream (zoo/data.py) and a Task, registered by one entry point.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from zoo.data import Stream
+from zoo.model import Batch, ModelConfig
+
+
+class Metric(Protocol):
+    """One pass over a split. It may call zoo.generate: FID and rolled-forward errors are not sums over batches."""
+
+    def update(self, model: nn.Module, batch: Batch) -> None: ...
+
+    def reduce(self, ranks: Any) -> None:
+        """Add up what the ranks hold; `ranks` offers `sum(tensor) -> tensor`. Afterwards `compute` agrees on all."""
+        ...
+
+    def compute(self) -> dict[str, float]: ...
+
+
+@dataclass
+class Media:
+    """What TensorBoard shows beside scalars: name -> content."""
+
+    text: dict[str, str] = field(default_factory=dict)
+    images: dict[str, torch.Tensor] = field(default_factory=dict)  # (3, H, W) float in [0, 1]
+    audio: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)  # (samples,) in [-1, 1], rate in Hz
+
+
+class Task:
+    """A domain's data, prompts, artefacts and metrics. `__init__(config: Config, assets: Path | None = None)`.
+
+    `assets` is a folder written by `save_assets` beside weights (a tokenizer, scaling statistics): with it the task
+    needs no training data to prompt, sample and decode.
+    """
+
+    Config: ClassVar[type]
+    domain: ClassVar[str]
+
+    def model_config(self, config: ModelConfig) -> ModelConfig:
+        """`config` with what the data decides filled in (vocabulary size, number of classes)."""
+        return config
+
+    def save_assets(self, folder: Path) -> None:
+        """Write what prompts and artefacts need, for `assets=`."""
+
+    def provenance(self) -> dict[str, Any]:
+        """Data checksum, interpreter version or whatever else names exactly what was trained on; stored with the run."""
+        return {}
+
+    def stream(self, split: str, *, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0) -> Stream:
+        """split 'train': endless and shuffled; 'valid', 'test': one pass in order, nothing dropped."""
+        raise NotImplementedError
+
+    def prompt(self, obj: Any) -> Batch:
+        """The domain's own object (a text, an image, a DataFrame; or a list of them) -> inputs for generation, with
+        ctx.lengths where rows differ."""
+        raise NotImplementedError
+
+    def artefact(self, inputs: Any) -> Any:
+        """Generated inputs of one row -> text, image, audio or DataFrame."""
+        raise NotImplementedError
+
+    def metrics(self) -> dict[str, Metric]:
+        raise NotImplementedError
+
+    def media(self, model: nn.Module, batch: Batch) -> Media:
+        """Samples for TensorBoard, from a model in eval mode and a validation batch."""
+        return Media()
+
+
+class OneRank:
+    """The ranks of a single process: sums are themselves."""
+
+    rank, world = 0, 1
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+@torch.no_grad()
+def run_metrics(model: nn.Module, task: Task, stream: Stream, *, device: Any = "cpu", ranks: Any = None, progress: Any = iter) -> dict[str, float]:
+    """All of the task's metrics in one pass over `stream`, with the model in eval mode; restores its mode."""
+    metrics = task.metrics()
+    training = model.training
+    model.eval()
+    try:
+        for batch in progress(stream):
+            batch = batch.to(device)
+            for metric in metrics.values():
+                metric.update(model, batch)
+    finally:
+        model.train(training)
+    for metric in metrics.values():
+        metric.reduce(ranks or OneRank())
+    return {name: value for metric in metrics.values() for name, value in metric.compute().items()}
