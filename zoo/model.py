@@ -78,8 +78,9 @@ class Head(nn.Module):
 
     Config: ClassVar[type]
 
-    def init_state(self, inputs: Any, condition: Any = None) -> State:
-        """What sampling must remember between steps (history, scaling, place in a pattern); {} if nothing."""
+    def init_state(self, inputs: Any, condition: Any = None, lengths: Tensor | None = None) -> State:
+        """What sampling must remember between steps (history, scaling, place in a pattern); {} if nothing. `lengths`
+        (B,) int64 where the rows of `inputs` are padded on the right."""
         return {}
 
     def embed(self, inputs: Any, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
