@@ -72,6 +72,14 @@ class Task:
     def metrics(self) -> dict[str, Metric]:
         raise NotImplementedError
 
+    def baselines(self, split: str) -> dict[str, float]:
+        """What a reader sets beside the metrics and no model is needed for: gzip, the last value, a Markov chain."""
+        return {}
+
+    def describe(self, split: str) -> str:
+        """The protocol in a few words: context, stride, horizon."""
+        return ""
+
     def media(self, model: nn.Module, batch: Batch) -> Media:
         """Samples for TensorBoard, from a model in eval mode and a validation batch."""
         return Media()
@@ -87,7 +95,9 @@ class OneRank:
 
 
 @torch.no_grad()
-def run_metrics(model: nn.Module, task: Task, stream: Stream, *, device: Any = "cpu", ranks: Any = None, progress: Any = iter) -> dict[str, float]:
+def run_metrics(
+    model: nn.Module, task: Task, stream: Stream, *, device: Any = "cpu", ranks: Any = None, progress: Any = iter
+) -> dict[str, float]:
     """All of the task's metrics in one pass over `stream`, with the model in eval mode; restores its mode."""
     metrics = task.metrics()
     training = model.training

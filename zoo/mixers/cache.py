@@ -5,7 +5,7 @@ the newest one (<= 0): a step adds its own log-decay to every slot and writes 0 
 precision does not depend on position.
 
     k, v    (B, slots, G, D)
-    decay   (B, slots, H) float32, only with a gate
+    decay   (B, slots, H) float32 (float64 for a float64 cache), only with a gate
 """
 
 from typing import Any
@@ -22,7 +22,8 @@ def init_cache(batch: int, slots: int, dims: Dims, gated: bool, *, device: Any, 
     shape = (batch, slots, dims.kv_heads, dims.head_dim)
     cache = {name: torch.zeros(shape, device=device, dtype=dtype) for name in ("k", "v")}
     if gated:
-        cache["decay"] = torch.zeros(batch, slots, dims.heads, device=device, dtype=torch.float32)
+        wide = torch.promote_types(dtype, torch.float32)
+        cache["decay"] = torch.zeros(batch, slots, dims.heads, device=device, dtype=wide)
     return cache
 
 
@@ -44,7 +45,7 @@ def put_token(cache: Cache, k: Tensor, v: Tensor, log_decay: Tensor | None, star
     cache["v"].index_put_((rows, slot), v[:, 0].to(cache["v"].dtype))
     if log_decay is not None:
         cache["decay"].add_(log_decay)
-        cache["decay"].index_put_((rows, slot), log_decay.new_zeros(()))
+        cache["decay"].index_put_((rows, slot), cache["decay"].new_zeros(()))
     return (start + 1).clamp(max=slots).to(torch.int32)
 
 
