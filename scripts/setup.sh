@@ -57,12 +57,15 @@ fi
 
 stamp=.venv/.gatedfwa-zoo-setup
 if [ "$(cat "$stamp" 2>/dev/null)" = "$(wanted)" ]; then
+    echo "setup: up to date"
     exit 0
 fi
 
 "$venv_python" -m pip --version >/dev/null 2>&1 || "$venv_python" -m ensurepip --upgrade >/dev/null
 echo "setup: installing (the first time this fetches PyTorch, which is large)"
 rm -f "$stamp"
-"$venv_python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+talk=-qq
+[ -t 1 ] && talk=--progress-bar=on  # on a terminal: what is being fetched, and how far it is
+"$venv_python" -m pip install "$talk" --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 wanted >"$stamp"
 echo "setup: ready in $((SECONDS - started)) s; activate with: source .venv/bin/activate"
