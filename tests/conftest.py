@@ -1,4 +1,4 @@
-"""What every test can rely on: one thread, fixed seeds, a home of its own, no network, and reasons for what is skipped."""
+"""What every test can rely on: one thread, fixed seeds, a home of its own, no network, a reason for every skip."""
 
 import os
 import random
