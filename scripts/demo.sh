@@ -14,9 +14,16 @@ run=${DEMO_RUN:-runs/demo-$(date +%Y%m%d-%H%M%S)}
 stop_after=${DEMO_STOP_AFTER:-45}
 step() { printf '\n== %s\n' "$*"; }
 
-# What is going to be stopped runs in the background; if this script is stopped, so is it, and it saves.
+# What is going to be stopped runs in the background. If this script is stopped instead, so is that, and it saves.
 training=
-trap '[ -z "$training" ] || kill -TERM "$training" 2>/dev/null || true' INT TERM
+leave() {
+    if [ -n "$training" ]; then
+        kill -TERM "$training" 2>/dev/null || true
+        wait "$training" || true
+    fi
+    exit 130
+}
+trap leave INT TERM
 
 step "train text/demo in $run, to be stopped after $stop_after s"
 started=$SECONDS

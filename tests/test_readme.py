@@ -19,7 +19,7 @@ BLOCKS = [match.groupdict() for match in BLOCK.finditer(TEXT)]
 FOLDERS = ("zoo", "tasks", "configs", "scripts", "docs", "tests", ".ci")
 
 
-def tested(language: str) -> list[str]:
+def marked(language: str) -> list[str]:
     return [block["body"] for block in BLOCKS if block["tested"] and block["language"] == language]
 
 
@@ -44,17 +44,17 @@ def run(*command: str, cwd: Path, stdin: str | None = None) -> str:
 
 
 def test_there_is_something_to_test():
-    assert tested("bash")
-    assert tested("python")
-    assert TEXT.count("<!-- tested -->") == len(tested("bash")) + len(tested("python"))
+    assert marked("bash")
+    assert marked("python")
+    assert TEXT.count("<!-- tested -->") == len(marked("bash")) + len(marked("python"))
 
 
-@pytest.mark.parametrize("line", [line for body in tested("bash") for line in body.splitlines() if line.strip()])
+@pytest.mark.parametrize("line", [line for body in marked("bash") for line in body.splitlines() if line.strip()])
 def test_bash(line, elsewhere):
     assert run("bash", "-c", line, cwd=elsewhere).strip()
 
 
-@pytest.mark.parametrize("body", tested("python"), ids=lambda body: body.splitlines()[0])
+@pytest.mark.parametrize("body", marked("python"), ids=lambda body: body.splitlines()[0])
 def test_python(body, elsewhere):
     run(sys.executable, "-P", "-", cwd=elsewhere, stdin=body)
 

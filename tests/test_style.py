@@ -23,11 +23,11 @@ def run(*command: str) -> None:
 
 
 def test_format():
-    run("ruff", "format", "--check", "--diff", "--no-cache", ".")
+    run("ruff", "format", "--check", "--no-cache", ".")
 
 
 def test_lint():
-    run("ruff", "check", "--no-cache", ".")
+    run("ruff", "check", "--no-cache", "--output-format=concise", ".")
 
 
 def test_types():
