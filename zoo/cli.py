@@ -81,7 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--min-p", type=float, default=0.0)
     sample.add_argument("--repetition-penalty", type=float, default=1.0)
     sample.add_argument("--seed", type=int)
-    sample.add_argument("--stop", action="append", default=[], help="end before this string; may be given more than once")
+    sample.add_argument(
+        "--stop", action="append", default=[], help="end before this string; may be given more than once"
+    )
     sample.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
     sample.set_defaults(run=run_sample)
 
@@ -90,7 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
     listing.add_argument("--kind", choices=["models", "recipes", "mixers", "tasks", "datasets"], default="models")
     listing.set_defaults(run=run_list)
 
-    commands.add_parser("doctor", help="device, versions, and which back end each op takes").set_defaults(run=run_doctor)
+    commands.add_parser("doctor", help="device, versions, and which back end each op takes").set_defaults(
+        run=run_doctor
+    )
     return parser
 
 

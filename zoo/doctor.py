@@ -14,7 +14,17 @@ from zoo.config import configs_root, list_recipes
 from zoo.data import cache_root
 from zoo.ops import backend
 
-PACKAGES = ("torch", "triton", "torchvision", "torchaudio", "timm", "omegaconf", "safetensors", "tokenizers", "tensorboard")
+PACKAGES = (
+    "torch",
+    "triton",
+    "torchvision",
+    "torchaudio",
+    "timm",
+    "omegaconf",
+    "safetensors",
+    "tokenizers",
+    "tensorboard",
+)
 
 
 def report() -> str:

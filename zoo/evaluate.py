@@ -52,7 +52,13 @@ def evaluate_run(
 
 
 def rows_of(
-    values: dict[str, float], baselines: dict[str, float], recipe: Any, task: Any, split: str, device: str, seconds: float
+    values: dict[str, float],
+    baselines: dict[str, float],
+    recipe: Any,
+    task: Any,
+    split: str,
+    device: str,
+    seconds: float,
 ) -> Iterable[dict[str, Any]]:
     """DESIGN.md section 8: fingerprint, commit, seed, data, hardware and command beside each number."""
     common = {

@@ -1,6 +1,6 @@
 """A model with the task that belongs to it: prompt in, artefact out.
 
-    text = zoo.pipeline("runs/text-demo").sample("def ", max_new=200)
+text = zoo.pipeline("runs/text-demo").sample("def ", max_new=200)
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,9 @@ class Pipeline:
         task's artefact (text, image, …), or a list of them. `stop`: for text, cut before the first of these strings.
         """
         several = isinstance(prompt, (list, tuple))
-        steps = generate(self.model, self.task.prompt(prompt), max_new=max_new, sampling=sampling, stream=True, seed=seed)
+        steps = generate(
+            self.model, self.task.prompt(prompt), max_new=max_new, sampling=sampling, stream=True, seed=seed
+        )
         drawn: list[torch.Tensor] = []
         artefacts: list[Any] = []
         for step in steps:
@@ -59,7 +61,9 @@ class Pipeline:
     ) -> Iterator[str]:
         """The same for one text prompt, piece by piece as it is drawn. A character made of several tokens comes whole,
         and what might be the beginning of a stop string is held back until it is known not to be."""
-        steps = generate(self.model, self.task.prompt(prompt), max_new=max_new, sampling=sampling, stream=True, seed=seed)
+        steps = generate(
+            self.model, self.task.prompt(prompt), max_new=max_new, sampling=sampling, stream=True, seed=seed
+        )
         drawn: list[torch.Tensor] = []
         shown = ""
         for step in steps:

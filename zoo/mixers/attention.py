@@ -171,9 +171,7 @@ class Attention(Mixer):
         state = init_cache(batch, slots, self.dims, self.gate is not None, device=device, dtype=dtype)
         if self.shift is not None:
             for name in ("tail_k", "tail_v"):
-                state[name] = torch.zeros(
-                    batch, self.dims.kv_heads, self.dims.head_dim, device=device, dtype=dtype
-                )
+                state[name] = torch.zeros(batch, self.dims.kv_heads, self.dims.head_dim, device=device, dtype=dtype)
         return state
 
     def flops(self, tokens: int) -> int:

@@ -85,7 +85,13 @@ def _keep_gradients(ctx, inputs, output):
 
 def _scale_gradients(ctx, grad_loss, _grad_hidden, _grad_weight):
     grad_hidden, grad_weight = ctx.saved_tensors
-    return (grad_hidden * grad_loss.to(grad_hidden.dtype), (grad_weight * grad_loss).to(ctx.weight_dtype), None, None, None)
+    return (
+        grad_hidden * grad_loss.to(grad_hidden.dtype),
+        (grad_weight * grad_loss).to(ctx.weight_dtype),
+        None,
+        None,
+        None,
+    )
 
 
 torch.library.register_autograd("zoo::linear_cross_entropy", _scale_gradients, setup_context=_keep_gradients)
