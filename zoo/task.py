@@ -53,7 +53,7 @@ class Task:
         """Write what prompts and artefacts need, for `assets=`."""
 
     def provenance(self) -> dict[str, Any]:
-        """Data checksum, interpreter version or whatever else names exactly what was trained on; stored with the run."""
+        """What names the data exactly (checksums, interpreter version); stored with the run and each number."""
         return {}
 
     def stream(self, split: str, *, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0) -> Stream:

@@ -61,9 +61,7 @@ def explain(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> tu
             reason = _by_name(forced).refuses(device, dtype, head_dim)
         except ValueError as error:
             return "none", str(error)
-        return (
-            (forced, "ZOO_BACKEND asks for it") if reason is None else ("none", f"ZOO_BACKEND={forced}, but {reason}")
-        )
+        return (forced, "ZOO_BACKEND asks for it") if reason is None else ("none", f"ZOO_BACKEND={forced}, but {reason}")
     backend, reasons = _first_willing(device, dtype, head_dim)
     return backend.name, "; ".join(reasons) or f"first choice for {device.type}, {_short(dtype)}, head_dim {head_dim}"
 

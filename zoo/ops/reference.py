@@ -20,9 +20,7 @@ from zoo.kernels import EPS
 BLOCK = 128  # queries per step of the blocked path: more wastes hidden keys, fewer wastes calls
 BLOCK_ELEMENTS = 1 << 20  # logits per step; above it the block shrinks, so that a step stays in cache
 
-Spans = tuple[
-    Tensor, Tensor
-]  # first visible key of each query, one past the last query that sees each key; (B,N) int32
+Spans = tuple[Tensor, Tensor]  # first visible key of each query, one past the last query that sees each key; (B,N) int32
 
 
 def activate(z: Tensor, u: Tensor, eps: float = EPS) -> Tensor:

@@ -242,9 +242,5 @@ def _check_values(
             raise ValueError(
                 f"cu_seqlens must go from 0 to T = {q.shape[1]} and never fall, got {cu_seqlens.tolist()[:8]} ... {last}"
             )
-    if (
-        key_start is not None
-        and key_start.numel()
-        and not 0 <= int(key_start.min()) <= int(key_start.max()) <= k.shape[1]
-    ):
+    if key_start is not None and key_start.numel() and not 0 <= int(key_start.min()) <= int(key_start.max()) <= k.shape[1]:
         raise ValueError(f"key_start must lie between 0 and N = {k.shape[1]}, got {key_start.tolist()[:8]}")
