@@ -113,7 +113,7 @@ def run_train(args: argparse.Namespace) -> int:
 def run_evaluate(args: argparse.Namespace) -> int:
     from zoo.evaluate import evaluate_run
 
-    evaluate_run(
+    scores = evaluate_run(
         args.folder,
         split=args.split,
         batch_size=args.batch_size,
@@ -121,6 +121,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         ema=not args.no_ema,
         overrides=args.override,
     )
+    print(scores.table())
     return 0
 
 

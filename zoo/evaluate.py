@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,21 @@ from zoo.task import run_metrics
 from zoo.train import git_commit, load_run
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Metrics of a model and, beside them, the numbers that need none."""
+
+    title: str
+    values: dict[str, float]
+    baselines: dict[str, float]
+
+    def table(self) -> str:
+        width = max(map(len, (*self.values, *self.baselines)), default=0)
+        lines = [self.title, *(f"  {name:<{width}}  {value:.4f}" for name, value in self.values.items())]
+        lines += [f"  {name:<{width}}  {value:.4f}  (baseline)" for name, value in self.baselines.items()]
+        return "\n".join(lines)
+
+
 def evaluate_run(
     folder: Path,
     *,
@@ -26,11 +42,11 @@ def evaluate_run(
     device: str | None = None,
     ema: bool = True,
     overrides: Sequence[str] = (),
-) -> dict[str, float]:
-    """All metrics of a run's task over one split, in one pass; prints them, appends rows to <run>/results.jsonl.
+) -> Scores:
+    """All metrics of a run's task over one split, in one pass; appends a row a number to <run>/results.jsonl.
 
     overrides  fields of the recipe's task to change for this evaluation ("task.stride=64")
-    Returns name -> value. Raises RunError when the folder holds no run, ValueError for an unknown split.
+    Raises RunError when the folder holds no run, ValueError for an unknown split.
     """
     recipe, task, model = load_run(folder, ema=ema)
     if overrides:
@@ -47,8 +63,7 @@ def evaluate_run(
     rows = list(rows_of(values, baselines, recipe, task, split, device, seconds))
     with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    print(table(f"{folder}, {split} split, {task.describe(split)}", values, baselines))
-    return values
+    return Scores(f"{folder}, {split} split, {task.describe(split)}", values, baselines)
 
 
 def rows_of(
@@ -86,10 +101,3 @@ def hardware(device: str) -> str:
 def progress_bar(label: str) -> Any:
     """A tqdm bar on a terminal, silence elsewhere."""
     return lambda stream: tqdm(stream, desc=label, leave=False, disable=not sys.stderr.isatty())
-
-
-def table(title: str, values: dict[str, float], baselines: dict[str, float]) -> str:
-    width = max(map(len, (*values, *baselines)), default=0)
-    lines = [title, *(f"  {name:<{width}}  {value:.4f}" for name, value in values.items())]
-    lines += [f"  {name:<{width}}  {value:.4f}  (baseline)" for name, value in baselines.items()]
-    return "\n".join(lines)

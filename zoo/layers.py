@@ -1,4 +1,7 @@
-"""Small things that every block needs: rotary positions, token shift, MLP. Shapes: B, T, H heads, D head dim, C width."""
+"""Small things that every block needs: rotary positions, token shift, MLP.
+
+Shapes: B batch, T tokens, H or G heads, D head dim, C width.
+"""
 
 from typing import Literal
 

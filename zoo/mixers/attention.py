@@ -94,10 +94,7 @@ class Attention(Mixer):
         q, k = self._normalise(q, self.q_norm).to(v.dtype), self._normalise(k, self.k_norm).to(v.dtype)
         if self.config.rotary and ctx.rotary is not None:
             q, k = apply_rotary(q, ctx.rotary), apply_rotary(k, ctx.rotary)
-        if state is None:
-            y = self._attend(q, k, v, x, ctx)
-        else:
-            y = self._continue(q, k, v, x, ctx, state)
+        y = self._attend(q, k, v, x, ctx) if state is None else self._continue(q, k, v, x, ctx, state)
         return self.out(y.flatten(2)), state
 
     # -- projections ---------------------------------------------------------------------------------------------------
