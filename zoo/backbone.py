@@ -76,7 +76,7 @@ class BackboneConfig:
         names = parse_pattern(self.pattern) or [self.mixer.name]
         for name in names:
             if name not in known:
-                known[name] = configs.build(BackboneConfig, {"mixer": name}).mixer  # its defaults
+                known[name] = Choice(name, mixers.get(name).Config())
         return [known[names[i % len(names)]] for i in range(self.depth)]
 
 

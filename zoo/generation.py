@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from zoo.model import Batch, Context, Model
-from zoo.state import State
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def _steps(
     try:
         rows, tokens = batch.inputs.shape[:2]
         cache: Any = model.backbone.init_cache(rows, tokens + max_new)
-        head_state = model.head.init_state(batch.inputs, batch.condition, batch.ctx.lengths)
+        head_state: Any = model.head.init_state(batch.inputs, batch.condition, batch.ctx.lengths)
         h_last, cache, head_state = prefill(model, batch, cache, head_state, chunk)
         for step in range(max_new):
             params = model.head.logits(h_last, head_state)
@@ -173,9 +172,7 @@ def _steps(
         model.train(training)
 
 
-def prefill(
-    model: Model, batch: Batch, cache: Any, head_state: State | None, chunk: int
-) -> tuple[Tensor, Any, State | None]:
+def prefill(model: Model, batch: Batch, cache: Any, head_state: Any, chunk: int) -> tuple[Tensor, Any, Any]:
     """Feed the prompt in chunks; returns the hidden state (B, C) after each row's last token, and the states."""
     rows, tokens = batch.inputs.shape[:2]
     if tokens < 1:

@@ -101,7 +101,7 @@ class Head(nn.Module):
 
 
 # Heads are found by name like everything else: a domain registers its head class.
-heads = registry.Registry("head", lambda own: registry.tasks.names() and None)
+heads = registry.Registry("head", lambda _: registry.tasks.names())
 
 
 @dataclass
