@@ -94,10 +94,11 @@ def test_zoo_list_beside_another_tasks(environment, in_the_way):
 
 def test_every_shipped_recipe_loads(environment, in_the_way, repository):
     code = (
-        "from zoo.config import configs_root, find_recipe, list_recipes, recipe_layers\n"
+        "from zoo.config import build, configs_root, list_recipes, recipe_layers\n"
+        "from zoo.train import Recipe\n"
         "assert configs_root().name == '_configs', configs_root()\n"
         "for name in list_recipes():\n"
-        "    assert recipe_layers(name), name\n"
+        "    build(Recipe, *recipe_layers(name))\n"
         "    print(name)\n"
     )
     shown = run(environment / "python", "-P", "-c", code, cwd=in_the_way).stdout.split()
