@@ -56,9 +56,10 @@ def document_spans(cu_seqlens: Tensor, length: int) -> Spans:
 
 
 def key_start_spans(key_start: Tensor, length: int) -> Spans:
-    """The same pair for rows whose first valid key is key_start (B,) int32."""
-    start = key_start.int()[:, None].expand(-1, length)
-    return start, torch.full_like(key_start, length, dtype=torch.int32)[:, None].expand(-1, length)
+    """The same pair for rows whose first valid key is key_start (B,) int32. No query sees the keys before it."""
+    token = torch.arange(length, device=key_start.device, dtype=torch.int32)
+    end = torch.where(token < key_start[:, None], 0, length).int()
+    return key_start.int()[:, None].expand(-1, length), end
 
 
 # ------------------------------------------------------------------------------------------------ the definition
