@@ -22,7 +22,11 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(args, "override") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes positional words in one place only; overrides may also follow the options
+        args.override += rest
     try:
         return args.run(args)
     except KeyboardInterrupt:
