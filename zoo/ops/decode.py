@@ -1,7 +1,5 @@
 """Attention of one new token over a ring of remembered keys (DESIGN.md section 5)."""
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -38,7 +36,7 @@ def ring_attention(
 
 
 @torch.library.custom_op("zoo::ring_attention", mutates_args=())
-def _ring_attention(q: Tensor, k: Tensor, v: Tensor, decay: Optional[Tensor], live: Tensor, scale: float) -> Tensor:
+def _ring_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, live: Tensor, scale: float) -> Tensor:
     batch, _, heads, dim = q.shape
     slots, kv_heads = k.shape[1], k.shape[2]
     wide = accumulator(q.dtype)
@@ -54,5 +52,5 @@ def _ring_attention(q: Tensor, k: Tensor, v: Tensor, decay: Optional[Tensor], li
 
 
 @_ring_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, decay: Optional[Tensor], live: Tensor, scale: float) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, live: Tensor, scale: float) -> Tensor:
     return q.new_empty(q.shape)

@@ -7,8 +7,6 @@ the Forgetting Transformer, neither plain causal attention. B batch, T queries, 
 heads (H a multiple of G), D head dim.
 """
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -84,13 +82,13 @@ def _window_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    log_decay: Optional[Tensor],
-    z: Optional[Tensor],
-    u: Optional[Tensor],
-    window: Optional[int],
+    log_decay: Tensor | None,
+    z: Tensor | None,
+    u: Tensor | None,
+    window: int | None,
     scale: float,
-    cu_seqlens: Optional[Tensor],
-    key_start: Optional[Tensor],
+    cu_seqlens: Tensor | None,
+    key_start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     _check_values(q, k, log_decay, cu_seqlens, key_start)
     kernels = backend.choose(q.device, q.dtype, q.shape[3]).load()
@@ -106,19 +104,19 @@ def _(q, k, v, log_decay, z, u, window, scale, cu_seqlens, key_start):
 @torch.library.custom_op("zoo::window_attention_backward", mutates_args=())
 def _window_attention_backward(
     dout: Tensor,
-    dlse: Optional[Tensor],
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    log_decay: Optional[Tensor],
-    z: Optional[Tensor],
-    u: Optional[Tensor],
-    window: Optional[int],
+    log_decay: Tensor | None,
+    z: Tensor | None,
+    u: Tensor | None,
+    window: int | None,
     scale: float,
-    cu_seqlens: Optional[Tensor],
-    key_start: Optional[Tensor],
+    cu_seqlens: Tensor | None,
+    key_start: Tensor | None,
 ) -> list[Tensor]:
     """dq, dk, dv, then the gradients of log_decay, or of z and u."""
     kernels = backend.choose(q.device, q.dtype, q.shape[3]).load()
