@@ -1,0 +1,181 @@
+"""What a run says while it trains: terminal, log.txt, metrics.jsonl, TensorBoard, samples; nothing twice."""
+
+import json
+import sys
+import time
+import wave
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from zoo.task import Media
+
+
+@dataclass
+class Meters:
+    """Sums and counts since the last line; stored in checkpoints, so that a resumed run prints the same line."""
+
+    sums: dict[str, list[float]] = field(default_factory=dict)  # name -> [sum, count]
+
+    def add(self, name: str, total: float, count: float) -> None:
+        entry = self.sums.setdefault(name, [0.0, 0.0])
+        entry[0] += total
+        entry[1] += count
+
+    def take(self) -> dict[str, float]:
+        """The means, and start again."""
+        means = {name: total / count for name, (total, count) in self.sums.items() if count}
+        self.sums = {}
+        return means
+
+
+class RunLog:
+    """Opens the run's logs so that they continue after `step`: rows of later steps are dropped from metrics.jsonl and
+    hidden in TensorBoard (purge_step)."""
+
+    def __init__(self, run: Path, *, step: int, steps: int):
+        self.run, self.steps = run, steps
+        run.mkdir(parents=True, exist_ok=True)
+        _drop_rows_after(run / "metrics.jsonl", step)
+        self._text = (run / "log.txt").open("a", encoding="utf-8")
+        self._rows = (run / "metrics.jsonl").open("a", encoding="utf-8")
+        board = run / "tensorboard"
+        self._board = SummaryWriter(str(board), purge_step=step + 1 if board.is_dir() else None)
+        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._clock, self._step = time.monotonic(), step
+        # Since the last row: seconds of training, the elements and steps that they went into
+        self._spent, self._elements, self._done = 0.0, 0.0, 0
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._board.close()
+        self._rows.close()
+        self._text.close()
+
+    def say(self, line: str) -> None:
+        """A line for the person and log.txt."""
+        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        self._text.flush()
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+
+    def pause(self) -> None:
+        """Time from the last `step` until `go_on` (evaluation, saving) is not training time."""
+        self._spent += time.monotonic() - self._clock
+
+    def go_on(self) -> None:
+        self._clock = time.monotonic()
+
+    def advance(self, step: int) -> None:
+        self._done += step - self._step
+        self._step = step
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def count(self, elements: float) -> None:
+        """Scored elements (tokens) that a step trained on."""
+        self._elements += elements
+
+    def train_row(self, step: int, means: Mapping[str, float]) -> None:
+        """The means since the last row."""
+        self.pause()
+        rate = self._elements / max(self._spent, 1e-9)
+        left = (self.steps - step) * self._spent / max(self._done, 1)
+        self._spent, self._elements, self._done = 0.0, 0.0, 0
+        self.go_on()
+        self._row(step, means, {"tokens_per_second": rate})
+        loss = means.get("train/loss", float("nan"))
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {_short(rate)} tokens/s")
+            self._text.write(f"step {step}/{self.steps} loss {loss:.4f}\n")
+        else:
+            self.say(f"step {step}/{self.steps}  loss {loss:.4f}  {_short(rate)} tokens/s  {_duration(left)} left")
+
+    def evaluation_row(self, step: int, values: Mapping[str, float]) -> None:
+        self._row(step, values, {})
+        self.say(f"step {step}/{self.steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+
+    def _row(self, step: int, values: Mapping[str, float], timing: Mapping[str, float]) -> None:
+        self._rows.write(json.dumps({"step": step, **values, **timing}) + "\n")
+        self._rows.flush()
+        for name, value in {**values, **{f"time/{name}": value for name, value in timing.items()}}.items():
+            self._board.add_scalar(name, value, step)
+
+    def media(self, step: int, media: Media) -> None:
+        """Into TensorBoard, and as plain files into run/samples/."""
+        folder = self.run / "samples"
+        folder.mkdir(exist_ok=True)
+        for name, text in media.text.items():
+            # TensorBoard reads Markdown: four spaces keep a sample as it is
+            self._board.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
+            (folder / f"step-{step:08d}-{_plain(name)}.txt").write_text(text, encoding="utf-8")
+        for name, image in media.images.items():
+            self._board.add_image(name, image, step)
+            _write_png(folder / f"step-{step:08d}-{_plain(name)}.png", image)
+        for name, (samples, rate) in media.audio.items():
+            self._board.add_audio(name, samples[None], step, sample_rate=rate)
+            _write_wav(folder / f"step-{step:08d}-{_plain(name)}.wav", samples, rate)
+
+    def flush(self) -> None:
+        self._board.flush()
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    """Keep whole rows up to `step`; a killed process may have left half a line."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row: dict[str, Any] = json.loads(line)
+        except ValueError:
+            continue
+        if row.get("step", 0) <= step:
+            kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _plain(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name)
+
+
+def _write_png(path: Path, image: Tensor) -> None:
+    from PIL import Image  # only runs that draw images need it
+
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(path)
+
+
+def _write_wav(path: Path, samples: Tensor, rate: int) -> None:
+    pcm = (samples.detach().float().clamp(-1, 1) * 32767).round().to(torch.int16).cpu()
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(pcm.numpy().tobytes())
+
+
+def _short(number: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

@@ -1,0 +1,203 @@
+"""What a run is made from: the recipe, the task and model that it names, and the folder where it lies.
+
+run/recipe.yaml  assets/  provenance.json        written at the start
+    checkpoints/  log.txt  metrics.jsonl  tensorboard/  samples/
+"""
+
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from zoo import config as configs
+from zoo import registry, weights
+from zoo.config import Choice, ConfigError
+from zoo.model import ModelConfig
+from zoo.task import Task
+from zoo.train import checkpoint
+from zoo.train.optim import OptimizerConfig, ScheduleConfig
+
+
+@dataclass
+class TrainConfig:
+    """batch_size        examples a step, over all ranks and micro-batches
+    micro_batch_size  examples at once; None: batch_size
+    precision         of the forward pass (autocast); weights and their updates are float32 always
+    ema               decay of the moving average of the weights that is evaluated and sampled; 0: none
+    eval_every        steps; 0 never (so for save_every and sample_every). A run always saves at its end
+    eval_batches      of the validation split; 0: all of it
+    keep              newest checkpoints that stay; 0: all
+    max_skipped       non-finite steps in a row that are left out; one more ends the run
+    prefetch          batches read ahead by a thread, 1 or more
+    device            auto: the GPU where there is one
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    micro_batch_size: int | None = None
+    seed: int = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: float = 0.0
+    eval_every: int = 0
+    eval_batches: int = 0
+    save_every: int = 500
+    sample_every: int = 0
+    log_every: int = 10
+    keep: int = 2
+    max_skipped: int = 3
+    prefetch: int = 2
+    compile: bool = False
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        micro = self.micro_batch_size
+        if self.steps < 1 or self.batch_size < 1 or self.log_every < 1 or self.prefetch < 1:
+            raise ValueError("steps, batch_size, log_every and prefetch take 1 or more")
+        if micro is not None and (micro < 1 or self.batch_size % micro):
+            raise ValueError(f"micro_batch_size = {micro} does not divide batch_size = {self.batch_size}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema = {self.ema} is not a decay: it takes 0 (none) or a number below 1")
+        cadences = ("eval_every", "eval_batches", "save_every", "sample_every", "keep", "max_skipped")
+        for name in cadences:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} takes 0 or more")
+
+
+@dataclass
+class Recipe:
+    """A training run, but for where it lies: what `configs/<domain>/<recipe>.yaml` holds."""
+
+    task: Choice | None = configs.choice(registry.tasks)
+    model: Choice | None = configs.choice(registry.models)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Starting a run, or going on with one
+
+
+class ResumeError(ConfigError):
+    """The run in the folder is not the one that was asked for."""
+
+
+# What may differ on resuming without being asked: it does not touch the steps already made. A changed `steps` bends
+# the rest of the schedule, which is why people resume.
+HARMLESS = frozenset(
+    f"train.{name}"
+    for name in (
+        *("steps", "micro_batch_size", "log_every", "eval_every", "eval_batches", "sample_every", "save_every", "keep"),
+        *("max_skipped", "prefetch", "device"),
+    )
+)
+
+
+def make_task(recipe: Recipe, assets: Path | None = None) -> Task:
+    if recipe.task is None:
+        raise ConfigError(f"the recipe names no task; accepted: {', '.join(registry.tasks.names())}")
+    return registry.tasks.get(recipe.task.name)(recipe.task.config, assets)
+
+
+def make_model(recipe: Recipe, task: Task) -> nn.Module:
+    if recipe.model is None:
+        raise ConfigError(f"the recipe names no model; accepted: {', '.join(registry.models.names())}")
+    config = recipe.model.config
+    return (task.model_config(config) if isinstance(config, ModelConfig) else config).build()
+
+
+def find_start(recipe: Recipe, run: Path, resume: bool) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and lines to tell. Raises ResumeError for a folder that is in use."""
+    if not resume:
+        if checkpoint.steps_in(run / "checkpoints"):
+            raise ResumeError(f"{run} holds a run already; pass --resume to go on with it, or choose another folder")
+        return None, []
+    found, notes = checkpoint.latest(run / "checkpoints")
+    if found is None and notes:
+        raise ResumeError(f"no checkpoint in {run} can be used:\n" + "\n".join(notes))
+    return found, notes if found else [f"nothing to resume in {run}: beginning"]
+
+
+def check_same(found: Path | None, recipe: Recipe, task: Task, allow_changes: bool) -> list[str]:
+    """Lines that say what changed since the checkpoint. Raises ResumeError for what would make it another run."""
+    if found is None:
+        return []
+    manifest = checkpoint.read_manifest(found)
+    changes = configs.difference(manifest["recipe"], recipe)
+    # provenance as it reads back from JSON: tuples have become lists
+    data = configs.difference(manifest["provenance"], json.loads(json.dumps(task.provenance())), "data")
+    harmful = [line for line in changes if line.split(":")[0] not in HARMLESS] + data
+    if harmful and not allow_changes:
+        raise ResumeError(
+            f"{found} was made with another recipe or other data:\n  " + "\n  ".join(harmful) + "\nResume with the old "
+            "values, start in a new folder, or pass --allow-changes (allow_changes=True) if you mean it."
+        )
+    return [f"changed since {found.name}: {line}" for line in changes + data]
+
+
+def write_run_files(recipe: Recipe, task: Task, run: Path, device: torch.device) -> None:
+    """recipe.yaml, assets/ and provenance.json: what evaluating, sampling and citing the run need."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "recipe.yaml").write_text(configs.to_yaml(recipe), encoding="utf-8")
+    (run / "assets").mkdir(exist_ok=True)
+    task.save_assets(run / "assets")
+    path = run / "provenance.json"
+    try:
+        sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]
+    except (OSError, ValueError, KeyError):
+        sessions = []
+    session = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.argv),
+        "commit": checkpoint.git_commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "versions": checkpoint.versions(),
+    }
+    facts = {
+        "fingerprint": configs.fingerprint(recipe),
+        "seed": recipe.train.seed,
+        "data": task.provenance(),
+        "sessions": [*sessions, session],
+    }
+    path.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"train.device = {name!r}, but there is no CUDA device here; it takes auto or cpu")
+    return device
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Using a run
+
+
+def load_run(
+    run: Path, *, ema: bool = True, device: str | torch.device = "cpu", overrides: dict[str, Any] | None = None
+) -> tuple[Recipe, Task, nn.Module]:
+    """The recipe, task and model (eval mode) of a run's newest whole checkpoint: for evaluation and sampling.
+
+    ema        the moving average of the weights, where the run kept one
+    overrides  a layer over the recipe, such as {"task": {"stride": 64}}
+    Raises FileNotFoundError where there is no run.
+    """
+    run = Path(run)
+    path, notes = checkpoint.latest(run / "checkpoints")
+    if path is None:
+        raise FileNotFoundError(f"{run} is no run with a usable checkpoint" + "".join(f"\n{note}" for note in notes))
+    recipe = configs.build(Recipe, checkpoint.read_manifest(path)["recipe"], overrides or {})
+    task = make_task(recipe, run / "assets")
+    model = make_model(recipe, task)
+    tensors = (checkpoint.read_tensors(path, "ema") if ema else None) or checkpoint.read_tensors(path, "model")
+    weights.load_into(model, tensors or {}, origin=str(path))
+    return recipe, task, model.to(device).eval()
