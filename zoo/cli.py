@@ -44,12 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def is_users_to_mend(error: Exception) -> bool:
     """Wrong words, files and fields, rather than a fault of the program."""
-    from zoo.config import ConfigError
     from zoo.registry import UnknownName
-    from zoo.train import RunError
-    from zoo.weights import WeightsError
+    from zoo.train import Diverged, NonFinite
 
-    return isinstance(error, (ConfigError, UnknownName, RunError, WeightsError, OSError, ValueError))
+    return isinstance(error, (UnknownName, OSError, ValueError, Diverged, NonFinite))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -111,7 +109,8 @@ def run_train(args: argparse.Namespace) -> int:
 
     recipe = build(Recipe, *recipe_layers(args.recipe, args.override))
     folder = args.folder or Path("runs") / args.recipe.removesuffix(".yaml").replace("/", "-")
-    return train(recipe, folder, resume=args.resume, allow_changes=args.allow_changes).exit_code
+    train(recipe, folder, resume=args.resume, allow_changes=args.allow_changes)
+    return 0
 
 
 def run_evaluate(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ import torch
 import zoo
 from zoo import registry
 from zoo.config import configs_root, list_recipes
-from zoo.data import cache_root
+from zoo.data import cache_folder
 from zoo.ops import backend
 
 PACKAGES = (
@@ -62,7 +62,7 @@ def _places() -> list[str]:
     return [
         f"recipes: {len(list_recipes())} in {configs_root()}",
         f"domains: {domains}",
-        f"data: ZOO_DATA = {data or 'not set'}{found}; cache {cache_root()}",
+        f"data: ZOO_DATA = {data or 'not set'}{found}; cache {cache_folder()}",
     ]
 
 

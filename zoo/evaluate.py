@@ -14,7 +14,6 @@ import torch
 from tqdm import tqdm
 
 from zoo import config as configs
-from zoo.registry import tasks
 from zoo.task import run_metrics
 from zoo.train import git_commit, load_run
 
@@ -46,15 +45,10 @@ def evaluate_run(
     """All metrics of a run's task over one split, in one pass; appends a row a number to <run>/results.jsonl.
 
     overrides  fields of the recipe's task to change for this evaluation ("task.stride=64")
-    Raises RunError when the folder holds no run, ValueError for an unknown split.
+    Raises FileNotFoundError when the folder holds no run, ValueError for an unknown split.
     """
-    recipe, task, model = load_run(folder, ema=ema)
-    if overrides:
-        recipe = configs.build(type(recipe), recipe, configs.dotted(tuple(overrides)))
-        assert recipe.task is not None
-        task = tasks.get(recipe.task.name)(recipe.task.config, folder / "assets")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
+    recipe, task, model = load_run(folder, ema=ema, device=device, overrides=configs.dotted(tuple(overrides)))
     stream = task.stream(split, batch_size=batch_size)
     began = time.perf_counter()
     values = run_metrics(model, task, stream, device=device, progress=progress_bar(f"evaluating {split}"))

@@ -14,6 +14,7 @@ from zoo.generation import Sampling, generate
 from zoo.model import Model
 from zoo.task import Task
 from zoo.train import load_run
+from zoo.weights import weights
 
 
 @dataclass
@@ -96,18 +97,18 @@ def held_back(text: str, stop: Sequence[str]) -> int:
     return max(unfinished, *begun, 0)
 
 
-def pipeline(name: str | Path, *, pretrained: bool = True, device: str | None = None, ema: bool = True) -> Pipeline:
-    """A pipeline from a run folder, or from pretrained weights by name (`text_gatedfwa_8m.wikitext2`).
+def pipeline(name: str | Path, *, device: str | None = None, ema: bool = True) -> Pipeline:
+    """A pipeline from a run folder.
 
-    ema  take the averaged weights where the run kept them
+    device  default: the GPU where there is one
+    ema     take the averaged weights where the run kept them
+    Raises FileNotFoundError when `name` is no run folder.
     """
-    if Path(name).is_dir():
-        _, task, model = load_run(Path(name), ema=ema)
-    else:
-        from zoo.weights import load_pretrained_task
-
-        model, task = load_pretrained_task(str(name)) if pretrained else (None, None)
-        if model is None:
-            raise ValueError(f"{name!r} is no run folder; pretrained=False makes sense with create_model, not here")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Pipeline(model.to(device).eval(), task)  # type: ignore[arg-type,union-attr]
+    if not Path(name).is_dir():
+        known = ", ".join(weights.names()) or "none yet"
+        raise FileNotFoundError(f"{str(name)!r} is neither a run folder nor pretrained weights. Weights: {known}")
+    _, task, model = load_run(Path(name), ema=ema, device=device)
+    if not isinstance(model, Model):
+        raise TypeError(f"{name} holds a {type(model).__name__}; only models with a head can be sampled from")
+    return Pipeline(model, task)

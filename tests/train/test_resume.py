@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from toytask import FaultyModel, FaultyModelConfig, Faults, ToyConfig, recipe
+from toytask import Faults, FaultyModel, FaultyModelConfig, ToyConfig, recipe
 
 from zoo.train import checkpoint, load_run, train
 from zoo.train.loop import Interrupted
