@@ -113,7 +113,7 @@ def _write(root: Path, name: str, step: int, content: Content) -> Path:
             files[f"{stem}.safetensors"] = _put(temporary / f"{stem}.safetensors", weights.to_bytes(tensors))
         files["state.json"] = _put(temporary / "state.json", _json(content.state))
         manifest = {"format": FORMAT, "step": step, **content.facts, "files": files}
-        _put(temporary / MANIFEST, _json(manifest))
+        _put(temporary / MANIFEST, _json({**manifest, "digest": _digest(manifest)}))
         weights.sync_folder(temporary)
         os.rename(temporary, final)
         weights.sync_folder(root)
@@ -132,6 +132,11 @@ def _put(path: Path, data: bytes) -> dict[str, Any]:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True).encode()
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """The manifest's own checksum, over all of it but itself."""
+    return hashlib.sha256(_json({name: value for name, value in manifest.items() if name != "digest"})).hexdigest()
 
 
 def _check_space(root: Path, content: Content) -> None:
@@ -209,8 +214,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path} has format {manifest['format']}; this version reads {FORMAT}")
-        for expected in manifest["files"].values():
-            expected["sha256"], expected["size"]
+        if _digest(manifest) != manifest["digest"]:
+            raise CheckpointError(f"{path / MANIFEST} is damaged: it does not have its own checksum")
         return manifest
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} has no {MANIFEST}: it was never finished, or is not a checkpoint") from error

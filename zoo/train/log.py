@@ -45,8 +45,8 @@ class RunLog:
         _drop_rows_after(run / "metrics.jsonl", step)
         self._text = (run / "log.txt").open("a", encoding="utf-8")
         self._rows = (run / "metrics.jsonl").open("a", encoding="utf-8")
-        board = run / "tensorboard"
-        self._board = SummaryWriter(str(board), purge_step=step + 1 if board.is_dir() else None)
+        # From the first session on: TensorBoard takes only the second and later marks for restarts
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
         self._clock, self._step = time.monotonic(), step
         # Since the last row: seconds of training, the elements and steps that they went into

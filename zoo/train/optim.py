@@ -170,7 +170,7 @@ def guarded_step(
     _masked_step(optimizer, taken)
 
     # In fp16 gradients overflow now and then by design: the scale is halved. It is a fault once that no longer helps.
-    fault = ~loss_finite | (~norm_finite & (guard.scale <= LEAST_SCALE))
+    fault = ~loss_finite | (~norm_finite & (guard.scale <= LEAST_SCALE) if fp16 else ~norm_finite)
     guard.skipped += (~taken).float()
     guard.in_a_row.copy_(torch.where(fault, guard.in_a_row + 1, torch.zeros_like(guard.in_a_row)))
     if fp16:
