@@ -51,7 +51,7 @@ def evaluate_run(
     recipe, task, model = load_run(folder, ema=ema, device=device, overrides=configs.dotted(tuple(overrides)))
     stream = task.stream(split, batch_size=batch_size)
     began = time.perf_counter()
-    values = run_metrics(model, task, stream, device=device, progress=progress_bar(f"evaluating {split}"))
+    values = run_metrics(model, task.metrics(split), stream, device=device, progress=progress_bar(split))
     seconds = time.perf_counter() - began
     baselines = task.baselines(split)
     rows = list(rows_of(values, baselines, recipe, task, split, device, seconds))
@@ -92,6 +92,6 @@ def hardware(device: str) -> str:
     return torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU {platform.machine()}"
 
 
-def progress_bar(label: str) -> Any:
+def progress_bar(split: str) -> Any:
     """A tqdm bar on a terminal, silence elsewhere."""
-    return lambda stream: tqdm(stream, desc=label, leave=False, disable=not sys.stderr.isatty())
+    return lambda stream: tqdm(stream, desc=f"evaluating {split}", leave=False, disable=not sys.stderr.isatty())

@@ -69,7 +69,8 @@ class Task:
         """Generated inputs of one row -> text, image, audio or DataFrame."""
         raise NotImplementedError
 
-    def metrics(self) -> dict[str, Metric]:
+    def metrics(self, split: str) -> dict[str, Metric]:
+        """What is measured in one pass over `split`."""
         raise NotImplementedError
 
     def baselines(self, split: str) -> dict[str, float]:
@@ -96,10 +97,15 @@ class OneRank:
 
 @torch.no_grad()
 def run_metrics(
-    model: nn.Module, task: Task, stream: Stream, *, device: Any = "cpu", ranks: Any = None, progress: Any = iter
+    model: nn.Module,
+    metrics: dict[str, Metric],
+    stream: Stream,
+    *,
+    device: Any = "cpu",
+    ranks: Any = None,
+    progress: Any = iter,
 ) -> dict[str, float]:
-    """All of the task's metrics in one pass over `stream`, with the model in eval mode; restores its mode."""
-    metrics = task.metrics()
+    """All metrics in one pass over `stream`, with the model in eval mode; restores its mode."""
     training = model.training
     model.eval()
     try:

@@ -1,6 +1,6 @@
 """The text task: a corpus and a tokenizer as streams of tokens, prompts in, text out."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -137,10 +137,11 @@ class TextTask(Task):
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
-    def metrics(self) -> dict[str, Metric]:
+    def metrics(self, split: str) -> dict[str, Metric]:
         if self._last_word_only:
             return {"last_word": LastWordAccuracy()}
-        return {"likelihood": Likelihood(self.tokenizer.byte_lengths, *self._evaluated)}
+        words = len(split_words(self.text(split))) - 1  # the first token of the text has no context and is not scored
+        return {"likelihood": Likelihood(self.tokenizer.byte_lengths, words, len(self.tokens(split)) - 1)}
 
     def describe(self, split: str) -> str:
         if self._last_word_only:
