@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-GROUPS = ["equals_the_loops", "not equals_the_loops"]  # two processes: two names in the report, half the wait under xdist
+GROUPS = [
+    "equals_the_loops",
+    "not equals_the_loops",
+]  # two processes: two names in the report, half the wait under xdist
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

@@ -35,7 +35,9 @@ def test_a_full_tile_is_one_that_the_mask_would_not_change():
         for k0 in range(0, 96, 32):
             for window in (1, 40, 64, 200):
                 full = tiles.tile_is_full.fn(q0, k0, window, 16, 32, True)
-                visible = [tiles.is_visible.fn(t, j, window, True) for t in range(q0, q0 + 16) for j in range(k0, k0 + 32)]
+                visible = [
+                    tiles.is_visible.fn(t, j, window, True) for t in range(q0, q0 + 16) for j in range(k0, k0 + 32)
+                ]
                 assert full == all(visible)
 
 

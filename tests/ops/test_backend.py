@@ -88,7 +88,9 @@ def test_values_are_not_looked_at_off_the_cpu(monkeypatch):
         window._check_values(Elsewhere(), Elsewhere(), bad, None, None)
 
 
-def test_importing_the_operators_does_not_import_triton():
-    code = "import sys, zoo.ops; assert 'triton' not in sys.modules; import torch; x = torch.ones(1, 3, 1, 4); "
-    code += "zoo.ops.window_attention(x, x, x); assert 'triton' not in sys.modules"
+def test_the_cpu_path_needs_no_triton():
+    """Imports of triton fail here, as they do on macOS and Windows."""
+    code = "import sys; sys.modules['triton'] = None; import torch; from zoo.ops import window_attention; "
+    code += "x = torch.ones(1, 3, 1, 4, requires_grad=True); window_attention(x, x, x, window=2).sum().backward(); "
+    code += "assert 'zoo.kernels.window' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.ops.definition import relative_error
 from zoo.ops import gated_window_attention, log_decay, ring_attention, window_attention
 
 LENGTHS = [17, 40, 33, 64, 100, 128, 129, 5, 77, 81]
@@ -71,13 +72,13 @@ def test_ring_compiles():
 
 def test_opcheck():
     """Schema, fake implementation and autograd registration agree with what the operators do."""
-    q, k, v, z, u = inputs(20)
-    cu_seqlens, start = torch.tensor([0, 5, 20], dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
+    cu_seqlens, start = torch.tensor([0, 5, 20], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    q, k, v, z, u = (x[:1].detach().requires_grad_() for x in inputs(20))
     decay = -z.detach().abs().requires_grad_()
     for arguments in [
         (q, k, v, None, z, u, 5, 0.3, None, None),
         (q, k, v, decay, None, None, None, 0.3, None, start),
-        (q[:1], k[:1], v[:1], decay[:1], None, None, 3, 0.3, cu_seqlens, None),
+        (q, k, v, decay, None, None, 3, 0.3, cu_seqlens, None),
     ]:
         torch.library.opcheck(torch.ops.zoo.window_attention.default, arguments)
 
@@ -87,4 +88,5 @@ def test_inductor_equals_eager():
     tensors = inputs(50)
     eager, graph = every_operator(*tensors), torch.compile(every_operator, fullgraph=True)(*tensors)
     torch.testing.assert_close(graph, eager)
-    torch.testing.assert_close(torch.autograd.grad(graph, tensors), torch.autograd.grad(eager, tensors))
+    pairs = zip(torch.autograd.grad(graph, tensors), torch.autograd.grad(eager, tensors), strict=True)
+    assert max(relative_error(a, e.double()) for a, e in pairs) <= 1e-5

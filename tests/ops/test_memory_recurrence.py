@@ -30,7 +30,6 @@ def test_equals_the_associative_memory(window):
         memory[t] += values[t]
         read = features[t] @ memory
         expected.append(read[:-1] / read[-1])
-    out = window_attention(
-        *(x[None, :, None] for x in (q, k, v)), decay[None, :, None], window=window, scale=1.0
-    )  # fmt: skip
+    rows = (x[None, :, None] for x in (q, k, v, decay))
+    out = window_attention(*rows, window=window, scale=1.0)
     torch.testing.assert_close(out[0, :, 0], torch.stack(expected), rtol=1e-12, atol=1e-12)

@@ -40,7 +40,12 @@ from zoo.kernels.tiles import (
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 ROWS = 32  # per program of the pass that reads out and dout once
-INTEGERS = ["T", "N", "window", "stride_bound"]  # change from call to call: compiling for their values would pay nothing
+INTEGERS = [
+    "T",
+    "N",
+    "window",
+    "stride_bound",
+]  # change from call to call: compiling for their values would pay nothing
 
 
 # ------------------------------------------------------------------------------------------------------- the launchers

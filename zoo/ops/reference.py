@@ -1,8 +1,8 @@
 """Gated windowed attention in plain PyTorch: the definition, and the blocked path that CPUs run.
 
-    out_t = sum_j p_tj v_j,   p_t = softmax_j(scale * q_t . k_j + B_tj),   B_tj = sum_{i=j+1..t} log_decay_i   (SPEC.md 1.4)
+    out_t = sum_j p_tj v_j,   p_t = softmax_j(scale * q_t . k_j + B_tj),   B_tj = sum_{i=j+1..t} log_decay_i
 
-over the visible keys max(start_t, t - window + 1) <= j <= t. Two programs compute it:
+over the visible keys max(start_t, t - window + 1) <= j <= t (SPEC.md 1.4). Two programs compute it:
 
 - `definition` writes the T x T mask down. Any dtype, differentiable by autograd, quadratic: the oracle of the tests.
 - `window_forward` and `window_backward` walk the queries in blocks and look at each block's own keys only, so time and
@@ -20,7 +20,9 @@ from zoo.kernels import EPS
 BLOCK = 128  # queries per step of the blocked path: more wastes hidden keys, fewer wastes calls
 BLOCK_ELEMENTS = 1 << 20  # logits per step; above it the block shrinks, so that a step stays in cache
 
-Spans = tuple[Tensor, Tensor]  # first visible key of each query, one past the last query that sees each key; (B,N) int32
+Spans = tuple[
+    Tensor, Tensor
+]  # first visible key of each query, one past the last query that sees each key; (B,N) int32
 
 
 def activate(z: Tensor, u: Tensor, eps: float = EPS) -> Tensor:
@@ -244,7 +246,7 @@ def _gate_backward(dprefix: Tensor, gate: tuple[Tensor, ...], spans: Spans | Non
         after = F.pad(grad, (0, 1)).gather(2, spans[1].long()[:, None].expand(grad.shape))
         grad = grad - after
     grad = grad.transpose(1, 2).contiguous()
-    return (grad.to(gate[0].dtype),) if len(gate) == 1 else activate_backward(grad, *gate)
+    return (grad.to(gate[0].dtype),) if len(gate) == 1 else activate_backward(grad, gate[0], gate[1])
 
 
 def _by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -276,4 +278,4 @@ def _gate_by_head(x: Tensor, kv_heads: int) -> Tensor:
 def _decay_by_head(gate: tuple[Tensor, ...], kv_heads: int) -> Tensor | None:
     if not gate:
         return None
-    return _gate_by_head(gate[0] if len(gate) == 1 else activate(*gate), kv_heads)
+    return _gate_by_head(gate[0] if len(gate) == 1 else activate(gate[0], gate[1]), kv_heads)
