@@ -46,7 +46,7 @@ def build(kernel, architecture, element, constants, warps=4, stages=1):
 
 
 def build_window(kernel, architecture, width, tile: Tile, element="bf16", gated=True, windowed=True, bounded=False):
-    absent = set() if bounded else INDEX_POINTERS
+    absent = set() if bounded else set(INDEX_POINTERS)
     absent |= set() if gated else {"suffix_ptr", "total_ptr", "dprefix_ptr"}
     constants = {name: None for name in absent if name in kernel.arg_names} | {
         "GROUP": 1, "D": width, "BLOCK_D": width, "BLOCK_Q": tile.queries, "BLOCK_K": tile.keys, "CHUNK": CHUNK,

@@ -173,10 +173,7 @@ def window_backward(
     delta = (out.to(wide) * dout.to(wide)).sum(-1)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that sees nothing gives p = 0
     if dlse is not None:
-        dlse = dlse.to(wide).masked_fill(lse == torch.inf, 0)
-        delta = delta - dlse
-        if dprefix is not None:
-            dprefix[..., k.shape[1] - length :] = _gate_by_head(dlse, kv_heads)
+        delta = delta - dlse.to(wide).masked_fill(lse == torch.inf, 0)
     for block in _blocks(q, k, window, spans):
         rows, cols = block
         queries, douts = (_rows_by_group(x, rows, kv_heads, wide) for x in (q, dout))
@@ -191,7 +188,10 @@ def window_backward(
         dk[:, cols].baddbmm_(ds.mT, queries, alpha=scale)
         dq[:, rows] = _rows_by_token(torch.bmm(ds, keys[:, cols]).mul_(scale), batch, heads, dim)
         if dprefix is not None:
-            dprefix[..., cols] -= ds.view(*dprefix.shape[:3], -1, ds.shape[-1]).sum(-2)
+            ds = ds.view(*dprefix.shape[:3], -1, ds.shape[-1])
+            dprefix[..., cols] -= ds.sum(-2)
+            # dlse_t in exact arithmetic; what rounding adds must not pile up along the sequence (kernels/window.py)
+            dprefix[..., cols.stop - ds.shape[-2] : cols.stop] += ds.sum(-1)
     dgate = () if dprefix is None else _gate_backward(dprefix, gate, spans)
     return dq, _by_token(dk, k), _by_token(dv, v), dgate
 
