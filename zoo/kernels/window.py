@@ -14,8 +14,8 @@ The query side is dlse_t and nothing else in exact arithmetic. In bfloat16 it is
 Left out, what each row lacks adds up along the sequence into the gradients of log_decay (measured, window 128: 4% of
 their size at 1,000 tokens, 18% at 64,000). With both sides it cancels pair by pair (0.2% at either length).
 
-One writer per element and kernel, no atomics: the same inputs give the same bits. Switches are compile-time constants: GATED,
-WINDOWED, BOUNDED (start and end bound what a token sees beside the window: documents, or a row's first valid key).
+One writer per element and kernel, no atomics: the same inputs give the same bits. Switches are compile-time constants:
+GATED, WINDOWED, BOUNDED (start and end bound what a token sees beside the window: documents, a row's first valid key).
 
 Shapes: q, out (B,T,H,D); k, v (B,N,G,D); lse (B,T,H); suffix (B,H,N); row_lse, delta (B,H,T); start, end (B,N) int32.
 """

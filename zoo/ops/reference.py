@@ -246,7 +246,8 @@ def _gate_backward(dprefix: Tensor, gate: tuple[Tensor, ...], spans: Spans | Non
         after = F.pad(grad, (0, 1)).gather(2, spans[1].long()[:, None].expand(grad.shape))
         grad = grad - after
     grad = grad.transpose(1, 2).contiguous()
-    return (grad.to(gate[0].dtype),) if len(gate) == 1 else activate_backward(grad, gate[0], gate[1])
+    grads = (grad.to(gate[0].dtype),) if len(gate) == 1 else activate_backward(grad, gate[0], gate[1])
+    return tuple(x.contiguous() for x in grads)
 
 
 def _by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
