@@ -122,7 +122,7 @@ class Case:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest error over the largest expected value. Infinities must agree; a tensor of zeros is measured absolutely."""
+    """Largest error over the largest expected value (over 1 if all are 0). Infinities must agree."""
     finite = expected.isfinite()
     assert torch.equal(actual.isfinite(), finite), "infinite or NaN in other places"
     error = (actual.double() - expected)[finite].abs()

@@ -111,3 +111,17 @@ def test_bias_precision_at_a_million_tokens():
     out, lse = window_attention(queries[:, -1:], keys, marked, mild, window=window, return_lse=True)
     bias = out.double().log() + lse.double()[..., None]
     assert abs(float(bias) - float(mild[0, length - window + 1 :].double().sum())) <= 1e-4
+
+
+@pytest.mark.parametrize("length", [500, 8000])
+def test_gate_gradient_error_does_not_grow_with_the_length(length):
+    """bfloat16 rounds out, so the rows of dS don't quite sum to zero: that must not add up along the sequence."""
+    torch.manual_seed(0)
+    q, k, v, dout = torch.randn(4, 1, length, 1, 32).bfloat16()
+    decay = -0.5 * torch.rand(1, length, 1)
+    errors = []
+    for dtype in (torch.bfloat16, torch.float64):
+        gate = decay.to(reference.accumulator(dtype)).requires_grad_()
+        out = window_attention(*(x.to(dtype) for x in (q, k, v)), gate, window=64)
+        errors.append(torch.autograd.grad(out, gate, dout.to(dtype))[0].double())
+    assert (errors[0] - errors[1]).square().mean().sqrt() <= 0.01 * errors[1].square().mean().sqrt()

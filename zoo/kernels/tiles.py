@@ -1,9 +1,9 @@
 """Tiles of the window kernels: their sizes, and which key tile meets which query tile.
 
-Positions are absolute: a call has N keys at 0 .. N-1 and its T queries are the last T of them, from `offset` = N - T on.
+Positions are absolute: a call has N keys at 0 .. N-1 and its T queries are the last T of them, from `offset` = N - T.
 Query and key tiles start at multiples of their size, so that a tile lies in one chunk of the gate's prefix (`CHUNK`).
-The forward and dQ kernels ask `key_range`, the dK/dV kernel its mirror `query_range`; `tile_is_full` says whether a pair
-of tiles needs a mask, `is_visible` is that mask. No kernel computes any of it on its own.
+The forward and dQ kernels ask `key_range`, the dK/dV kernel its mirror `query_range`; `tile_is_full` says whether a
+pair of tiles needs a mask, `is_visible` is that mask. No kernel computes any of it on its own.
 """
 
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ def choose_tiles(device: torch.device, dtype: torch.dtype, head_dim: int, window
 
 
 def architecture(device: torch.device) -> str:
-    """sm80 (A100), sm86 (8.6, 8.9 and consumer devices after them), or sm90 (Hopper and data-centre devices after it)."""
+    """sm80 (A100), sm86 (8.6, 8.9 and later consumer devices) or sm90 (Hopper and later data-centre devices)."""
     if device.type != "cuda":
         return "sm80"
     capability = torch.cuda.get_device_capability(device)

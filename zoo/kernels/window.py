@@ -6,12 +6,16 @@ sums the totals of the gate chunks between the key's tile and the query's, one s
 
     _forward    a query tile walks its key tiles from the newest to the oldest
     _rows       delta_t = o_t . do_t - dlse_t, and lse_t in the units above
-    _dkdv       a key tile walks its query tiles, for each query head of its group; alone emits the gate's gradient,
-                -sum_t ds_tj, since the rows of ds sum to zero
-    _dq         the forward's walk again
+    _dkdv       a key tile walks its query tiles, for each query head of its group; writes the key side of the gradient
+                of the gate's prefix, -sum_t ds_tj
+    _dq         the forward's walk again; adds the query side, sum_j ds_tj
 
-One writer per element, no atomics: the same inputs give the same bits. Switches are compile-time constants: GATED,
-WINDOWED, BOUNDED (start and end bound what a token sees beside the window: documents, or a row's first valid key).
+The query side is dlse_t and nothing else in exact arithmetic. In bfloat16 it is not: delta comes from a rounded out.
+Left out, what each row lacks adds up along the sequence into the gradients of log_decay (measured, window 128: 4% of
+their size at 1,000 tokens, 18% at 64,000). With both sides it cancels pair by pair (0.2% at either length).
+
+One writer per element and kernel, no atomics: the same inputs give the same bits. Switches are compile-time constants:
+GATED, WINDOWED, BOUNDED (start and end bound what a token sees beside the window: documents, a row's first valid key).
 
 Shapes: q, out (B,T,H,D); k, v (B,N,G,D); lse (B,T,H); suffix (B,H,N); row_lse, delta (B,H,T); start, end (B,N) int32.
 """
@@ -40,7 +44,12 @@ from zoo.kernels.tiles import (
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 ROWS = 32  # per program of the pass that reads out and dout once
-INTEGERS = ["T", "N", "window", "stride_bound"]  # change from call to call: compiling for their values would pay nothing
+INTEGERS = [
+    "T",
+    "N",
+    "window",
+    "stride_bound",
+]  # change from call to call: compiling for their values would pay nothing
 
 
 # ------------------------------------------------------------------------------------------------------- the launchers
@@ -122,14 +131,11 @@ def window_backward(
         )  # fmt: skip
         start, bound_strides = _bound(spans, 0)
         _dq[_query_tiles(q, k, tiles.dq) * batch * heads,](
-            q, k, v, dout, suffix, total, start, row_lse, delta, dq,
+            q, k, v, dout, suffix, total, start, row_lse, delta, dq, dprefix,
             *strides, *bound_strides, **sizes, **switches, **_schedule(tiles.dq),
         )  # fmt: skip
         if dprefix is None:
             return dq, dk, dv, ()
-        if dlse is not None:  # lse_t holds the prefix at t itself
-            finite = dlse.masked_fill(lse == -torch.inf, 0)
-            dprefix[:, :, k.shape[1] - length :] += finite.transpose(1, 2)
         return dq, dk, dv, gates.prefix_backward(dprefix, gate, None if spans is None else spans[1])
 
 
@@ -374,13 +380,13 @@ def _dkdv(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _dq(
-    q_ptr, k_ptr, v_ptr, dout_ptr, suffix_ptr, total_ptr, start_ptr, row_lse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, suffix_ptr, total_ptr, start_ptr, row_lse_ptr, delta_ptr, dq_ptr, dprefix_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_db, stride_dt, stride_dh, stride_bound, stride_start, T, N, H, window, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """One query tile of one head, the same walk as the forward's."""
+    """One query tile of one head, the same walk as the forward's. Runs after _dkdv, whose dprefix it adds to."""
     offset = N - T
     q0, batch, head = _query_tile(tl.program_id(0), offset, N, H, BLOCK_Q)
     row = q0 + tl.arange(0, BLOCK_Q)
@@ -405,6 +411,7 @@ def _dq(
     row_lse = tl.load(row_lse_ptr + row_at + row, mask=inside, other=float("inf"))
     delta = tl.load(delta_ptr + row_at + row, mask=inside, other=0.0)
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    ds_sum = tl.zeros([BLOCK_Q], tl.float32)
     carry = 0.0
     newest, count = key_range(q0, offset, N, window, oldest, BLOCK_Q, BLOCK_K, WINDOWED)
     for i in range(0, count):
@@ -422,6 +429,11 @@ def _dq(
         v = load_tile(v_ptr, k0, 0, N, stride_vt, BLOCK_K, D, BLOCK_D)
         ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        if GATED:
+            ds_sum += tl.sum(ds, 1)
 
+    if GATED:
+        dprefix_ptr += (batch * H + head) * N + row
+        tl.store(dprefix_ptr, tl.load(dprefix_ptr, mask=inside, other=0.0) + ds_sum, mask=inside)
     dq_ptr += (batch * T - offset) * H * D + head * D
     store_tile(dq_ptr, dq * scale, q0, offset, N, H * D, BLOCK_Q, D, BLOCK_D)

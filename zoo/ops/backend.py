@@ -1,6 +1,6 @@
 """Which back end runs a call, and why.
 
-A back end is a module with the two functions of `zoo.ops.reference`: window_forward and window_backward, same arguments.
+A back end is a module with two functions of `zoo.ops.reference`, window_forward and window_backward, same arguments.
 They are tried in the order of `BACKENDS`; the first that does not refuse runs. Another one (a kernel for one
 architecture, say) is one more row, in front.
 
@@ -61,7 +61,9 @@ def explain(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> tu
             reason = _by_name(forced).refuses(device, dtype, head_dim)
         except ValueError as error:
             return "none", str(error)
-        return (forced, "ZOO_BACKEND asks for it") if reason is None else ("none", f"ZOO_BACKEND={forced}, but {reason}")
+        return (
+            (forced, "ZOO_BACKEND asks for it") if reason is None else ("none", f"ZOO_BACKEND={forced}, but {reason}")
+        )
     backend, reasons = _first_willing(device, dtype, head_dim)
     return backend.name, "; ".join(reasons) or f"first choice for {device.type}, {_short(dtype)}, head_dim {head_dim}"
 
@@ -97,7 +99,7 @@ BACKENDS = (
 
 def _first_willing(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Backend, list[str]]:
     """The first back end that does not refuse, and why those before it did. The last one never refuses."""
-    reasons = []
+    reasons: list[str] = []
     for backend in BACKENDS:
         reason = backend.refuses(device, dtype, head_dim)
         if reason is None:

@@ -9,7 +9,7 @@ from zoo.ops.reference import accumulator
 def ring_attention(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, live: Tensor, *, scale: float | None = None
 ) -> Tensor:
-    """softmax over the slots 0 <= s < live of scale * q . k_s + decay_s, times v_s. The order of the slots is irrelevant.
+    """softmax over the slots 0 <= s < live of scale * q . k_s + decay_s, times v_s. The slots may be in any order.
 
     q (B,1,H,D); k, v (B,S,G,D), H a multiple of G, one dtype; decay (B,S,H) float32 <= 0, each slot's log-decay
     relative to now, or None; live (B,) int32, how many slots of each row are filled (its own token among them: with

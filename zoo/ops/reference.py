@@ -1,8 +1,8 @@
 """Gated windowed attention in plain PyTorch: the definition, and the blocked path that CPUs run.
 
-    out_t = sum_j p_tj v_j,   p_t = softmax_j(scale * q_t . k_j + B_tj),   B_tj = sum_{i=j+1..t} log_decay_i   (SPEC.md 1.4)
+    out_t = sum_j p_tj v_j,   p_t = softmax_j(scale * q_t . k_j + B_tj),   B_tj = sum_{i=j+1..t} log_decay_i
 
-over the visible keys max(start_t, t - window + 1) <= j <= t. Two programs compute it:
+over the visible keys max(start_t, t - window + 1) <= j <= t (SPEC.md 1.4). Two programs compute it:
 
 - `definition` writes the T x T mask down. Any dtype, differentiable by autograd, quadratic: the oracle of the tests.
 - `window_forward` and `window_backward` walk the queries in blocks and look at each block's own keys only, so time and
@@ -20,7 +20,9 @@ from zoo.kernels import EPS
 BLOCK = 128  # queries per step of the blocked path: more wastes hidden keys, fewer wastes calls
 BLOCK_ELEMENTS = 1 << 20  # logits per step; above it the block shrinks, so that a step stays in cache
 
-Spans = tuple[Tensor, Tensor]  # first visible key of each query, one past the last query that sees each key; (B,N) int32
+Spans = tuple[
+    Tensor, Tensor
+]  # first visible key of each query, one past the last query that sees each key; (B,N) int32
 
 
 def activate(z: Tensor, u: Tensor, eps: float = EPS) -> Tensor:
@@ -171,10 +173,7 @@ def window_backward(
     delta = (out.to(wide) * dout.to(wide)).sum(-1)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that sees nothing gives p = 0
     if dlse is not None:
-        dlse = dlse.to(wide).masked_fill(lse == torch.inf, 0)
-        delta = delta - dlse
-        if dprefix is not None:
-            dprefix[..., k.shape[1] - length :] = _gate_by_head(dlse, kv_heads)
+        delta = delta - dlse.to(wide).masked_fill(lse == torch.inf, 0)
     for block in _blocks(q, k, window, spans):
         rows, cols = block
         queries, douts = (_rows_by_group(x, rows, kv_heads, wide) for x in (q, dout))
@@ -189,7 +188,10 @@ def window_backward(
         dk[:, cols].baddbmm_(ds.mT, queries, alpha=scale)
         dq[:, rows] = _rows_by_token(torch.bmm(ds, keys[:, cols]).mul_(scale), batch, heads, dim)
         if dprefix is not None:
-            dprefix[..., cols] -= ds.view(*dprefix.shape[:3], -1, ds.shape[-1]).sum(-2)
+            ds = ds.view(*dprefix.shape[:3], -1, ds.shape[-1])
+            dprefix[..., cols] -= ds.sum(-2)
+            # dlse_t in exact arithmetic; what rounding adds must not pile up along the sequence (kernels/window.py)
+            dprefix[..., cols.stop - ds.shape[-2] : cols.stop] += ds.sum(-1)
     dgate = () if dprefix is None else _gate_backward(dprefix, gate, spans)
     return dq, _by_token(dk, k), _by_token(dv, v), dgate
 
@@ -244,7 +246,8 @@ def _gate_backward(dprefix: Tensor, gate: tuple[Tensor, ...], spans: Spans | Non
         after = F.pad(grad, (0, 1)).gather(2, spans[1].long()[:, None].expand(grad.shape))
         grad = grad - after
     grad = grad.transpose(1, 2).contiguous()
-    return (grad.to(gate[0].dtype),) if len(gate) == 1 else activate_backward(grad, *gate)
+    grads = (grad.to(gate[0].dtype),) if len(gate) == 1 else activate_backward(grad, gate[0], gate[1])
+    return tuple(x.contiguous() for x in grads)
 
 
 def _by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -276,4 +279,4 @@ def _gate_by_head(x: Tensor, kv_heads: int) -> Tensor:
 def _decay_by_head(gate: tuple[Tensor, ...], kv_heads: int) -> Tensor | None:
     if not gate:
         return None
-    return _gate_by_head(gate[0] if len(gate) == 1 else activate(*gate), kv_heads)
+    return _gate_by_head(gate[0] if len(gate) == 1 else activate(gate[0], gate[1]), kv_heads)

@@ -35,8 +35,8 @@ def window_attention(
     cu_seqlens (documents + 1,) int32, from 0 to T: B = 1 and N = T, nothing passes from one document to the next;
     documents may be empty. key_start (B,) int32: each row's first valid key. Not both.
 
-    Returns out like q; with return_lse also the natural-log normaliser (B,T,H), float32 (float64 for float64 q). A query
-    that sees no key gets out 0 and lse -inf. Differentiable once in q, k, v and log_decay, through out and lse.
+    Returns out like q; with return_lse also the natural-log normaliser (B,T,H), float32 (float64 for float64 q). A
+    query that sees no key gets out 0 and lse -inf. Differentiable once in q, k, v and log_decay, through out and lse.
     Raises ValueError naming the argument. Values (log_decay <= 0, cu_seqlens, key_start) are looked at on the CPU, and
     on other devices under ZOO_DEBUG=1 only.
     """
@@ -238,7 +238,12 @@ def _check_values(
         first, last, steps = int(cu_seqlens[0]), int(cu_seqlens[-1]), cu_seqlens.diff()
         if first != 0 or last != q.shape[1] or bool((steps < 0).any()):
             raise ValueError(
-                f"cu_seqlens must go from 0 to T = {q.shape[1]} and never fall, got {cu_seqlens.tolist()[:8]} ... {last}"
+                f"cu_seqlens must go from 0 to T = {q.shape[1]} and never fall, "
+                f"it ends at {last} and begins {cu_seqlens.tolist()[:8]}"
             )
-    if key_start is not None and key_start.numel() and not 0 <= int(key_start.min()) <= int(key_start.max()) <= k.shape[1]:
+    if (
+        key_start is not None
+        and key_start.numel()
+        and not 0 <= int(key_start.min()) <= int(key_start.max()) <= k.shape[1]
+    ):
         raise ValueError(f"key_start must lie between 0 and N = {k.shape[1]}, got {key_start.tolist()[:8]}")
