@@ -13,9 +13,9 @@ import urllib.request
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -463,7 +463,7 @@ def fetch(name: str, urls: Sequence[str], sha256: str, root: Path | None = None)
     for url in urls:
         try:
             return _download(url, home / name, sha256)
-        except (URLError, OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             failures.append(f"  {url}: {error}")
     looked = "\n".join(f"  {folder / name}" for folder in folders)
     raise DataMissing(

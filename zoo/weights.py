@@ -170,7 +170,11 @@ class Row:
     recipe: str = ""  # fingerprint of the run
 
 
-weights: registry.Registry = registry.Registry("weights", lambda own: registry.tasks.names() and None)
+def _load_tables(_: registry.Registry) -> None:
+    registry.tasks.names()  # a domain registers its table together with its task
+
+
+weights: registry.Registry = registry.Registry("weights", _load_tables)
 
 
 def add_table(path: Path) -> None:
