@@ -110,9 +110,8 @@ class RunLog:
         self.say(f"step {step}/{self.steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
     def _row(self, step: int, values: Mapping[str, float], timing: Mapping[str, float]) -> None:
-        self._rows.write(
-            json.dumps({"step": step, **{name: _number(value) for name, value in {**values, **timing}.items()}}) + "\n"
-        )
+        row = {name: _number(value) for name, value in {**values, **timing}.items()}
+        self._rows.write(json.dumps({"step": step, **row}) + "\n")
         self._rows.flush()
         for name, value in {**values, **{f"time/{name}": value for name, value in timing.items()}}.items():
             self._board.add_scalar(name, value, step)
