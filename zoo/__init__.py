@@ -7,20 +7,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from zoo.generate import Sampling, generate
+    from zoo.generation import Sampling, generate
     from zoo.model import create_model, list_models
-    from zoo.pipeline import Pipeline, pipeline
+    from zoo.pipelines import Pipeline, pipeline
 
 __version__ = "0.1.0"
 __all__ = ["Pipeline", "Sampling", "create_model", "generate", "list_models", "pipeline"]
 
 _HOME = {
-    "Pipeline": "zoo.pipeline",
-    "Sampling": "zoo.generate",
+    "Pipeline": "zoo.pipelines",
+    "Sampling": "zoo.generation",
     "create_model": "zoo.model",
-    "generate": "zoo.generate",
+    "generate": "zoo.generation",
     "list_models": "zoo.model",
-    "pipeline": "zoo.pipeline",
+    "pipeline": "zoo.pipelines",
 }
 
 

@@ -87,7 +87,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     _refuse_interpolation(text, str(path))
     try:
         data = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, AssertionError) as error:  # a bare scalar trips an assertion
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds {type(data).__name__}, not a mapping of fields")
@@ -203,7 +203,8 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
         accepted = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
         hintname = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
         raise ConfigError(
-            f"{path} = {value!r} does not fit; it takes {hintname}" + (nearest(str(value), accepted) if accepted else "")
+            f"{path} = {value!r} does not fit; it takes {hintname}"
+            + (nearest(str(value), accepted) if accepted else "")
         ) from error
     checked = typing.cast(dict[str, Any], checked)["value"]
     return tuple(checked) if typing.get_origin(hint) is tuple and checked is not None else checked

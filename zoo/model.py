@@ -78,8 +78,9 @@ class Head(nn.Module):
 
     Config: ClassVar[type]
 
-    def init_state(self, inputs: Any, condition: Any = None) -> State:
-        """What sampling must remember between steps (history, scaling, place in a pattern); {} if nothing."""
+    def init_state(self, inputs: Any, condition: Any = None, lengths: Tensor | None = None) -> State:
+        """What sampling must remember between steps (history, scaling, place in a pattern); {} if nothing. `lengths`
+        (B,) int64 where the rows of `inputs` are padded on the right."""
         return {}
 
     def embed(self, inputs: Any, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
@@ -100,7 +101,7 @@ class Head(nn.Module):
 
 
 # Heads are found by name like everything else: a domain registers its head class.
-heads = registry.Registry("head", lambda own: registry.tasks.names() and None)
+heads = registry.Registry("head", lambda _: registry.tasks.names())
 
 
 @dataclass

@@ -26,7 +26,7 @@ class Registry:
     lives in other modules or packages (entry points), so that importing zoo stays cheap.
     """
 
-    def __init__(self, kind: str, load: Callable[["Registry"], None] | None = None):
+    def __init__(self, kind: str, load: Callable[["Registry"], Any] | None = None):
         self.kind = kind
         self._entries: dict[str, Any] = {}
         self._load = load
@@ -155,5 +155,5 @@ def _load_mixers(registry: Registry) -> None:
 
 mixers = Registry("mixer", _load_mixers)
 tasks = Registry("task", _load_domains)
-models = Registry("model", lambda registry: tasks.names() and None)
-datasets = Registry("dataset", lambda registry: tasks.names() and None)
+models = Registry("model", lambda _: tasks.names())
+datasets = Registry("dataset", lambda _: tasks.names())

@@ -8,12 +8,12 @@ returns the state to use next; `clone` first to keep the old one.
 """
 
 from collections.abc import Callable
-from typing import TypeAlias, Union
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-State: TypeAlias = Union[dict[str, "State"], list["State"], Tensor]
+State: TypeAlias = dict[str, "State"] | list["State"] | Tensor
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:

@@ -53,7 +53,7 @@ class Task:
         """Write what prompts and artefacts need, for `assets=`."""
 
     def provenance(self) -> dict[str, Any]:
-        """Data checksum, interpreter version or whatever else names exactly what was trained on; stored with the run."""
+        """What names the data exactly (checksums, interpreter version); stored with the run and each number."""
         return {}
 
     def stream(self, split: str, *, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0) -> Stream:
@@ -69,8 +69,17 @@ class Task:
         """Generated inputs of one row -> text, image, audio or DataFrame."""
         raise NotImplementedError
 
-    def metrics(self) -> dict[str, Metric]:
+    def metrics(self, split: str) -> dict[str, Metric]:
+        """What is measured in one pass over `split`."""
         raise NotImplementedError
+
+    def baselines(self, split: str) -> dict[str, float]:
+        """What a reader sets beside the metrics and no model is needed for: gzip, the last value, a Markov chain."""
+        return {}
+
+    def describe(self, split: str) -> str:
+        """The protocol in a few words: context, stride, horizon."""
+        return ""
 
     def media(self, model: nn.Module, batch: Batch) -> Media:
         """Samples for TensorBoard, from a model in eval mode and a validation batch."""
@@ -87,9 +96,16 @@ class OneRank:
 
 
 @torch.no_grad()
-def run_metrics(model: nn.Module, task: Task, stream: Stream, *, device: Any = "cpu", ranks: Any = None, progress: Any = iter) -> dict[str, float]:
-    """All of the task's metrics in one pass over `stream`, with the model in eval mode; restores its mode."""
-    metrics = task.metrics()
+def run_metrics(
+    model: nn.Module,
+    metrics: dict[str, Metric],
+    stream: Stream,
+    *,
+    device: Any = "cpu",
+    ranks: Any = None,
+    progress: Any = iter,
+) -> dict[str, float]:
+    """All metrics in one pass over `stream`, with the model in eval mode; restores its mode."""
     training = model.training
     model.eval()
     try:

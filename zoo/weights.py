@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from zoo import config as configs
 from zoo import registry
+from zoo.data import cache_folder
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
@@ -170,11 +171,7 @@ class Row:
     recipe: str = ""  # fingerprint of the run
 
 
-def _load_tables(_: registry.Registry) -> None:
-    registry.tasks.names()  # a domain registers its table together with its task
-
-
-weights: registry.Registry = registry.Registry("weights", _load_tables)
+weights: registry.Registry = registry.Registry("weights", lambda _: registry.tasks.names())
 
 
 def add_table(path: Path) -> None:
@@ -191,8 +188,7 @@ def tags_of(model_name: str) -> list[str]:
 
 def weights_folder(name: str, tag: str) -> Path:
     """Where a model's published weights lie on this machine."""
-    cache = os.environ.get("ZOO_CACHE") or Path.home() / ".cache" / "gatedfwa-zoo"
-    return Path(cache) / "weights" / f"{name}.{tag}"
+    return cache_folder() / "weights" / f"{name}.{tag}"
 
 
 def load_pretrained(name: str, tag: str | None = None, overrides: Mapping[str, Any] | None = None) -> nn.Module:

@@ -127,7 +127,7 @@ class ToyTask(Task):
         source = StridedWindows(self.tokens()[:100], self.config.length, stride=3)
         return SourceStream(source, batch_size=batch_size, rank=rank, world=world, endless=False)
 
-    def metrics(self):
+    def metrics(self, split):
         return {"loss": Loss()}
 
     def media(self, model, batch):

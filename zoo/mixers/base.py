@@ -22,7 +22,7 @@ class Context:
     lengths     (B,) int64 valid tokens of each right-padded row. Needed only with a state, which advances by them.
     start       (B,) int64 tokens each row's state has seen; set by the backbone when it runs with a cache.
     rotary      (cos, sin), each (B, T, D/2) float32; set by the backbone.
-    halo        None, or the exchange of k, v, log_decay and the shifted token with the rank that holds the tokens before.
+    halo        None, or the exchange of k, v, log_decay and the shifted token with the rank that holds the past.
     """
 
     positions: Tensor | None = None

@@ -1,6 +1,19 @@
 """Training: one loop for everything that has `forward(batch) -> Output`."""
 
-from zoo.train.loop import Result, train
-from zoo.train.recipe import Recipe, TrainConfig, load_run
+from zoo.train.checkpoint import CheckpointError, DiskFull, NonFinite, git_commit
+from zoo.train.loop import Diverged, Result, train
+from zoo.train.recipe import Recipe, ResumeError, TrainConfig, load_run
 
-__all__ = ["Recipe", "Result", "TrainConfig", "load_run", "train"]
+__all__ = [
+    "CheckpointError",
+    "DiskFull",
+    "Diverged",
+    "NonFinite",
+    "Recipe",
+    "Result",
+    "ResumeError",
+    "TrainConfig",
+    "git_commit",
+    "load_run",
+    "train",
+]

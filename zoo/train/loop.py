@@ -292,7 +292,12 @@ class Run:
             self._stream("valid", 2) as stream,
         ):
             values = run_metrics(
-                self.averaged, self.task, stream, device=self.device, ranks=self.ranks, progress=until_signal
+                self.averaged,
+                self.task.metrics("valid"),
+                stream,
+                device=self.device,
+                ranks=self.ranks,
+                progress=until_signal,
             )
         if signals.received:
             return

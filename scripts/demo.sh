@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# From nothing to a language model: sets the environment up, trains text/demo for about two minutes on two cores on the
+# standard library's own sources, stops it on purpose and resumes it, evaluates it and lets it write.
+#   DEMO_RUN=DIR        where the run goes (default: a new folder under runs/)
+#   DEMO_STOP_AFTER=S   seconds of training before the planned stop (default 45)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+setup_seconds=$SECONDS
+
+zoo=.venv/bin/zoo
+[ -x "$zoo" ] || zoo=.venv/Scripts/zoo.exe
+run=${DEMO_RUN:-runs/demo-$(date +%Y%m%d-%H%M%S)}
+stop_after=${DEMO_STOP_AFTER:-45}
+step() { printf '\n== %s\n' "$*"; }
+
+# What is going to be stopped runs in the background. If this script is stopped instead, so is that, and it saves.
+training=
+leave() {
+    if [ -n "$training" ]; then
+        kill -TERM "$training" 2>/dev/null || true
+        wait "$training" || true
+    fi
+    exit 130
+}
+trap leave INT TERM
+
+step "train text/demo in $run, to be stopped after $stop_after s"
+started=$SECONDS
+"$zoo" train text/demo --run "$run" &
+training=$!
+while [ $((SECONDS - started)) -lt "$stop_after" ] && kill -0 "$training" 2>/dev/null; do sleep 1; done
+
+if kill -TERM "$training" 2>/dev/null; then
+    # A run that was stopped says so in its exit code: whatever it is, the next step shows that nothing is lost.
+    wait "$training" || echo "(stopped on purpose; exit code $?)"
+    training=
+    step "resume it"
+    "$zoo" train text/demo --run "$run" --resume
+else
+    wait "$training" # finished before the planned stop, on a fast machine; or failed, and then so does this script
+    training=
+    echo "(finished within $stop_after s, before the planned stop: set DEMO_STOP_AFTER lower to see it resume)"
+fi
+train_seconds=$((SECONDS - started))
+
+step "evaluate: bits per byte on held-out files, beside gzip -9 on the same bytes"
+"$zoo" evaluate "$run"
+
+step "write"
+mkdir -p "$run/samples"
+"$zoo" sample "$run" --prompt "def " | tee "$run/samples/demo.txt"
+
+step "done"
+cat <<EOF
+set-up         $setup_seconds s
+training       $train_seconds s, the stop and the second start included
+run            $run
+samples        $run/samples
+TensorBoard    .venv/bin/tensorboard --logdir $run
+EOF

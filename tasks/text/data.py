@@ -1,0 +1,341 @@
+"""Corpora: documents of plain text, by split. Files are found through `zoo.data.fetch` and checked against a digest.
+
+Each data set is a class with a Config and two methods: `documents(split)` gives a list of texts, `provenance()` what
+they are exactly. Splits are train, valid and test.
+"""
+
+import hashlib
+import json
+import logging
+import platform
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from zoo.data import fetch
+
+SPLITS = ("train", "valid", "test")
+log = logging.getLogger(__name__)
+
+
+class Corpus(Protocol):
+    Config: ClassVar[type]
+
+    def documents(self, split: str) -> list[str]: ...
+
+    def provenance(self) -> dict[str, Any]: ...
+
+
+def check_split(split: str, accepted: tuple[str, ...], corpus: str) -> None:
+    if split not in accepted:
+        raise ValueError(f"split {split!r} of {corpus} does not exist; accepted: {', '.join(accepted)}")
+
+
+def read_checked(name: str, url: str, sha256: str) -> str:
+    path = fetch(name, [url] if url else [], sha256)
+    text = path.read_text(encoding="utf-8")
+    if not text:
+        raise ValueError(f"{path} is empty")
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class PyStdlib:
+    """The running interpreter's own standard library, as Python source: there without a download, for demos and tests.
+
+    It differs between interpreters, so no figure is published on it; the provenance names version and digest. Files
+    go to a split by a hash of their path (18 in 20 train, one each valid and test); the library's own tests are left
+    out, and what is not UTF-8.
+    """
+
+    @dataclass
+    class Config:
+        pass
+
+    def __init__(self, config: Config):
+        self.root = Path(sysconfig.get_paths()["stdlib"])
+
+    def documents(self, split: str) -> list[str]:
+        check_split(split, SPLITS, "text/pystdlib")
+        return [text for name, text in read_stdlib(self.root) if split_of(name) == split]
+
+    def provenance(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for name, text in read_stdlib(self.root):
+            digest.update(name.encode() + b"\0" + text.encode() + b"\0")
+        return {"corpus": "text/pystdlib", "python": platform.python_version(), "sha256": digest.hexdigest()}
+
+
+@cache
+def read_stdlib(root: Path) -> list[tuple[str, str]]:
+    """(path below root, text) of every module, in the order of the paths."""
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
+    found = []
+    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
+        name = path.relative_to(root)
+        if left_out.intersection(name.parts) or name.parts[0].startswith(("config-", "python")):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        if text:
+            found.append((name.as_posix(), text))
+    return found
+
+
+def split_of(name: str) -> str:
+    return {0: "valid", 1: "test"}.get(hashlib.sha256(name.encode()).digest()[0] % 20, "train")
+
+
+class WikiText2:
+    """WikiText-2 (Merity et al., arXiv 1609.07843), word level: 2,088,628 / 217,646 / 245,569 tokens, 33,278 words."""
+
+    URL = "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/{}.txt"
+    SHA256: ClassVar = {
+        "train": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
+        "valid": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+        "test": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
+    }
+
+    @dataclass
+    class Config:
+        pass
+
+    def __init__(self, config: Config):
+        pass
+
+    def documents(self, split: str) -> list[str]:
+        check_split(split, SPLITS, "text/wikitext2")
+        return [read_checked(f"wikitext-2/{split}.txt", self.URL.format(split), self.SHA256[split])]
+
+    def provenance(self) -> dict[str, Any]:
+        return {"corpus": "text/wikitext2", "sha256": self.SHA256, "licence": "CC BY-SA"}
+
+
+class TinyShakespeare:
+    """tiny Shakespeare (karpathy/char-rnn): the first 1,003,854 characters train, the last 111,540 validate.
+
+    The corpus has two parts only: split test is the validation part.
+    """
+
+    URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+    SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+    @dataclass
+    class Config:
+        pass
+
+    def __init__(self, config: Config):
+        pass
+
+    def documents(self, split: str) -> list[str]:
+        check_split(split, SPLITS, "text/tinyshakespeare")
+        text = read_checked("tinyshakespeare/input.txt", self.URL, self.SHA256)
+        cut = int(0.9 * len(text))
+        return [text[:cut] if split == "train" else text[cut:]]
+
+    def provenance(self) -> dict[str, Any]:
+        return {"corpus": "text/tinyshakespeare", "sha256": self.SHA256, "licence": "public domain text, MIT copy"}
+
+
+class Gutenberg:
+    """Book-length documents from Project Gutenberg: NLTK's selection and War and Peace, split by whole book."""
+
+    HELD_OUT: ClassVar = {"valid": ("chesterton-brown",), "test": ("melville-moby_dick",)}
+    SHA256: ClassVar = {
+        "austen-emma": "71b0923d75fcf2f1faa897b22da8de8e2476d7478a2b22388eb58a3420e00215",
+        "austen-persuasion": "cec097657cbfeb62aafe178973f514fa07ab66a5e28ea025ebd5d51ca870e40f",
+        "austen-sense": "57b169c7cfa502896dee25bd66616f61cc1d21084caf31f015176ee46fda9718",
+        "blake-poems": "840897a66e23a47dd1fd56b864f421b2be0af074dc081244f7995bf26939eee9",
+        "chesterton-ball": "c6b6d4e8c09a3f49a09f37f4e47663d4d6f048b62d86c70ccafdfd8f27059a58",
+        "chesterton-brown": "67027976205b4b30e367c704807f56c8ffac3e8ea6037d993e57ab1fe28447ec",
+        "chesterton-thursday": "8b431a2a8db84089cd6f83fa66610c3b12c04114609df6e90137c0c58f2c5493",
+        "melville-moby_dick": "dc2466ee3c2e6e2ea1f86233d142e4b5578fdc1d6f0ca657bee7572202a980c7",
+        "milton-paradise": "49028a77c557de1459e96c026edbe72997be2d9015925f7baefb793cd6fe706f",
+        "shakespeare-caesar": "7c46bd32fc84d9596bcad55b61ec3c1a390239acb190b286422855aafc2774b3",
+        "shakespeare-hamlet": "1eceab7027ad7e0cc25c6b6aadcb2e6bb070395cb2085f775ac732d63d5db240",
+        "shakespeare-macbeth": "d4a204352cfe5924cbae76f764225d120e9f7617d39cb8c949dedd3f306353ac",
+        "warpeace_input": "cea8ccb6e581165e7b0988ab7e28cccc9447af1e0b1278ac8baeb8f359d9ce62",
+        "whitman-leaves": "93ebaf1dccc8f1514b4b1c2f52e64e81829113fc58cff63fb51ada0c72f99c3e",
+    }
+
+    @dataclass
+    class Config:
+        pass
+
+    def __init__(self, config: Config):
+        pass
+
+    def documents(self, split: str) -> list[str]:
+        check_split(split, SPLITS, "text/gutenberg")
+        held_out = {book for books in self.HELD_OUT.values() for book in books}
+        books = self.HELD_OUT.get(split) or [book for book in self.SHA256 if book not in held_out]
+        return [read_checked(f"gutenberg/{book}.txt", "", self.SHA256[book]) for book in books]
+
+    def provenance(self) -> dict[str, Any]:
+        return {"corpus": "text/gutenberg", "sha256": self.SHA256, "licence": "public domain"}
+
+
+class Lambada:
+    """LAMBADA (Paperno et al., arXiv 1606.06031), OpenAI's version: passages whose last word is to be predicted."""
+
+    URL = "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"
+    SHA256 = "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"
+
+    @dataclass
+    class Config:
+        pass
+
+    def __init__(self, config: Config):
+        pass
+
+    def documents(self, split: str) -> list[str]:
+        check_split(split, ("test",), "text/lambada")
+        text = read_checked("lambada/lambada_test.jsonl", self.URL, self.SHA256)
+        return [json.loads(line)["text"] for line in text.splitlines()]
+
+    def provenance(self) -> dict[str, Any]:
+        return {"corpus": "text/lambada", "sha256": self.SHA256, "licence": "not stated"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Folder:
+    """A user's own .txt, .jsonl and .parquet files.
+
+    path   a folder, searched through, or one file. Sub-folders or files named train, valid and test are those splits;
+           where there are none, documents go to splits by a hash of their text.
+    field  of a .jsonl or .parquet row, holding its text
+    share  of the documents for valid and for test, each, where the folder does not say
+    Files that cannot be read (not UTF-8, no such field, damaged) are skipped, counted and listed; a folder in which
+    more than `max_bad` are is refused, as is one with no text.
+    """
+
+    @dataclass
+    class Config:
+        path: str = ""
+        field: str = "text"
+        share: float = 0.05
+        max_bad: int = 10
+
+        def __post_init__(self):
+            if not 0 < self.share < 0.5:
+                raise ValueError(f"share = {self.share}; it takes a number between 0 and 0.5")
+
+    def __init__(self, config: Config):
+        self.config = config
+        if not config.path:
+            raise ValueError("text/folder needs task.dataset.path, a folder or a file with .txt, .jsonl or .parquet text")
+        self.root = Path(config.path).expanduser()
+        self._documents: dict[str, list[str]] | None = None
+        self.bad: list[str] = []
+
+    def documents(self, split: str) -> list[str]:
+        check_split(split, SPLITS, "text/folder")
+        if self._documents is None:
+            self._documents = self._read()
+        if not self._documents[split]:
+            raise ValueError(f"{self.root} has no text for split {split!r}; name a sub-folder or file {split!r}")
+        return self._documents[split]
+
+    def provenance(self) -> dict[str, Any]:
+        self.documents("train")
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            for text in (self._documents or {})[split]:
+                digest.update(text.encode() + b"\0")
+        return {"corpus": "text/folder", "path": str(self.root), "sha256": digest.hexdigest(), "skipped": len(self.bad)}
+
+    def _read(self) -> dict[str, list[str]]:
+        if not self.root.exists():
+            raise FileNotFoundError(f"task.dataset.path = {str(self.root)!r} does not exist")
+        files = [self.root] if self.root.is_file() else sorted(p for p in self.root.rglob("*") if p.suffix in READERS)
+        if not files or files[0].suffix not in READERS:
+            raise ValueError(f"{self.root} holds no file that can be read; accepted: {', '.join(READERS)}")
+        splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+        named = {path: self._named_split(path) for path in files}
+        for path in files:
+            for text in self._texts(path):
+                splits[named[path] or (self._hashed_split(text) if not any(named.values()) else "train")].append(text)
+        if self.bad:
+            log.warning("%s: skipped %d files that cannot be read:\n  %s", self.root, len(self.bad), "\n  ".join(self.bad))
+        if not any(splits.values()):
+            raise ValueError(f"{self.root}: every file is empty or cannot be read")
+        if not any(named.values()) and len(splits["train"]) == 1 and not (splits["valid"] or splits["test"]):
+            splits = cut_one(splits["train"][0], self.config.share)
+        return splits
+
+    def _texts(self, path: Path) -> list[str]:
+        try:
+            return [text for text in READERS[path.suffix](path, self.config.field) if text]
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            self.bad.append(f"{path}: {error}")
+            if len(self.bad) > self.config.max_bad:
+                listed = "\n  ".join(self.bad)
+                raise ValueError(f"more than max_bad = {self.config.max_bad} files cannot be read:\n  {listed}") from error
+            return []
+
+    def _named_split(self, path: Path) -> str | None:
+        below = path.relative_to(self.root).with_suffix("").parts if path != self.root else ()
+        return next((split for split in SPLITS if split in below), None)
+
+    def _hashed_split(self, text: str) -> str:
+        place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
+        share = self.config.share
+        return "valid" if place < share else "test" if place < 2 * share else "train"
+
+
+def cut_one(text: str, share: float) -> dict[str, list[str]]:
+    """A single document: its beginning trains, its end validates and tests."""
+    cuts = [int(len(text) * (1 - 2 * share)), int(len(text) * (1 - share))]
+    return {"train": [text[: cuts[0]]], "valid": [text[cuts[0] : cuts[1]]], "test": [text[cuts[1] :]]}
+
+
+def read_txt(path: Path, field: str) -> list[str]:
+    try:
+        return [path.read_text(encoding="utf-8")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from error
+
+
+def read_jsonl(path: Path, field: str) -> list[str]:
+    texts = []
+    for number, line in enumerate(read_txt(path, field)[0].splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            texts.append(text_field(json.loads(line), field))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+    return texts
+
+
+def text_field(row: Any, field: str) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f"no text in field {field!r} (task.dataset.field); the row has: {has}")
+    return row[field]
+
+
+def read_parquet(path: Path, field: str) -> list[str]:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path)
+    if field not in table.column_names:
+        raise ValueError(f"no column {field!r} (task.dataset.field); the file has: {', '.join(table.column_names)}")
+    return [text_field({field: value}, field) for value in table.column(field).to_pylist() if value is not None]
+
+
+READERS: dict[str, Callable[[Path, str], list[str]]] = {
+    ".txt": read_txt,
+    ".jsonl": read_jsonl,
+    ".parquet": read_parquet,
+}
+

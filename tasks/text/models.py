@@ -1,0 +1,30 @@
+"""Sizes of text models: text_<mixer>_<size>, the same for every mixer but for the mixer itself."""
+
+from functools import partial
+
+from zoo import config
+from zoo.model import ModelConfig
+from zoo.registry import models
+
+# width, depth, heads, window; parameters without embedding as the name says, roughly
+SIZES = {
+    "1m": {"width": 128, "depth": 4, "heads": 4, "window": 128},
+    "8m": {"width": 256, "depth": 8, "heads": 4, "window": 256},
+    "10m": {"width": 384, "depth": 6, "heads": 6, "window": 128},  # the shape of nanoGPT's tiny Shakespeare model
+    "125m": {"width": 768, "depth": 12, "heads": 12, "window": 512},  # the shape of GPT-2 small (SPEC.md 3.1)
+}
+MIXERS = ("softmax", "swa", "fox", "gatedfwa")
+VOCABULARY = {"125m": 50304}  # GPT-2 words, padded; else 256 bytes. A task sets its own tokenizer's
+
+
+def text_model(mixer: str, size: str) -> ModelConfig:
+    shape = dict(SIZES[size])
+    window = shape.pop("window")
+    node = {"name": mixer} | ({"window": window} if mixer in ("swa", "gatedfwa") else {})
+    head = {"name": "text", "vocabulary": VOCABULARY.get(size, 256)}
+    return config.build(ModelConfig, {"backbone": {**shape, "mixer": node}, "head": head})
+
+
+for _size in SIZES:
+    for _mixer in MIXERS:
+        models.add(f"text_{_mixer}_{_size}", partial(text_model, _mixer, _size))

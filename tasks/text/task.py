@@ -1,0 +1,171 @@
+"""The text task: a corpus and a tokenizer as streams of tokens, prompts in, text out."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tasks.text.metrics import LastWordAccuracy, Likelihood, gzip_bits_per_byte, last_word, pad
+from tasks.text.tokenizers import Tokenizer, load_tokenizer, save_tokenizer, split_words, tokenizers
+from zoo import config as configs
+from zoo.config import Choice
+from zoo.data import Crops, PackedDocuments, Shuffled, SourceStream, StridedWindows, Windows
+from zoo.generation import Sampling, generate
+from zoo.model import Batch, Context, Model, ModelConfig
+from zoo.registry import datasets
+from zoo.task import Media, Metric, Task
+
+SEPARATOR = "\n"  # between the documents of a corpus when they are read as one text
+
+
+class TextTask(Task):
+    domain = "text"
+
+    @dataclass
+    class Config:
+        """context    tokens a training row, and the most that evaluation conditions on
+        rows       how training rows are cut: windows that tile the text, random crops, or whole documents packed
+                   with nothing leaking between them
+        stride     tokens scored per evaluation row, each with at least context - stride before it; 0: half the context
+        prompts    continued by `sample_tokens` tokens for TensorBoard
+        """
+
+        dataset: Choice | None = configs.choice(datasets, "text/pystdlib")
+        tokenizer: Choice | None = configs.choice(tokenizers, "byte")
+        context: int = 256
+        rows: Literal["windows", "crops", "documents"] = "windows"
+        stride: int = 0
+        prompts: list[str] = field(default_factory=lambda: ["The "])
+        sample_tokens: int = 200
+
+        def __post_init__(self):
+            if self.context < 1:
+                raise ValueError(f"context = {self.context}; it takes 1 or more tokens")
+            if not 0 <= self.stride <= self.context:
+                raise ValueError(f"stride = {self.stride}; it takes 0 (half the context) to context = {self.context}")
+
+    def __init__(self, config: Config, assets: Path | None = None):
+        self.config = config = configs.build(self.Config, config)
+        assert config.dataset is not None
+        assert config.tokenizer is not None
+        self.corpus = datasets.get(config.dataset.name)(config.dataset.config)
+        self._assets = assets
+        self._tokens: dict[str, np.ndarray] = {}
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Read from the run's assets, or fitted to the training split."""
+        if self._assets is not None:
+            return load_tokenizer(self._assets / "tokenizer.json")
+        choice = self.config.tokenizer
+        assert choice is not None
+        return tokenizers.get(choice.name).fit(choice.config, self.text("train"))
+
+    def save_assets(self, folder: Path) -> None:
+        assert self.config.tokenizer is not None
+        save_tokenizer(self.config.tokenizer.name, self.tokenizer, folder / "tokenizer.json")
+
+    def model_config(self, config: ModelConfig) -> ModelConfig:
+        return configs.build(ModelConfig, config, {"head": {"vocabulary": self.tokenizer.vocabulary}})
+
+    def provenance(self) -> dict[str, Any]:
+        return self.corpus.provenance()
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def text(self, split: str) -> str:
+        return SEPARATOR.join(self.corpus.documents(split))
+
+    def tokens(self, split: str) -> np.ndarray:
+        """(N,) int32, the whole split."""
+        if split not in self._tokens:
+            self._tokens[split] = self.tokenizer.encode(self.text(split))
+        return self._tokens[split]
+
+    def stream(self, split: str, *, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0) -> SourceStream:
+        training = split == "train"
+        source = self._training_source(seed) if training else self._evaluation_source(split)
+        return SourceStream(source, batch_size=batch_size, rank=rank, world=world, endless=training)
+
+    def _training_source(self, seed: int) -> Any:
+        if self.config.rows == "documents":
+            documents = [self.tokenizer.encode(text) for text in self.corpus.documents("train")]
+            return PackedDocuments(documents, self.config.context, seed=seed)
+        cut = Windows if self.config.rows == "windows" else Crops
+        return cut(self.tokens("train"), self.config.context, seed=seed)
+
+    def _evaluation_source(self, split: str) -> Any:
+        if self._last_word_only:
+            passages = [self._passage(text) for text in self.corpus.documents(split)]
+            return Shuffled(passages, collate_passages, seed=None)
+        return StridedWindows(self.tokens(split), self.config.context, stride=self._stride)
+
+    @property
+    def _stride(self) -> int:
+        return self.config.stride or max(1, self.config.context // 2)
+
+    @property
+    def _last_word_only(self) -> bool:
+        assert self.config.dataset is not None
+        return self.config.dataset.name == "text/lambada"
+
+    def _passage(self, text: str) -> tuple[Tensor, Tensor]:
+        """Inputs (n,) and targets (n,) of one passage; only its last word is scored."""
+        head, word = (torch.from_numpy(self.tokenizer.encode(part)).long() for part in last_word(text))
+        whole = torch.cat((head, word))[-self.config.context - 1 :]
+        targets = whole[1:].clone()
+        targets[: -len(word)] = -100
+        return whole[:-1], targets
+
+    # -- prompts and text ----------------------------------------------------------------------------------------------
+
+    def prompt(self, obj: str | list[str]) -> Batch:
+        """One text or several -> tokens (B, T), padded on the right, with ctx.lengths."""
+        texts = [obj] if isinstance(obj, str) else list(obj)
+        if not texts or not all(texts):
+            raise ValueError("a prompt is empty; give at least one character, for example a newline")
+        rows = [torch.from_numpy(self.tokenizer.encode(text)).long() for text in texts]
+        return Batch(pad(rows, 0), ctx=Context(lengths=torch.tensor([len(row) for row in rows])))
+
+    def artefact(self, inputs: Tensor) -> str:
+        """Tokens (N,) -> text."""
+        return self.tokenizer.decode(inputs.numpy())
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def metrics(self, split: str) -> dict[str, Metric]:
+        if self._last_word_only:
+            return {"last_word": LastWordAccuracy()}
+        words = len(split_words(self.text(split))) - 1  # the first token of the text has no context and is not scored
+        return {"likelihood": Likelihood(self.tokenizer.byte_lengths, words, len(self.tokens(split)) - 1)}
+
+    def describe(self, split: str) -> str:
+        if self._last_word_only:
+            return f"last word of each passage, context {self.config.context}"
+        return f"every token scored, context {self.config.context}, stride {self._stride}"
+
+    def baselines(self, split: str) -> dict[str, float]:
+        return {} if self._last_word_only else {"gzip_9_bits_per_byte": gzip_bits_per_byte(self.text(split))}
+
+    def media(self, model: nn.Module, batch: Batch) -> Media:
+        assert isinstance(model, Model)
+        if not self.config.prompts:
+            return Media()
+        drawn = generate(
+            model,
+            self.prompt(self.config.prompts),
+            max_new=self.config.sample_tokens,
+            sampling=Sampling(temperature=0.8),
+            seed=0,
+        ).cpu()
+        texts = zip(self.config.prompts, drawn, strict=True)
+        return Media(text={f"sample/{i}": prompt + self.artefact(row) for i, (prompt, row) in enumerate(texts)})
+
+
+def collate_passages(items: list[tuple[Tensor, Tensor]]) -> Batch:
+    inputs, targets = zip(*items, strict=True)
+    return Batch(pad(list(inputs), 0), pad(list(targets), -100))

@@ -1,0 +1,250 @@
+"""Text to token ids and back: bytes, characters, words, byte-pair encoding.
+
+Every tokenizer is built by `fit` on the training text or read back by `load`; both give the same ids for ever after.
+`byte_lengths` says how many bytes of text each id stands for, which is what bits per byte divides by.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from tokenizers import Tokenizer as Bpe
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from zoo.registry import Registry
+
+tokenizers = Registry("tokenizer")
+
+
+class OutOfVocabulary(ValueError):
+    """Text that a tokenizer has no token for."""
+
+
+class Tokenizer(Protocol):
+    Config: ClassVar[type]
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids."""
+        ...
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        """(V,) int64."""
+        ...
+
+    def encode(self, text: str) -> np.ndarray:
+        """(N,) int32. Raises OutOfVocabulary naming what is unknown and where."""
+        ...
+
+    def decode(self, ids: np.ndarray) -> str: ...
+
+    def dump(self) -> Any:
+        """What `restore` needs, as JSON values."""
+        ...
+
+
+@tokenizers.register("byte")
+class ByteTokenizer:
+    """UTF-8 bytes: 256 ids, nothing to fit, nothing unknown."""
+
+    @dataclass
+    class Config:
+        pass
+
+    vocabulary = 256
+    byte_lengths = np.ones(256, dtype=np.int64)
+
+    @classmethod
+    def fit(cls, config: Config, text: str) -> "ByteTokenizer":
+        return cls()
+
+    @classmethod
+    def restore(cls, state: Any) -> "ByteTokenizer":
+        return cls()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return np.asarray(ids, dtype=np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def dump(self) -> Any:
+        return {}
+
+
+@tokenizers.register("char")
+class CharTokenizer:
+    """The characters that occur in the training text, in code-point order."""
+
+    @dataclass
+    class Config:
+        pass
+
+    def __init__(self, characters: str):
+        self.characters = characters
+        self._points = np.frombuffer(characters.encode("utf-32-le"), dtype=np.uint32)
+
+    @classmethod
+    def fit(cls, config: Config, text: str) -> "CharTokenizer":
+        return cls("".join(sorted(set(text))))
+
+    @classmethod
+    def restore(cls, state: Any) -> "CharTokenizer":
+        return cls(state["characters"])
+
+    @property
+    def vocabulary(self) -> int:
+        return len(self.characters)
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        return np.array([len(character.encode("utf-8")) for character in self.characters], dtype=np.int64)
+
+    def encode(self, text: str) -> np.ndarray:
+        points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        ids = np.searchsorted(self._points, points).clip(max=len(self._points) - 1)
+        unknown = self._points[ids] != points
+        if unknown.any():
+            place = int(unknown.argmax())
+            raise OutOfVocabulary(
+                f"character {text[place]!r} at place {place} is not among the {self.vocabulary} characters of this char "
+                "tokenizer; tokenizer=byte takes any text"
+            )
+        return ids.astype(np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return "".join(self.characters[i] for i in np.asarray(ids))
+
+    def dump(self) -> Any:
+        return {"characters": self.characters}
+
+
+@tokenizers.register("word")
+class WordTokenizer:
+    """Words between white space, and <eos> at the end of each line: WikiText's own units.
+
+    Ids go by first occurrence in the training text. A word that does not occur there is <unk> where the text has that
+    word (WikiText does), else OutOfVocabulary. `max_words` keeps the most frequent ones only (0: all).
+    """
+
+    @dataclass
+    class Config:
+        max_words: int = 0
+
+    def __init__(self, words: list[str]):
+        self.words = words
+        self._ids = {word: i for i, word in enumerate(words)}
+        self._unknown = self._ids.get("<unk>")
+
+    @classmethod
+    def fit(cls, config: Config, text: str) -> "WordTokenizer":
+        counts = Counter(split_words(text))
+        words = list(counts)
+        if config.max_words and len(words) > config.max_words:
+            kept = {word for word, _ in counts.most_common(config.max_words - 1)} | {"<unk>"}
+            words = [word for word in (*words, "<unk>") if word in kept]
+        return cls(list(dict.fromkeys(words)))
+
+    @classmethod
+    def restore(cls, state: Any) -> "WordTokenizer":
+        return cls(state["words"])
+
+    @property
+    def vocabulary(self) -> int:
+        return len(self.words)
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        """A word and the space after it; <eos> is the newline and the space that begins WikiText's next line."""
+        return np.array([2 if word == "<eos>" else len(word.encode("utf-8")) + 1 for word in self.words], dtype=np.int64)
+
+    def encode(self, text: str) -> np.ndarray:
+        words = split_words(text)
+        ids = [self._ids.get(word, self._unknown) for word in words]
+        if self._unknown is None and None in ids:
+            place = ids.index(None)
+            raise OutOfVocabulary(f"word {words[place]!r}, number {place}, is not among the {self.vocabulary} known words")
+        return np.array(ids, dtype=np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return " ".join(self.words[i] for i in np.asarray(ids)).replace(" <eos>", "\n").replace("<eos>", "\n")
+
+    def dump(self) -> Any:
+        return {"words": self.words}
+
+
+def split_words(text: str) -> list[str]:
+    """Words, with <eos> after each line; a text that does not end in a newline gets none at its end."""
+    words = []
+    for line in text.splitlines(keepends=True):
+        words += line.split()
+        if line.endswith("\n"):
+            words.append("<eos>")
+    return words
+
+
+@tokenizers.register("bpe")
+class BpeTokenizer:
+    """Byte-level byte-pair encoding (Radford et al. 2019), trained by the `tokenizers` library; nothing is unknown."""
+
+    @dataclass
+    class Config:
+        size: int = 8192
+
+        def __post_init__(self):
+            if self.size < 257:
+                raise ValueError(f"size = {self.size}; byte-level BPE takes 257 or more")
+
+    def __init__(self, bpe: Bpe):
+        self._bpe = bpe
+
+    @classmethod
+    def fit(cls, config: Config, text: str) -> "BpeTokenizer":
+        bpe = Bpe(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=config.size, initial_alphabet=alphabet, show_progress=False)
+        bpe.train_from_iterator(text.splitlines(keepends=True), trainer)
+        return cls(bpe)
+
+    @classmethod
+    def restore(cls, state: Any) -> "BpeTokenizer":
+        return cls(Bpe.from_str(json.dumps(state)))
+
+    @property
+    def vocabulary(self) -> int:
+        return self._bpe.get_vocab_size()
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        # ByteLevel writes each byte as one printable character, so a token's characters count its bytes.
+        return np.array([len(self._bpe.id_to_token(i) or "") for i in range(self.vocabulary)], dtype=np.int64)
+
+    def encode(self, text: str) -> np.ndarray:
+        lines = text.splitlines(keepends=True)
+        pieces = [part.ids for part in self._bpe.encode_batch(lines, add_special_tokens=False)]
+        return np.fromiter((i for ids in pieces for i in ids), dtype=np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return self._bpe.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
+
+    def dump(self) -> Any:
+        return json.loads(self._bpe.to_str())
+
+
+def save_tokenizer(name: str, tokenizer: Tokenizer, path: Path) -> None:
+    path.write_text(json.dumps({"tokenizer": name, "state": tokenizer.dump()}, ensure_ascii=False), encoding="utf-8")
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Raises ValueError naming the file when it holds no tokenizer."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return tokenizers.get(stored["tokenizer"]).restore(stored["state"])
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} holds no tokenizer: {type(error).__name__} {error}") from error

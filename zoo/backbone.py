@@ -1,0 +1,193 @@
+"""Block and stack: hidden states in, hidden states out. No vocabulary, no domain.
+
+Pre-norm residual blocks: h + mixer(norm(h)), then h + mlp(norm(h)); a norm at the end. The layer pattern says which
+mixer each layer uses: "gatedfwa*3, softmax" tiled over the depth.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from zoo import config as configs
+from zoo.config import Choice
+from zoo.layers import MLP, document_positions, rotary_table
+from zoo.mixers.base import Context, Dims, Mixer
+from zoo.registry import mixers, nearest
+from zoo.state import State
+
+
+@dataclass
+class BackboneConfig:
+    """A 0 stands for 'derived': kv_heads = heads, head_dim = width / heads, mlp_width = 8/3 width rounded up to 64.
+
+    mixer          the mixer of every layer, or of those that the pattern names so
+    other_mixers   configs of further mixers that the pattern names; one that is not listed has its defaults
+    pattern        "" (all `mixer`), or names with repeats, "gatedfwa*3, softmax", tiled over the layers
+    positions      rotary (inside mixers), learned (added to the input, up to max_len) or none
+    dropout        on both residual branches; drop_path drops whole branches per row, linearly more with depth
+    checkpoint     recompute blocks in the backward pass instead of keeping their activations
+    """
+
+    width: int = 256
+    depth: int = 4
+    heads: int = 4
+    kv_heads: int = 0
+    head_dim: int = 0
+    mixer: Choice | None = configs.choice(mixers, "gatedfwa")
+    other_mixers: list[Choice] = configs.choices(mixers)
+    pattern: str = ""
+    mlp: Literal["swiglu", "gelu", "none"] = "swiglu"
+    mlp_width: int = 0
+    positions: Literal["rotary", "learned", "none"] = "rotary"
+    rope_base: float = 10000.0
+    max_len: int = 0
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    checkpoint: bool = False
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        for name in ("width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}; it takes 1 or more")
+        kv_heads = self.kv_heads or self.heads
+        if self.heads % kv_heads:
+            raise ValueError(f"heads = {self.heads} is not a multiple of kv_heads = {kv_heads}")
+        if not self.head_dim and self.width % self.heads:
+            raise ValueError(f"width = {self.width} is not a multiple of heads = {self.heads}; or set head_dim")
+        if self.positions == "learned" and self.max_len < 1:
+            raise ValueError(f"positions = 'learned' needs max_len, the longest sequence; got {self.max_len}")
+        for name in ("dropout", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}; it takes a number from 0 up to, not including, 1")
+
+    @property
+    def dims(self) -> Dims:
+        return Dims(self.width, self.heads, self.kv_heads or self.heads, self.head_dim or self.width // self.heads)
+
+    def layers(self) -> list[Choice]:
+        """One mixer choice per layer."""
+        assert isinstance(self.mixer, Choice)
+        known = {c.name: c for c in (*self.other_mixers, self.mixer)}
+        names = parse_pattern(self.pattern) or [self.mixer.name]
+        for name in names:
+            if name not in known:
+                known[name] = Choice(name, mixers.get(name).Config())
+        return [known[names[i % len(names)]] for i in range(self.depth)]
+
+
+def parse_pattern(pattern: str) -> list[str]:
+    """'gatedfwa*3, softmax' -> ['gatedfwa', 'gatedfwa', 'gatedfwa', 'softmax']. Raises ValueError."""
+    names: list[str] = []
+    for part in filter(None, (part.strip() for part in pattern.split(","))):
+        name, _, times = (piece.strip() for piece in part.partition("*"))
+        if name not in mixers:
+            raise ValueError(f"pattern {pattern!r} names an unknown mixer {name!r}{nearest(name, mixers)}")
+        if times and not (times.isdigit() and int(times)):
+            raise ValueError(f"pattern {pattern!r}: {part!r} should read name*count with a count of 1 or more")
+        names += [name] * int(times or 1)
+    return names
+
+
+class Block(nn.Module):
+    def __init__(self, mixer: Mixer, config: BackboneConfig, drop_path: float):
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.mixer = mixer
+        self.mlp_norm = self.mlp = None
+        if config.mlp != "none":
+            hidden = config.mlp_width or -(-8 * config.width // 3 // 64) * 64
+            self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+            self.mlp = MLP(config.width, hidden, config.mlp)
+        self.drop = residual_drop(config.dropout, drop_path)
+
+    def forward(self, h: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
+        y, state = self.mixer(self.mixer_norm(h), ctx, state)
+        h = h + self.drop(y)
+        if self.mlp is not None and self.mlp_norm is not None:
+            h = h + self.drop(self.mlp(self.mlp_norm(h)))
+        return h, state
+
+
+def residual_drop(dropout: float, drop_path: float) -> nn.Module:
+    parts: list[nn.Module] = [nn.Dropout(dropout)] if dropout else []
+    if drop_path:
+        from timm.layers import DropPath  # imported where it is used: timm brings torchvision
+
+        parts.append(DropPath(drop_path))
+    return nn.Sequential(*parts)
+
+
+class Backbone(nn.Module):
+    """(B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        self.config = config = configs.build(BackboneConfig, config)
+        dims, depth = config.dims, config.depth
+        self.positions = nn.Embedding(config.max_len, config.width) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(
+            Block(mixers.get(layer.name)(layer.config, dims), config, config.drop_path * i / max(1, depth - 1))
+            for i, layer in enumerate(config.layers())
+        )
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.apply(self._init)
+
+    def _init(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.init_std)
+
+    def forward(self, h: Tensor, ctx: Context, cache: Any = None) -> tuple[Tensor, Any]:
+        """With a cache (`init_cache`) the T tokens continue it; it is consumed and the next one returned."""
+        ctx = self._place(h, ctx, cache)
+        if self.positions is not None:
+            h = h + self.positions(ctx.positions)
+        states = [None] * len(self.blocks) if cache is None else cache["blocks"]
+        for i, (block, state) in enumerate(zip(self.blocks, states, strict=True)):
+            if self.config.checkpoint and self.training and state is None:
+                h, _ = checkpoint(block, h, ctx, use_reentrant=False)  # type: ignore[misc]
+            else:
+                h, states[i] = block(h, ctx, state)
+        if cache is not None:
+            cache["position"] = cache["position"] + (h.shape[1] if ctx.lengths is None else ctx.lengths)
+        return self.norm(h), cache
+
+    def _place(self, h: Tensor, ctx: Context, cache: Any) -> Context:
+        """The context with positions, start and rotary table filled in."""
+        tokens = h.shape[1]
+        start = None if cache is None else cache["position"]
+        positions = ctx.positions
+        if positions is None:
+            if ctx.cu_seqlens is not None:
+                positions = document_positions(ctx.cu_seqlens, tokens).unsqueeze(0)
+            else:
+                positions = torch.arange(tokens, device=h.device).unsqueeze(0)
+                if start is not None:
+                    positions = positions + start.unsqueeze(1)
+        if self.positions is not None and start is None and tokens > self.config.max_len:
+            raise ValueError(f"{tokens} tokens exceed max_len = {self.config.max_len} of the learned positions")
+        rotary = None
+        if self.config.positions == "rotary":
+            rotary = rotary_table(positions, self.config.dims.head_dim, self.config.rope_base)
+        return replace(ctx, positions=positions, start=start, rotary=rotary)
+
+    def init_cache(self, batch: int, max_len: int, *, device: Any = None, dtype: Any = None) -> dict[str, Any]:
+        """The state of `batch` rows before their first token: {"position": (B,) int64, "blocks": [State, …]}."""
+        weight = self.norm.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        return {
+            "position": torch.zeros(batch, dtype=torch.int64, device=device),
+            "blocks": [b.mixer.init_state(batch, max_len, device=device, dtype=dtype) for b in self.blocks],  # type: ignore[operator,union-attr]
+        }
+
+    def flops(self, tokens: int) -> int:
+        """Forward FLOPs of one row, matmuls and exactly visible attention pairs."""
+        per_block = (b.mixer.flops(tokens) + (b.mlp.flops(tokens) if b.mlp is not None else 0) for b in self.blocks)  # type: ignore[operator,union-attr]
+        return sum(per_block)
+
+    def state_bytes(self, tokens: int, element_size: int = 2) -> int:
+        return sum(b.mixer.state_bytes(tokens, element_size) for b in self.blocks)  # type: ignore[operator,union-attr]

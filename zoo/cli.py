@@ -1,0 +1,174 @@
+"""The `zoo` command.
+
+Every sub-command is a function from parsed words to an exit code; heavy modules load inside it, so `zoo --help` is
+instant. Errors that a user can mend are one line, no traceback; ZOO_DEBUG=1 shows it.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXAMPLES = """examples:
+  zoo doctor                                        what this machine will run, and why
+  zoo list "text_*"                                 model sizes
+  zoo train text/demo                               train a recipe into runs/text-demo
+  zoo train text/demo train.steps=50 --resume       go on, with a field changed
+  zoo evaluate runs/text-demo                       score the held-out split
+  zoo sample runs/text-demo --prompt "def "         write text, as it is drawn
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(args, "override") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes positional words in one place only; overrides may also follow the options
+        args.override += rest
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `zoo list | head`
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if os.environ.get("ZOO_DEBUG") == "1" or not is_users_to_mend(error):
+            raise
+        print(f"zoo {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def is_users_to_mend(error: Exception) -> bool:
+    """Wrong words, files and fields, rather than a fault of the program."""
+    from zoo.registry import UnknownName
+    from zoo.train import Diverged, NonFinite
+
+    return isinstance(error, (UnknownName, OSError, ValueError, Diverged, NonFinite))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="zoo", description="GatedFWA zoo", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a recipe")
+    train.add_argument("recipe", help="a name under configs/, such as text/demo, or a path to a YAML file")
+    train.add_argument("override", nargs="*", help="field=value, such as train.steps=100 or model.backbone.depth=2")
+    train.add_argument("--run", dest="folder", type=Path, help="where the run lives (default: runs/<recipe>)")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of that folder")
+    train.add_argument("--allow-changes", action="store_true", help="resume although the recipe has changed")
+    train.set_defaults(run=run_train)
+
+    evaluate = commands.add_parser("evaluate", help="score a run on held-out data")
+    evaluate.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
+    evaluate.add_argument("--split", default="test", help="test (default), valid")
+    evaluate.add_argument("--batch-size", type=int, default=16)
+    evaluate.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
+    evaluate.add_argument("--no-ema", action="store_true", help="take the raw weights, not their average")
+    evaluate.add_argument("override", nargs="*", help="fields of the recipe to change, such as task.stride=64")
+    evaluate.set_defaults(run=run_evaluate)
+
+    sample = commands.add_parser("sample", help="generate from a run or from pretrained weights")
+    sample.add_argument("model", help="a run folder, or the name of pretrained weights")
+    sample.add_argument("--prompt", action="append", required=True, help="given more than once: a batch")
+    sample.add_argument("--max-new", type=int, default=256, help="elements to add (default 256)")
+    sample.add_argument("--temperature", type=float, default=0.8)
+    sample.add_argument("--top-k", type=int, default=0)
+    sample.add_argument("--top-p", type=float, default=1.0)
+    sample.add_argument("--min-p", type=float, default=0.0)
+    sample.add_argument("--repetition-penalty", type=float, default=1.0)
+    sample.add_argument("--seed", type=int)
+    sample.add_argument(
+        "--stop", action="append", default=[], help="end before this string; may be given more than once"
+    )
+    sample.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
+    sample.set_defaults(run=run_sample)
+
+    listing = commands.add_parser("list", help="names that zoo knows")
+    listing.add_argument("pattern", nargs="?", default="*", help='shell pattern, such as "text_*"')
+    listing.add_argument("--kind", choices=["models", "recipes", "mixers", "tasks", "datasets"], default="models")
+    listing.set_defaults(run=run_list)
+
+    commands.add_parser("doctor", help="device, versions, and which back end each op takes").set_defaults(
+        run=run_doctor
+    )
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_train(args: argparse.Namespace) -> int:
+    from zoo.config import build, recipe_layers
+    from zoo.train import Recipe, train
+
+    recipe = build(Recipe, *recipe_layers(args.recipe, args.override))
+    folder = args.folder or Path("runs") / args.recipe.removesuffix(".yaml").replace("/", "-")
+    train(recipe, folder, resume=args.resume, allow_changes=args.allow_changes)
+    return 0
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    from zoo.evaluate import evaluate_run
+
+    scores = evaluate_run(
+        args.folder,
+        split=args.split,
+        batch_size=args.batch_size,
+        device=args.device,
+        ema=not args.no_ema,
+        overrides=args.override,
+    )
+    print(scores.table())
+    return 0
+
+
+def run_sample(args: argparse.Namespace) -> int:
+    from zoo.generation import Sampling
+    from zoo.pipelines import pipeline
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+    pipe = pipeline(args.model, device=args.device)
+    if len(args.prompt) == 1:
+        print(args.prompt[0], end="", flush=True)
+        pieces = pipe.stream(args.prompt[0], max_new=args.max_new, sampling=sampling, seed=args.seed, stop=args.stop)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return 0
+    texts = pipe.sample(args.prompt, max_new=args.max_new, sampling=sampling, seed=args.seed, stop=args.stop)
+    for number, (prompt, text) in enumerate(zip(args.prompt, texts, strict=True), 1):
+        print(f"--- {number}\n{prompt}{text}")
+    return 0
+
+
+def run_list(args: argparse.Namespace) -> int:
+    from zoo import registry
+    from zoo.config import list_recipes
+
+    if args.kind == "recipes":
+        names = [name for name in list_recipes() if registry.fnmatch.fnmatch(name, args.pattern)]
+    else:
+        names = getattr(registry, args.kind).names(args.pattern)
+    if not names:
+        print(f"no {args.kind} match {args.pattern!r}", file=sys.stderr)
+        return 1
+    for name in names:
+        print(name)
+    return 0
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    from zoo.doctor import report
+
+    print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""What this machine will run, and why: the text that `zoo doctor` prints."""
+
+import importlib.util
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import zoo
+from zoo import registry
+from zoo.config import configs_root, list_recipes
+from zoo.data import cache_folder
+from zoo.ops import backend
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "torchvision",
+    "torchaudio",
+    "timm",
+    "omegaconf",
+    "safetensors",
+    "tokenizers",
+    "tensorboard",
+)
+
+
+def report() -> str:
+    return "\n".join(line for section in (_machine(), _back_ends(), _places()) for line in (*section, "")).rstrip()
+
+
+def _machine() -> list[str]:
+    lines = [f"gatedfwa-zoo {zoo.__version__}, Python {platform.python_version()} on {platform.platform()}"]
+    versions = (f"{name} {version}" for name in PACKAGES if (version := _version(name)))
+    missing = [name for name in PACKAGES if not _version(name)]
+    lines.append("packages: " + ", ".join(versions) + (f"; not installed: {', '.join(missing)}" if missing else ""))
+    lines.append(f"CPU: {torch.get_num_threads()} threads of {os.cpu_count()} cores")
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        lines.append(f"GPU {i}: {card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.0f} GiB")
+    if not torch.cuda.is_available():
+        lines.append("GPU: none that torch can use" + ("" if torch.version.cuda else " (this torch is a CPU build)"))
+    return lines
+
+
+def _back_ends() -> list[str]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines = ["attention back ends (ZOO_BACKEND overrides):"]
+    for dtype in (torch.bfloat16, torch.float32):
+        for head_dim in (64, 128):
+            name, reason = backend.explain(device, dtype, head_dim)
+            lines.append(f"  {device.type} {str(dtype).removeprefix('torch.')} head_dim {head_dim}: {name} ({reason})")
+    return lines
+
+
+def _places() -> list[str]:
+    data = os.environ.get("ZOO_DATA")
+    found = "" if data is None else " (exists)" if Path(data).is_dir() else " (does not exist)"
+    domains = ", ".join(f"{name} ({module})" for name, module in registry.domain_modules().items())
+    return [
+        f"recipes: {len(list_recipes())} in {configs_root()}",
+        f"domains: {domains}",
+        f"data: ZOO_DATA = {data or 'not set'}{found}; cache {cache_folder()}",
+    ]
+
+
+def _version(package: str) -> str | None:
+    return metadata.version(package) if importlib.util.find_spec(package) else None

@@ -1,0 +1,97 @@
+"""Score models on held-out data; every number becomes one JSON row that says how it came about."""
+
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from zoo import config as configs
+from zoo.task import run_metrics
+from zoo.train import git_commit, load_run
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Metrics of a model and, beside them, the numbers that need none."""
+
+    title: str
+    values: dict[str, float]
+    baselines: dict[str, float]
+
+    def table(self) -> str:
+        width = max(map(len, (*self.values, *self.baselines)), default=0)
+        lines = [self.title, *(f"  {name:<{width}}  {value:.4f}" for name, value in self.values.items())]
+        lines += [f"  {name:<{width}}  {value:.4f}  (baseline)" for name, value in self.baselines.items()]
+        return "\n".join(lines)
+
+
+def evaluate_run(
+    folder: Path,
+    *,
+    split: str = "test",
+    batch_size: int = 16,
+    device: str | None = None,
+    ema: bool = True,
+    overrides: Sequence[str] = (),
+) -> Scores:
+    """All metrics of a run's task over one split, in one pass; appends a row a number to <run>/results.jsonl.
+
+    overrides  fields of the recipe's task to change for this evaluation ("task.stride=64")
+    Raises FileNotFoundError when the folder holds no run, ValueError for an unknown split.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    recipe, task, model = load_run(folder, ema=ema, device=device, overrides=configs.dotted(tuple(overrides)))
+    stream = task.stream(split, batch_size=batch_size)
+    began = time.perf_counter()
+    values = run_metrics(model, task.metrics(split), stream, device=device, progress=progress_bar(split))
+    seconds = time.perf_counter() - began
+    baselines = task.baselines(split)
+    rows = list(rows_of(values, baselines, recipe, task, split, device, seconds))
+    with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return Scores(f"{folder}, {split} split, {task.describe(split)}", values, baselines)
+
+
+def rows_of(
+    values: dict[str, float],
+    baselines: dict[str, float],
+    recipe: Any,
+    task: Any,
+    split: str,
+    device: str,
+    seconds: float,
+) -> Iterable[dict[str, Any]]:
+    """DESIGN.md section 8: fingerprint, commit, seed, data, hardware and command beside each number."""
+    common = {
+        "split": split,
+        "model": recipe.model.name,
+        "task": recipe.task.name,
+        "protocol": task.describe(split),
+        "fingerprint": configs.fingerprint(recipe),
+        "commit": git_commit(),
+        "seed": recipe.train.seed,
+        "data": task.provenance(),
+        "hardware": hardware(device),
+        "command": shlex.join(["zoo", *sys.argv[1:]]),
+        "seconds": round(seconds, 2),
+    }
+    for kind, numbers in (("metric", values), ("baseline", baselines)):
+        for name, value in numbers.items():
+            yield {"name": name, "value": value, "kind": kind, **common}
+
+
+def hardware(device: str) -> str:
+    return torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU {platform.machine()}"
+
+
+def progress_bar(split: str) -> Any:
+    """A tqdm bar on a terminal, silence elsewhere."""
+    return lambda stream: tqdm(stream, desc=f"evaluating {split}", leave=False, disable=not sys.stderr.isatty())

@@ -1,0 +1,195 @@
+"""Sampling from a model: chunked prefill of the prompt, then one token a step on a state of fixed shape.
+
+Samplers are pure functions on logits (B, V). Nothing here reads a tensor on the host: a step never waits for the
+device, so callers that stream pay for the wait only where they look at the tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from zoo.model import Batch, Context, Model
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next element is drawn.
+
+    temperature         divides the logits; 0 takes the most likely element
+    top_k               keep the k most likely (0: all)
+    top_p               keep the smallest set whose probability reaches p (Holtzman et al., arXiv 1904.09751)
+    min_p               keep those at least min_p times as likely as the most likely one (arXiv 2407.01082)
+    repetition_penalty  divide positive and multiply negative logits of elements that occurred (arXiv 1909.05858)
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        accepted = {
+            "temperature": (self.temperature >= 0, "0 or more"),
+            "top_k": (self.top_k >= 0, "0 (all) or more"),
+            "top_p": (0 < self.top_p <= 1, "a number above 0, at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "a number from 0 to 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "a number above 0; 1 is none"),
+        }
+        for name, (fine, takes) in accepted.items():
+            if not fine:
+                raise ValueError(f"{name} = {getattr(self, name)}; it takes {takes}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samplers: (B, V) float logits -> (B, V) with -inf where an element is ruled out
+
+
+def penalise_repetition(logits: Tensor, occurred: Tensor, penalty: float) -> Tensor:
+    """occurred (B, V): nonzero where the element was seen."""
+    penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(occurred > 0, penalised, logits)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    if k >= logits.shape[-1]:
+        return logits
+    least = logits.topk(k, dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < least, -torch.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    ordered, places = logits.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(dim=-1)
+    beyond = probabilities.cumsum(dim=-1) - probabilities >= p  # what stands before it already reaches p
+    return logits.masked_fill(beyond.scatter(-1, places, beyond), -torch.inf)
+
+
+def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
+    probabilities = logits.softmax(dim=-1)
+    return logits.masked_fill(probabilities < min_p * probabilities.amax(dim=-1, keepdim=True), -torch.inf)
+
+
+def sample_logits(
+    logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None, occurred: Tensor | None = None
+) -> Tensor:
+    """(B, V) -> (B,) int64: penalty, temperature, top-k, top-p, min-p, then one draw a row."""
+    logits = logits.float()
+    if occurred is not None and sampling.repetition_penalty != 1:
+        logits = penalise_repetition(logits, occurred, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p > 0:
+        logits = keep_min_p(logits, sampling.min_p)
+    # argmax(p / e) with e ~ Exp(1) is a draw from p; unlike multinomial it never waits for the device.
+    noise = torch.empty_like(logits).exponential_(generator=generator).clamp_(min=1e-30)
+    return (logits.softmax(dim=-1) / noise).argmax(dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@overload
+def generate(
+    model: Model,
+    inputs: Any,
+    *,
+    max_new: int,
+    sampling: Sampling = ...,
+    stream: Literal[False] = False,
+    seed: int | None = None,
+    chunk: int = 2048,
+) -> Tensor: ...
+@overload
+def generate(
+    model: Model,
+    inputs: Any,
+    *,
+    max_new: int,
+    sampling: Sampling = ...,
+    stream: Literal[True],
+    seed: int | None = None,
+    chunk: int = 2048,
+) -> Iterator[Tensor]: ...
+def generate(
+    model: Model,
+    inputs: Any,
+    *,
+    max_new: int,
+    sampling: Sampling = Sampling(),
+    stream: bool = False,
+    seed: int | None = None,
+    chunk: int = 2048,
+) -> Tensor | Iterator[Tensor]:
+    """Continue `inputs` by `max_new` elements, in the model's own world: tensors in, tensors out.
+
+    inputs  a prompt as the head takes it, batch first, or a Batch: ctx.lengths (B,) for rows padded on the right
+    stream  True: an iterator that yields each step's (B, 1, …) as it is drawn; False: all of them, (B, max_new, …)
+    seed    of the draws; None takes a fresh one
+    chunk   prompt tokens per prefill call: bounds the memory of a long prompt
+    """
+    if max_new < 1:
+        raise ValueError(f"max_new = {max_new}; it takes 1 or more")
+    if chunk < 1:
+        raise ValueError(f"chunk = {chunk}; it takes 1 or more")
+    batch = inputs if isinstance(inputs, Batch) else Batch(inputs)
+    steps = _steps(model, batch, max_new, sampling, seed, chunk)
+    return steps if stream else torch.cat(list(steps), dim=1)
+
+
+@torch.inference_mode()
+def _steps(
+    model: Model, batch: Batch, max_new: int, sampling: Sampling, seed: int | None, chunk: int
+) -> Iterator[Tensor]:
+    device = next(model.parameters()).device
+    batch = batch.to(device)
+    generator = torch.Generator(device)
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    training = model.training
+    model.eval()
+    try:
+        rows, tokens = batch.inputs.shape[:2]
+        cache: Any = model.backbone.init_cache(rows, tokens + max_new)
+        head_state: Any = model.head.init_state(batch.inputs, batch.condition, batch.ctx.lengths)
+        h_last, cache, head_state = prefill(model, batch, cache, head_state, chunk)
+        for step in range(max_new):
+            params = model.head.logits(h_last, head_state)
+            drawn, head_state = model.head.sample(params, head_state, sampling, generator)
+            yield drawn
+            if step + 1 < max_new:
+                h, head_state = model.head.embed(drawn, Context(), head_state)
+                h, cache = model.backbone(h, Context(), cache)
+                h_last = h[:, -1]
+    finally:
+        model.train(training)
+
+
+def prefill(model: Model, batch: Batch, cache: Any, head_state: Any, chunk: int) -> tuple[Tensor, Any, Any]:
+    """Feed the prompt in chunks; returns the hidden state (B, C) after each row's last token, and the states."""
+    rows, tokens = batch.inputs.shape[:2]
+    if tokens < 1:
+        raise ValueError("the prompt is empty; a model needs at least one element to continue from")
+    lengths = batch.ctx.lengths
+    h_last: Tensor | None = None
+    for begin in range(0, tokens, chunk):
+        piece = batch.inputs[:, begin : begin + chunk]
+        here = None if lengths is None else (lengths - begin).clamp(min=0, max=piece.shape[1])
+        positions = None if batch.ctx.positions is None else batch.ctx.positions[:, begin : begin + chunk]
+        ctx = replace(batch.ctx, lengths=here, positions=positions)
+        h, head_state = model.head.embed(piece, ctx, head_state)
+        h, cache = model.backbone(h, ctx, cache)
+        if here is None:
+            h_last = h[:, -1]
+        else:
+            last = h[torch.arange(rows, device=h.device), (here - 1).clamp(min=0)]
+            h_last = last if h_last is None else torch.where((here > 0).unsqueeze(1), last, h_last)
+    assert h_last is not None
+    return h_last, cache, head_state

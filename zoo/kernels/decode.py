@@ -1,0 +1,122 @@
+"""One token's attention over a ring of keys in Triton, split along the keys (flash decoding, Dao et al. 2023).
+
+Memory-bound: every live key and value is read once, and nothing else of size. A program takes one key/value head of one
+row and a share of the slots; its H/G query heads (padded to the 16 rows of a tensor-core product) share what it reads.
+With more than one share a second kernel merges the partial results by their log-sum-exp.
+
+Shapes: q, out (B,1,H,D); k, v (B,S,G,D); decay (B,S,H) float32; live (B,) int32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+BLOCK_S = 64  # slots per step
+PROGRAMS = 528  # four for each multiprocessor of a Hopper card; fewer leave some of them idle
+
+
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, live: Tensor, scale: float) -> Tensor:
+    """out like q; a row with live = 0 gives 0. Checked tensors; k and v may have any strides but the last."""
+    batch, _, heads, dim = q.shape
+    slots, kv_heads = k.shape[1], k.shape[2]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out.numel() == 0:
+        return out
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    group, block_d = heads // kv_heads, max(16, triton.next_power_of_2(dim))
+    shares = max(1, min(triton.cdiv(slots, 2 * BLOCK_S), triton.cdiv(PROGRAMS, batch * kv_heads)))
+    per_share = triton.cdiv(triton.cdiv(slots, shares), BLOCK_S) * BLOCK_S
+    shares = max(1, triton.cdiv(slots, per_share))
+    partial = q.new_empty((shares, batch, heads, dim), dtype=torch.float32) if shares > 1 else None
+    partial_lse = q.new_empty((shares, batch, heads), dtype=torch.float32) if shares > 1 else None
+    _share[(batch * kv_heads, shares)](
+        q, k, v, decay, live, out, partial, partial_lse, scale, slots, per_share, batch, heads,
+        q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3], *(decay.stride() if decay is not None else (0, 0, 0)),
+        GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), D=dim, BLOCK_D=block_d, BLOCK_S=BLOCK_S,
+        GATED=decay is not None, MERGED=shares == 1, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    if shares > 1:
+        _merge[(batch * heads,)](
+            partial, partial_lse, out, shares, batch * heads, D=dim, BLOCK_D=block_d,
+            SHARES=triton.next_power_of_2(shares), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _share(
+    q_ptr, k_ptr, v_ptr, decay_ptr, live_ptr, out_ptr, partial_ptr, partial_lse_ptr, scale, slots, per_share, B, H,
+    stride_qb, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_db, stride_ds, stride_dh,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    GATED: tl.constexpr, MERGED: tl.constexpr,
+):  # fmt: skip
+    """One key/value head of one row over slots [share * per_share, (share + 1) * per_share)."""
+    program, share = tl.program_id(0), tl.program_id(1)
+    kv_heads = H // GROUP
+    batch, kv_head = tl.cast(program // kv_heads, tl.int64), program % kv_heads
+    live = tl.load(live_ptr + batch)
+    first, last = share * per_share, min((share + 1) * per_share, live)
+    member, column, step = tl.arange(0, ROWS), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
+    head = kv_head * GROUP + member
+    is_head, is_column = member < GROUP, column < D
+
+    q = tl.load(
+        q_ptr + batch * stride_qb + head[:, None] * stride_qh + column[None, :],
+        mask=is_head[:, None] & is_column[None, :],
+        other=0.0,
+    )
+    k_ptr += batch * stride_kb + kv_head * stride_kh
+    v_ptr += batch * stride_vb + kv_head * stride_vh
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for i in range(0, (tl.maximum(last - first, 0) + BLOCK_S - 1) // BLOCK_S):
+        slot = first + i * BLOCK_S + step
+        is_live = slot < last
+        inside = is_live[:, None] & is_column[None, :]
+        far = tl.cast(slot, tl.int64)
+        k = tl.load(k_ptr + far[:, None] * stride_ks + column[None, :], mask=inside, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+        if GATED:
+            place = decay_ptr + batch * stride_db + far[None, :] * stride_ds + head[:, None] * stride_dh
+            s += tl.load(place, mask=is_live[None, :] & is_head[:, None], other=0.0) * LOG2E
+        s = tl.where(is_live[None, :], s, -float("inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))  # finite: a step begins at a live slot
+        p = tl.exp2(s - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        v = tl.load(v_ptr + far[:, None] * stride_vs + column[None, :], mask=inside, other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        top = new_top
+
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    row = batch * H + head
+    mask = is_head[:, None] & is_column[None, :]
+    if MERGED:
+        tl.store(out_ptr + row[:, None] * D + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        row += share * tl.cast(B, tl.int64) * H
+        tl.store(partial_ptr + row[:, None] * D + column[None, :], out, mask=mask)
+        tl.store(partial_lse_ptr + row, top + tl.log2(total), mask=is_head)  # -inf where the share held nothing
+
+
+@triton.jit
+def _merge(
+    partial_ptr, partial_lse_ptr, out_ptr, shares, rows,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
+    """One head of one row: the shares weighted by 2 ** (lse - top)."""
+    row = tl.cast(tl.program_id(0), tl.int64)
+    share, column = tl.arange(0, SHARES), tl.arange(0, BLOCK_D)
+    place = share * tl.cast(rows, tl.int64) + row
+    lse = tl.load(partial_lse_ptr + place, mask=share < shares, other=-float("inf"))
+    top = tl.max(lse, 0)
+    weight = tl.exp2(lse - tl.where(top == -float("inf"), 0.0, top))
+    weight /= tl.where(top == -float("inf"), 1.0, tl.sum(weight, 0))
+    mask = (share < shares)[:, None] & (column < D)[None, :]
+    partial = tl.load(partial_ptr + place[:, None] * D + column[None, :], mask=mask, other=0.0)
+    out = tl.sum(partial * weight[:, None], 0)
+    tl.store(out_ptr + row * D + column, out.to(out_ptr.dtype.element_ty), mask=column < D)

@@ -1,0 +1,78 @@
+"""Small things that every block needs: rotary positions, token shift, MLP.
+
+Shapes: B batch, T tokens, H or G heads, D head dim, C width.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def rotary_table(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each (B, T, D/2) float32, for positions (B, T) or (B, T, A): with A axes the D/2 frequencies are
+    dealt out evenly, axis after axis (Su et al., arXiv 2104.09864; 2-D as in arXiv 2403.13298)."""
+    axes = 1 if positions.dim() == 2 else positions.shape[-1]
+    if head_dim % (2 * axes):
+        raise ValueError(f"head_dim {head_dim} is not a multiple of {2 * axes}, which {axes} rotary axes need")
+    each = head_dim // (2 * axes)
+    frequency = base ** (-torch.arange(each, device=positions.device, dtype=torch.float32) / each)
+    angle = positions.reshape(*positions.shape[:2], axes, 1).float() * frequency  # (B, T, A, D/2A)
+    angle = angle.flatten(2)
+    return angle.cos(), angle.sin()
+
+
+def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs (x_i, x_{i + D/2}) of x (B, T, H, D); computed in float32 (or wider), returned in x's dtype."""
+    cos, sin = (part.unsqueeze(2) for part in table)  # (B, T, 1, D/2)
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
+
+
+def token_shift(y: Tensor, keep: Tensor, previous: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
+    """keep_t * y_t + (1 - keep_t) * y_{t-1} per head (SPEC 3.2; Forgetting Transformer, arXiv 2503.02130).
+
+    y         (B, T, G, D) projected keys or values
+    keep      (B, T, G) in [0, 1], the weight of the token itself
+    previous  (B, G, D) the token before the first one; None: zeros
+    starts    (T,) bool, True where a packed document begins: nothing is shifted in there
+    """
+    before = torch.zeros_like(y[:, :1]) if previous is None else previous.unsqueeze(1).to(y.dtype)
+    shifted = torch.cat((before, y[:, :-1]), dim=1)
+    if starts is not None:
+        shifted = shifted.masked_fill(starts[None, :, None, None], 0)
+    keep = keep.unsqueeze(-1).to(y.dtype)
+    return keep * y + (1 - keep) * shifted
+
+
+def document_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """(T,) bool, True at the first token of each packed document; empty documents leave no mark of their own."""
+    marks = torch.zeros(tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
+    return marks.index_fill(0, cu_seqlens.long(), True)[:tokens]
+
+
+def document_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """(T,) int64: each token's place in its packed document."""
+    place = torch.arange(tokens, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens.long(), place, right=True) - 1
+    return place - cu_seqlens.long()[document]
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, arXiv 2002.05202) or GELU; (…, C) -> (…, C)."""
+
+    def __init__(self, width: int, hidden: int, kind: Literal["swiglu", "gelu"]):
+        super().__init__()
+        self.gated = kind == "swiglu"
+        self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            value, gate = self.up(x).chunk(2, dim=-1)
+            return self.down(F.silu(gate) * value)
+        return self.down(F.gelu(self.up(x)))
+
+    def flops(self, tokens: int) -> int:
+        return 2 * tokens * (self.up.weight.numel() + self.down.weight.numel())

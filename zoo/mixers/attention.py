@@ -1,0 +1,182 @@
+"""Causal softmax attention with every switch of the family: window, gate, rotary, QK norm, token shift, GQA.
+
+The four registered mixers built on it differ in two switches:
+
+    |            | sees everything | sees `window` keys |
+    | no gate    | softmax         | swa                |
+    | gate       | fox             | gatedfwa           |
+
+Gate (SPEC.md 1.3): z = x W_g + b, u = x W_beta, log-decay = -softplus(-beta z) / (beta + 1e-3), beta = 1 + elu(u), one
+per token and query head. Order (SPEC.md 3.1): project, shift k and v, normalise q and k, rotate, attend.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo import ops
+from zoo.layers import apply_rotary, document_starts, token_shift
+from zoo.mixers.base import Context, Dims, Mixer, visible_pairs
+from zoo.mixers.cache import cache_bytes, init_cache, past_in_order, put_chunk, put_token, start_of, take
+from zoo.state import State
+
+
+@dataclass
+class AttentionConfig:
+    """Switches common to the family.
+
+    rotary       rotate q and k when the backbone's positions are rotary
+    qk_norm      RMS norm of q and k over the whole projection (the authors' reference), over each head, or none
+    token_shift  blend each key and value with the one before it, by a learned gate
+    """
+
+    rotary: bool = True
+    qk_norm: Literal["full", "head", "none"] = "full"
+    token_shift: bool = False
+
+
+@dataclass
+class GateConfig:
+    """Initial gate. gate_bias is z at the start: 0 forgets half a token's past at once (the paper), 2 remembers about
+    8 tokens, 4 to 6 suit recall (SPEC.md section 6, 3). gate_amplitude is u: 0 makes beta 1."""
+
+    gate_bias: float = 0.0
+    gate_amplitude: float = 0.0
+
+
+def check_window(window: int) -> None:
+    if window < 1:
+        raise ValueError(f"window = {window}; it is the number of visible keys, the token itself included: 1 or more")
+
+
+class Gate(nn.Module):
+    """x (B, T, C) -> pre-activations z, u, each (B, T, H) float32."""
+
+    def __init__(self, dims: Dims, config: GateConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2 * dims.heads, dims.width))  # rows: W_g, then W_beta (zero at start)
+        self.bias = nn.Parameter(torch.zeros(2 * dims.heads))
+        with torch.no_grad():
+            self.weight[: dims.heads].normal_(std=0.02)
+            self.bias[: dims.heads] = config.gate_bias
+            self.bias[dims.heads :] = config.gate_amplitude
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # A rounding error in z is carried along the whole window, so the projection is float32 under autocast too.
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(x.dtype, torch.float32)
+            z, u = F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide)).chunk(2, dim=-1)
+        return z, u
+
+
+class Attention(Mixer):
+    def __init__(self, config: AttentionConfig, dims: Dims, *, window: int | None, gate: GateConfig | None):
+        super().__init__()
+        if window is not None:
+            check_window(window)
+        self.config, self.dims, self.window = config, dims, window
+        queries, keys = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
+        self.qkv = nn.Linear(dims.width, queries + 2 * keys, bias=False)
+        self.out = nn.Linear(queries, dims.width, bias=False)
+        self.shift = nn.Linear(dims.width, 2 * dims.kv_heads, bias=False) if config.token_shift else None
+        per_head = config.qk_norm == "head"
+        self.q_norm = None if config.qk_norm == "none" else nn.RMSNorm(dims.head_dim if per_head else queries, eps=1e-6)
+        self.k_norm = None if config.qk_norm == "none" else nn.RMSNorm(dims.head_dim if per_head else keys, eps=1e-6)
+        self.gate = None if gate is None else Gate(dims, gate)
+
+    def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
+        q, k, v = self._project(x)  # (B, T, H|G|G, D)
+        if self.shift is not None:
+            k, v = self._shift(x, k, v, ctx, state)
+        q, k = self._normalise(q, self.q_norm).to(v.dtype), self._normalise(k, self.k_norm).to(v.dtype)
+        if self.config.rotary and ctx.rotary is not None:
+            q, k = apply_rotary(q, ctx.rotary), apply_rotary(k, ctx.rotary)
+        y = self._attend(q, k, v, x, ctx) if state is None else self._continue(q, k, v, x, ctx, state)
+        return self.out(y.flatten(2)), state
+
+    # -- projections ---------------------------------------------------------------------------------------------------
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads, kv_heads, head_dim = self.dims.heads, self.dims.kv_heads, self.dims.head_dim
+        qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, head_dim))
+        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
+        return q, k, v
+
+    def _shift(self, x: Tensor, k: Tensor, v: Tensor, ctx: Context, state: Any) -> tuple[Tensor, Tensor]:
+        assert self.shift is not None
+        keep_k, keep_v = torch.sigmoid(self.shift(x)).chunk(2, dim=-1)
+        starts = None if ctx.cu_seqlens is None else document_starts(ctx.cu_seqlens, x.shape[1])
+        tails = (None, None) if state is None else (state["tail_k"], state["tail_v"])
+        shifted = tuple(
+            token_shift(y, keep, tail, starts) for y, keep, tail in ((k, keep_k, tails[0]), (v, keep_v, tails[1]))
+        )
+        if state is not None:
+            for name, y in (("tail_k", k), ("tail_v", v)):
+                state[name].copy_(self._last(y, state[name], ctx))
+        return shifted[0], shifted[1]
+
+    @staticmethod
+    def _last(y: Tensor, before: Tensor, ctx: Context) -> Tensor:
+        """Each row's last valid token of y (B, T, G, D); `before` (B, G, D) where the row has none in this call."""
+        if ctx.lengths is None:
+            return y[:, -1].to(before.dtype)
+        last = take(y, (ctx.lengths - 1).clamp(min=0).unsqueeze(1))[:, 0].to(before.dtype)
+        return torch.where((ctx.lengths > 0)[:, None, None], last, before)
+
+    def _normalise(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        if norm is None:
+            return x
+        return norm(x) if self.config.qk_norm == "head" else norm(x.flatten(2)).view(x.shape)
+
+    # -- attention -----------------------------------------------------------------------------------------------------
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: Context) -> Tensor:
+        if self.gate is None:
+            return ops.window_attention(q, k, v, window=self.window, cu_seqlens=ctx.cu_seqlens)
+        z, u = self.gate(x)
+        return ops.gated_window_attention(q, k, v, z, u, window=self.window, cu_seqlens=ctx.cu_seqlens)
+
+    def _continue(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: Context, state: Any) -> Tensor:
+        """Attend to the cached past and to the call's own tokens, and add them to the cache."""
+        tokens, start = x.shape[1], start_of(ctx, x)
+        log_decay = None if self.gate is None else ops.log_decay(*self.gate(x))
+        if tokens == 1 and ctx.lengths is None:
+            live = put_token(state, k, v, log_decay, start)
+            return ops.ring_attention(q, state["k"], state["v"], state.get("decay"), live)
+        slots = state["k"].shape[1]
+        past = slots if self.window is None else min(self.window - 1, slots)
+        past_k, past_v, past_decay, key_start = past_in_order(state, start, past)
+        y = ops.window_attention(
+            q,
+            torch.cat((past_k.to(k.dtype), k), dim=1),
+            torch.cat((past_v.to(v.dtype), v), dim=1),
+            None if log_decay is None or past_decay is None else torch.cat((past_decay, log_decay), dim=1),
+            window=self.window,
+            key_start=key_start,
+        )
+        lengths = ctx.lengths if ctx.lengths is not None else torch.full_like(start, tokens)
+        put_chunk(state, k, v, log_decay, start, lengths)
+        return y
+
+    # -- state and cost ------------------------------------------------------------------------------------------------
+
+    def init_state(self, batch: int, max_len: int, *, device: Any, dtype: Any) -> State:
+        slots = max_len if self.window is None else min(self.window, max_len)
+        state = init_cache(batch, slots, self.dims, self.gate is not None, device=device, dtype=dtype)
+        if self.shift is not None:
+            for name in ("tail_k", "tail_v"):
+                state[name] = torch.zeros(batch, self.dims.kv_heads, self.dims.head_dim, device=device, dtype=dtype)
+        return state
+
+    def flops(self, tokens: int) -> int:
+        weights = self.qkv.weight.numel() + self.out.weight.numel()
+        weights += sum(part.weight.numel() for part in (self.gate, self.shift) if part is not None)
+        return 2 * tokens * weights + 4 * self.dims.heads * self.dims.head_dim * visible_pairs(tokens, self.window)
+
+    def state_bytes(self, tokens: int, element_size: int = 2) -> int:
+        slots = tokens if self.window is None else min(self.window, tokens)
+        tails = 0 if self.shift is None else 2 * self.dims.kv_heads * self.dims.head_dim * element_size
+        return cache_bytes(slots, self.dims, self.gate is not None, element_size) + tails

@@ -1,0 +1,91 @@
+"""Keys and values of the past, for attention mixers: a ring of `slots` tokens, or all of them when it never wraps.
+
+Token p lives in slot p % slots. A gated cache keeps, per slot and query head, the log-decay from that slot's token to
+the newest one (<= 0): a step adds its own log-decay to every slot and writes 0 in the new one, so no prefix grows and
+precision does not depend on position.
+
+    k, v    (B, slots, G, D)
+    decay   (B, slots, H) float32 (float64 for a float64 cache), only with a gate
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.mixers.base import Context, Dims
+
+Cache = dict[str, Any]
+
+
+def init_cache(batch: int, slots: int, dims: Dims, gated: bool, *, device: Any, dtype: Any) -> Cache:
+    shape = (batch, slots, dims.kv_heads, dims.head_dim)
+    cache = {name: torch.zeros(shape, device=device, dtype=dtype) for name in ("k", "v")}
+    if gated:
+        wide = torch.promote_types(dtype, torch.float32)
+        cache["decay"] = torch.zeros(batch, slots, dims.heads, device=device, dtype=wide)
+    return cache
+
+
+def cache_bytes(slots: int, dims: Dims, gated: bool, element_size: int) -> int:
+    return slots * (2 * dims.kv_heads * dims.head_dim * element_size + (4 * dims.heads if gated else 0))
+
+
+def start_of(ctx: Context, like: Tensor) -> Tensor:
+    """(B,) tokens that each row has seen before this call."""
+    return ctx.start if ctx.start is not None else torch.zeros(like.shape[0], dtype=torch.int64, device=like.device)
+
+
+def put_token(cache: Cache, k: Tensor, v: Tensor, log_decay: Tensor | None, start: Tensor) -> Tensor:
+    """Write one token (k, v (B, 1, G, D), log_decay (B, 1, H)) in place; returns live (B,) int32: slots [0, live) hold
+    tokens."""
+    rows, slots = torch.arange(k.shape[0], device=k.device), cache["k"].shape[1]
+    slot = start % slots
+    cache["k"].index_put_((rows, slot), k[:, 0].to(cache["k"].dtype))
+    cache["v"].index_put_((rows, slot), v[:, 0].to(cache["v"].dtype))
+    if log_decay is not None:
+        cache["decay"].add_(log_decay)
+        cache["decay"].index_put_((rows, slot), cache["decay"].new_zeros(()))
+    return (start + 1).clamp(max=slots).to(torch.int32)
+
+
+def past_in_order(cache: Cache, start: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The last `count` tokens before `start`, oldest first: k, v (B, count, G, D), log_decay (B, count, H) or None, and
+    key_start (B,) int32, how many leading places hold no token."""
+    slots = cache["k"].shape[1]
+    place = start.unsqueeze(1) - count + torch.arange(count, device=start.device)  # (B, count), negative: no token
+    slot = place % slots
+    k, v = take(cache["k"], slot), take(cache["v"], slot)
+    key_start = (count - start).clamp(min=0).to(torch.int32)
+    if "decay" not in cache:
+        return k, v, None, key_start
+    # decay(p) sums the log-decays after p, so a token's own is the step between neighbours; the oldest one's has no
+    # effect on any visible pair.
+    to_now = take(cache["decay"], slot)
+    own = torch.zeros_like(to_now)
+    own[:, 1:] = to_now[:, :-1] - to_now[:, 1:]
+    own = torch.where((place > 0).unsqueeze(-1), own, 0).clamp(max=0)
+    return k, v, own, key_start
+
+
+def put_chunk(cache: Cache, k: Tensor, v: Tensor, log_decay: Tensor | None, start: Tensor, lengths: Tensor) -> None:
+    """Write the first `lengths` (B,) of T tokens (k, v (B, T, G, D), log_decay (B, T, H)) in place."""
+    slots, tokens = cache["k"].shape[1], k.shape[1]
+    # For every slot, the newest token that lands in it; older than `start` means that the slot keeps what it holds.
+    newest = (start + lengths).unsqueeze(1) - 1  # (B, 1)
+    lands = newest - (newest - torch.arange(slots, device=k.device)) % slots - start.unsqueeze(1)  # (B, slots)
+    fresh, source = lands >= 0, lands.clamp(min=0, max=tokens - 1)
+    for name, chunk in (("k", k), ("v", v)):
+        cache[name].copy_(torch.where(fresh[..., None, None], take(chunk, source).to(cache[name].dtype), cache[name]))
+    if log_decay is not None:
+        valid = torch.arange(tokens, device=k.device) < lengths.unsqueeze(1)
+        suffix = torch.where(valid.unsqueeze(-1), log_decay, 0).flip(1).cumsum(1).flip(1)  # own one included
+        after = (suffix - torch.where(valid.unsqueeze(-1), log_decay, 0)).clamp(max=0)
+        kept = cache["decay"] + suffix[:, :1]
+        cache["decay"].copy_(torch.where(fresh.unsqueeze(-1), take(after, source), kept))
+
+
+def take(x: Tensor, place: Tensor) -> Tensor:
+    """x (B, S, …) at place (B, N) -> (B, N, …)."""
+    place = place.reshape(*place.shape, *(1,) * (x.dim() - 2)).expand(*place.shape, *x.shape[2:])
+    return x.gather(1, place)

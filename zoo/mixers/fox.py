@@ -1,0 +1,20 @@
+"""Forgetting Transformer (Lin et al., arXiv 2503.02130): full causal attention whose past fades by a learned gate.
+
+With the amplitude learned (SPEC.md 1.3) it is GatedFWA without a window; beta = 1 gives the original f = sigmoid(z).
+"""
+
+from dataclasses import dataclass
+
+from zoo.mixers.attention import Attention, AttentionConfig, GateConfig
+from zoo.mixers.base import Dims
+from zoo.registry import mixers
+
+
+@mixers.register("fox")
+class FoX(Attention):
+    @dataclass
+    class Config(GateConfig, AttentionConfig):
+        token_shift: bool = True
+
+    def __init__(self, config: Config, dims: Dims):
+        super().__init__(config, dims, window=None, gate=config)

@@ -1,0 +1,27 @@
+"""GatedFWA (Liu et al., arXiv 2512.07782): sliding-window attention whose memory contracts by a learned gate.
+
+    M_t = e^{-alpha_t} M_{t-1} + (1/w) (phi(k_t)^T v_t - e^{B_{t,t-w}} phi(k_{t-w})^T v_{t-w})      (SPEC.md 1.2)
+
+computed as softmax attention over the last `window` keys with logits q_t.k_j / sqrt(D) - (alpha_{j+1} + ... + alpha_t).
+Time is linear in T, the state a ring of `window` keys, values and decays.
+"""
+
+from dataclasses import dataclass
+
+from zoo.mixers.attention import Attention, AttentionConfig, GateConfig, check_window
+from zoo.mixers.base import Dims
+from zoo.registry import mixers
+
+
+@mixers.register("gatedfwa")
+class GatedFWA(Attention):
+    @dataclass
+    class Config(GateConfig, AttentionConfig):
+        window: int = 512
+        token_shift: bool = True
+
+        def __post_init__(self):
+            check_window(self.window)
+
+    def __init__(self, config: Config, dims: Dims):
+        super().__init__(config, dims, window=config.window, gate=config)

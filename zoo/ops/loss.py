@@ -1,0 +1,97 @@
+"""Linear layer and cross-entropy in one: the loss and both gradients without the (N, V) logits ever standing whole.
+
+The gradient of the loss in the logits is softmax - onehot, known as soon as a chunk's logits are; so the forward pass
+goes through the tokens in chunks and leaves the gradients of hidden and weight behind for the backward pass to scale
+(as in Liger, arXiv 2410.10989).
+"""
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 24  # logits held at once: 64 MiB in float32
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of softmax(hidden @ weight.T) in nats.
+
+    hidden   (..., C) floating
+    weight   (V, C)
+    targets  (...) int64 in [0, V), or `ignore_index` for an element that is not scored
+    Returns (loss_sum () float32 (float64 for float64 input), count () int64). Differentiable in hidden and weight.
+    Under autocast hidden and weight enter in the autocast dtype; sums stay float32.
+    """
+    if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)} do not "
+            "belong together; they take (..., C), (V, C) and (...)"
+        )
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    elif hidden.dtype != weight.dtype:
+        raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}; one dtype is accepted")
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    loss_sum, _, _ = _linear_cross_entropy(hidden, weight, targets, ignore_index, needs_grad)
+    return loss_sum, (targets != ignore_index).sum()
+
+
+@torch.library.custom_op("zoo::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss_sum, d loss_sum / d hidden, d loss_sum / d weight); the gradients are empty unless asked for."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden) if needs_grad else hidden.new_empty(0)
+    grad_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else weight.new_empty(0, dtype=wide)
+    rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    for begin in range(0, hidden.shape[0], rows):
+        part, target = hidden[begin : begin + rows], targets[begin : begin + rows]
+        scored = target != ignore_index
+        place = torch.where(scored, target, 0).unsqueeze(1)
+        logits = (part @ weight.T).to(wide)
+        lse = logits.logsumexp(dim=1, keepdim=True)
+        loss_sum += torch.where(scored, (lse - logits.gather(1, place)).squeeze(1), 0).sum()
+        if needs_grad:
+            grad = (logits - lse).exp_()
+            grad.scatter_add_(1, place, torch.full_like(lse, -1.0))
+            grad = torch.where(scored.unsqueeze(1), grad, 0).to(hidden.dtype)
+            grad_hidden[begin : begin + rows] = grad @ weight
+            grad_weight += grad.T @ part
+    return loss_sum, grad_hidden, grad_weight
+
+
+@_linear_cross_entropy.register_fake
+def _(hidden, weight, targets, ignore_index, needs_grad):
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return (
+        torch.empty((), dtype=wide, device=hidden.device),
+        torch.empty_like(hidden) if needs_grad else hidden.new_empty(0),
+        torch.empty_like(weight, dtype=wide) if needs_grad else weight.new_empty(0, dtype=wide),
+    )
+
+
+def _keep_gradients(ctx, inputs, output):
+    _, weight, _, _, _ = inputs
+    _, grad_hidden, grad_weight = output
+    ctx.save_for_backward(grad_hidden, grad_weight)
+    ctx.weight_dtype = weight.dtype
+    ctx.mark_non_differentiable(grad_hidden, grad_weight)
+    ctx.set_materialize_grads(False)
+
+
+def _scale_gradients(ctx, grad_loss, _grad_hidden, _grad_weight):
+    grad_hidden, grad_weight = ctx.saved_tensors
+    return (
+        grad_hidden * grad_loss.to(grad_hidden.dtype),
+        (grad_weight * grad_loss).to(ctx.weight_dtype),
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("zoo::linear_cross_entropy", _scale_gradients, setup_context=_keep_gradients)

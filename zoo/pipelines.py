@@ -1,0 +1,114 @@
+"""A model with the task that belongs to it: prompt in, artefact out.
+
+text = zoo.pipeline("runs/text-demo").sample("def ", max_new=200)
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.generation import Sampling, generate
+from zoo.model import Model
+from zoo.task import Task
+from zoo.train import load_run
+from zoo.weights import weights
+
+
+@dataclass
+class Pipeline:
+    model: Model
+    task: Task
+
+    def sample(
+        self,
+        prompt: Any,
+        *,
+        max_new: int = 256,
+        sampling: Sampling = Sampling(),
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Any:
+        """Continue a prompt, or each prompt of a list, by at most `max_new` elements; returns what was added, as the
+        task's artefact (text, image, …), or a list of them. `stop`: for text, cut before the first of these strings.
+        """
+        several = isinstance(prompt, (list, tuple))
+        steps = generate(
+            self.model, self.task.prompt(prompt), max_new=max_new, sampling=sampling, stream=True, seed=seed
+        )
+        drawn: list[torch.Tensor] = []
+        artefacts: list[Any] = []
+        for step in steps:
+            drawn.append(step)
+            look = stop and len(drawn) % 8 == 0  # decoding waits for the device, so it is not done at every step
+            if look or len(drawn) == max_new:
+                artefacts = [self.task.artefact(row) for row in torch.cat(drawn, dim=1).cpu()]
+                if stop and all(cut(text, stop) is not None for text in artefacts):
+                    break
+        if stop:
+            artefacts = [text if (kept := cut(text, stop)) is None else kept for text in artefacts]
+        return artefacts if several else artefacts[0]
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new: int = 256,
+        sampling: Sampling = Sampling(),
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """The same for one text prompt, piece by piece as it is drawn. A character made of several tokens comes whole,
+        and what might be the beginning of a stop string is held back until it is known not to be."""
+        steps = generate(
+            self.model, self.task.prompt(prompt), max_new=max_new, sampling=sampling, stream=True, seed=seed
+        )
+        drawn: list[torch.Tensor] = []
+        shown = ""
+        for step in steps:
+            drawn.append(step[0].cpu())
+            text = self.task.artefact(torch.cat(drawn))
+            if not isinstance(text, str):
+                raise TypeError(f"stream() is for text; {type(self.task).__name__} makes {type(text).__name__}")
+            kept = cut(text, stop)
+            if kept is not None:
+                yield kept[len(shown) :]
+                return
+            ready = text[: len(text) - held_back(text, stop)]
+            if len(ready) > len(shown):
+                yield ready[len(shown) :]
+                shown = ready
+        if drawn:
+            yield text[len(shown) :]
+
+
+def cut(text: str, stop: Sequence[str]) -> str | None:
+    """`text` up to the first stop string that it holds; None if it holds none."""
+    places = [place for place in (text.find(s) for s in stop if s) if place >= 0]
+    return text[: min(places)] if places else None
+
+
+def held_back(text: str, stop: Sequence[str]) -> int:
+    """How many characters at the end may still change or begin a stop string."""
+    unfinished = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+    begun = (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))
+    return max(unfinished, *begun, 0)
+
+
+def pipeline(name: str | Path, *, device: str | None = None, ema: bool = True) -> Pipeline:
+    """A pipeline from a run folder.
+
+    device  default: the GPU where there is one
+    ema     take the averaged weights where the run kept them
+    Raises FileNotFoundError when `name` is no run folder.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not Path(name).is_dir():
+        known = ", ".join(weights.names()) or "none yet"
+        raise FileNotFoundError(f"{str(name)!r} is neither a run folder nor pretrained weights. Weights: {known}")
+    _, task, model = load_run(Path(name), ema=ema, device=device)
+    if not isinstance(model, Model):
+        raise TypeError(f"{name} holds a {type(model).__name__}; only models with a head can be sampled from")
+    return Pipeline(model, task)
