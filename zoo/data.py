@@ -8,14 +8,16 @@ consumed: a run resumes exactly, on any number of ranks and with any split into 
 import hashlib
 import os
 import queue
+import shutil
 import threading
 import urllib.request
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -65,14 +67,7 @@ class SourceStream:
     """
 
     def __init__(
-        self,
-        source: Source,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world: int = 1,
-        endless: bool = True,
-        max_bad: int = 10,
+        self, source: Source, *, batch_size: int, rank: int = 0, world: int = 1, endless: bool = True, max_bad: int = 10
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it takes 1 or more")
@@ -405,11 +400,9 @@ class Prefetch:
 
 def _put(ready: queue.Queue, item: Any, stop: threading.Event) -> bool:
     while not stop.is_set():
-        try:
+        with suppress(queue.Full):
             ready.put(item, timeout=0.05)
             return True
-        except queue.Full:
-            continue
     return False
 
 
@@ -463,7 +456,7 @@ def fetch(name: str, urls: Sequence[str], sha256: str, root: Path | None = None)
     for url in urls:
         try:
             return _download(url, home / name, sha256)
-        except (URLError, OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             failures.append(f"  {url}: {error}")
     looked = "\n".join(f"  {folder / name}" for folder in folders)
     raise DataMissing(
@@ -497,10 +490,8 @@ def _download(url: str, path: Path, sha256: str) -> Path:
         request = urllib.request.Request(url, headers={"User-Agent": "gatedfwa-zoo"})
         with urllib.request.urlopen(request, timeout=60) as answer, part.open("wb") as file:
             total = int(answer.headers.get("Content-Length") or 0) or None
-            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, leave=False) as bar:
-                while block := answer.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
+            with tqdm.wrapattr(answer, "read", total=total, desc=path.name, leave=False) as blocks:
+                shutil.copyfileobj(blocks, file, 1 << 20)
             file.flush()
             os.fsync(file.fileno())
         check_sha256(part, sha256)

@@ -8,11 +8,12 @@ import pickle
 import random
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from toytask import FaultyModel, Faults, recipe, train_until_killed
+from toytask import Faults, FaultyModel, recipe, train_until_killed
 
 from zoo import weights
 from zoo.train import checkpoint, load_run, train
@@ -62,7 +63,9 @@ class Failing:
         return call
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "input/output error"), MemoryError(), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "input/output error"), MemoryError(), KeyboardInterrupt()], ids=repr
+)
 def test_failure_at_every_call_leaves_the_newest_complete_one(tmp_path, error):
     root = tmp_path / "checkpoints"
     checkpoint.save(root, 1, content(1.0), keep=1)
@@ -109,9 +112,10 @@ def test_full_disk_ends_a_run_that_can_go_on(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, data)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(DiskFull, match="step-00000004"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "write_file", full)
-        train(recipe(), tmp_path)
+        with pytest.raises(DiskFull, match="step-00000004"):
+            train(recipe(), tmp_path)
     assert train(recipe(), tmp_path, resume=True).step == 12
 
 
@@ -230,9 +234,10 @@ def test_run_with_non_finite_weights_stops_and_names_the_parameter(tmp_path):
                 self.mix.bias[1] = float("nan")
         return output
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(NonFinite, match="mix.bias is not finite after step 8"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FaultyModel, "forward", poison)
-        train(recipe(max_skipped=10), tmp_path)
+        with pytest.raises(NonFinite, match="mix.bias is not finite after step 8"):
+            train(recipe(max_skipped=10), tmp_path)
     assert load_run(tmp_path)[0].train.steps == 12
     assert checkpoint.latest(tmp_path / "checkpoints")[0].name == "step-00000004"
     FaultyModel.faults = Faults()
@@ -243,10 +248,13 @@ def test_run_with_non_finite_weights_stops_and_names_the_parameter(tmp_path):
 # Killed
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(tmp_path, kills):
+def test_killed_at_random_moments(tmp_path, kills, monkeypatch):
     """SIGKILL while it saves every step: the newest complete checkpoint loads every time, and steps only go up."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(filter(None, paths))
+    )  # the server's; it forks what has torch loaded
     started = multiprocessing.get_context("forkserver")
     started.set_forkserver_preload(["torch", "toytask"])
     rng = random.Random(4)

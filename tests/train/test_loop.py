@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
+import sys
 
 import pytest
 import torch
-from toytask import FaultyModel, FaultyModelConfig, Faults, ToyModel, ToyModelConfig, recipe
 from torch import nn
+from toytask import Faults, FaultyModel, FaultyModelConfig, ToyModel, ToyModelConfig, ToyTask, recipe
 
 from zoo import config as configs
 from zoo.config import ConfigError
@@ -36,7 +38,9 @@ def test_micro_batches_of_uneven_counts_equal_one_batch(tmp_path):
         made = recipe(micro_batch_size=micro, model=FaultyModelConfig(dropout=0.0), log_every=1)
         train(made, tmp_path / str(micro))
         path, _ = checkpoint.latest(tmp_path / str(micro) / "checkpoints")
-        weights.append((checkpoint.read_tensors(path, "model"), [row["train/loss"] for row in rows(tmp_path / str(micro))]))
+        weights.append(
+            (checkpoint.read_tensors(path, "model"), [row["train/loss"] for row in rows(tmp_path / str(micro))])
+        )
     for tensors, losses in weights[1:]:
         for name, tensor in weights[0][0].items():
             torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5)
@@ -67,9 +71,7 @@ def test_skipped_step_changes_nothing(name, fault, first):
             parameter.grad = torch.randn_like(parameter)
         if poison:
             model.mix.weight.grad[0, 0] = float("inf")
-        _, taken = optim.guarded_step(
-            optimizer, guard, torch.tensor(loss), torch.tensor(count), clip=1.0, fp16=False
-        )
+        _, taken = optim.guarded_step(optimizer, guard, torch.tensor(loss), torch.tensor(count), clip=1.0, fp16=False)
         ema.update(model, 100, taken)
 
     if not first:
@@ -97,7 +99,7 @@ def test_run_skips_a_nan_and_names_its_batch(tmp_path):
     assert result.skipped == 1
     log = (tmp_path / "log.txt").read_text()
     assert 'step 3 was skipped: loss nan, gradient norm nan; the batch at data {"position": 16}' in log
-    assert [row["step"] for row in rows(tmp_path) if "train/skipped" in row] == [3]
+    assert [row["step"] for row in rows(tmp_path) if row["train/skipped"]] == [3]
     assert "train/loss" not in rows(tmp_path)[2]
 
 
@@ -223,3 +225,37 @@ def test_no_cuda_is_said():
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no CUDA device"):
             train(recipe(device="cuda"), "nowhere")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a person sees
+
+
+def test_progress_bar_on_a_terminal_and_lines_without(tmp_path, monkeypatch, capfd):
+    train(recipe(eval_every=6), tmp_path / "lines")
+    lines = capfd.readouterr().err
+    assert re.search(r"^step 3/12  loss \d\.\d{4}  [\d.]+k? tokens/s  0m\d\ds left$", lines, re.MULTILINE)
+    assert "valid/loss" in lines
+    assert "\r" not in lines
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train(recipe(eval_every=6), tmp_path / "bar")
+    assert re.search(r"12/12 .*loss \d\.\d{4}, [\d.]+k? tokens/s", capfd.readouterr().err)
+    for kind in ("lines", "bar"):
+        log = (tmp_path / kind / "log.txt").read_text()
+        assert "step 12/12" in log
+        assert "done: 12 steps" in log
+
+
+def test_stream_that_ends_is_an_error(tmp_path, monkeypatch):
+    stream = ToyTask.stream
+    monkeypatch.setattr(ToyTask, "stream", lambda self, split, **sizes: stream(self, "valid", **sizes))
+    with pytest.raises(ValueError, match="training stream of ToyTask ended"):
+        train(recipe(steps=100), tmp_path)
+
+
+@pytest.mark.slow
+def test_compiled_training(tmp_path):
+    made = recipe(model=FaultyModelConfig(dropout=0.0))
+    plain = train(made, tmp_path / "plain").metrics["train/loss"]
+    made.train.compile = True
+    assert train(made, tmp_path / "compiled").metrics["train/loss"] == pytest.approx(plain, rel=1e-4)

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
-from toytask import FaultyModel, FaultyModelConfig, Faults, ToyConfig, recipe
+from toytask import Faults, FaultyModel, FaultyModelConfig, ToyConfig, recipe
 
 from zoo.train import checkpoint, load_run, train
 from zoo.train.loop import Interrupted
@@ -92,9 +92,10 @@ def test_second_ctrl_c_leaves_at_once(tmp_path):
             signal.raise_signal(signal.SIGINT)
         return output
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FaultyModel, "forward", twice)
-        train(recipe(), tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(), tmp_path)
 
 
 def test_interrupted_evaluation_is_done_on_resuming(tmp_path, straight):
@@ -107,9 +108,10 @@ def test_interrupted_evaluation_is_done_on_resuming(tmp_path, straight):
         signal.raise_signal(signal.SIGTERM)
         update(self, model, batch)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loss, "update", struck)
-        train(recipe(**LOGS), tmp_path)
+        with pytest.raises(Interrupted):
+            train(recipe(**LOGS), tmp_path)
     assert checkpoint.read_state(checkpoint.latest(tmp_path / "checkpoints")[0])["evaluated"] == 0
     train(recipe(**LOGS), tmp_path, resume=True)
     assert_same_run(straight(**LOGS), tmp_path)

@@ -198,4 +198,4 @@ def train_until_killed(run: Path, resume: bool, delay: float):
     torch.set_num_threads(1)
     install()
     FaultyModel.faults = Faults(delay=delay)
-    train(recipe(steps=400, save_every=1, ema=0.9, eval_every=5), run, resume=resume)
+    train(recipe(steps=100_000, save_every=1, ema=0.9, eval_every=5), run, resume=resume)

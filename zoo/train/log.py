@@ -1,6 +1,7 @@
 """What a run says while it trains: terminal, log.txt, metrics.jsonl, TensorBoard, samples; nothing twice."""
 
 import json
+import math
 import sys
 import time
 import wave
@@ -109,7 +110,8 @@ class RunLog:
         self.say(f"step {step}/{self.steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
     def _row(self, step: int, values: Mapping[str, float], timing: Mapping[str, float]) -> None:
-        self._rows.write(json.dumps({"step": step, **values, **timing}) + "\n")
+        row = {name: _number(value) for name, value in {**values, **timing}.items()}
+        self._rows.write(json.dumps({"step": step, **row}) + "\n")
         self._rows.flush()
         for name, value in {**values, **{f"time/{name}": value for name, value in timing.items()}}.items():
             self._board.add_scalar(name, value, step)
@@ -146,6 +148,11 @@ def _drop_rows_after(path: Path, step: int) -> None:
         if row.get("step", 0) <= step:
             kept.append(line + "\n")
     path.write_text("".join(kept), encoding="utf-8")
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _plain(name: str) -> str:

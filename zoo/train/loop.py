@@ -26,7 +26,16 @@ from zoo.task import OneRank, Task, run_metrics
 from zoo.train import checkpoint, optim
 from zoo.train.log import Meters, RunLog
 from zoo.train.optim import Ema, Guard
-from zoo.train.recipe import Recipe, check_same, find_start, make_model, make_task, pick_device, write_run_files
+from zoo.train.recipe import (
+    Recipe,
+    check_same,
+    find_start,
+    make_model,
+    make_task,
+    pick_device,
+    what_a_number_carries,
+    write_run_files,
+)
 from zoo.train.signals import Signals
 
 
@@ -70,12 +79,13 @@ def train(
     checkpoint.seed_everything(config.seed)
     task = make_task(recipe)
     model = make_model(recipe, task).to(device)
-    notes += check_same(found, recipe, task, allow_changes)
-    state = Run(recipe, run, task, model, device, ranks)
+    facts = what_a_number_carries(recipe, task)
+    notes += check_same(found, recipe, facts, allow_changes)
+    state = Run(recipe, run, task, model, device, ranks, facts)
     if found is not None:
         state.restore(found)
         notes.append(f"resuming {run} from {found.name}")
-    write_run_files(recipe, task, run, device)
+    write_run_files(recipe, task, run, device, facts)
     go_on = command or f"zoo train {shlex.quote(str(run / 'recipe.yaml'))} --run {shlex.quote(str(run))} --resume"
     with Signals() as signals, RunLog(run, step=state.step, steps=config.steps) as log, state.stream:
         for note in notes:
@@ -93,14 +103,9 @@ def _loop(state: "Run", log: RunLog, signals: Signals, go_on: str) -> Result:
     forward = torch.compile(state.model) if config.compile else state.model
     batches = iter(state.stream)
     pending: Reading | None = None
-    last: dict[str, float] = {}
-    saved = state.saved
 
-    def due(every: int) -> bool:
-        return every > 0 and (state.step % every == 0 or state.step == config.steps) and state.step > 0
-
-    if due(config.eval_every) and state.evaluated < state.step:  # interrupted between a step and its evaluation
-        last |= state.evaluate(log, signals)
+    if state.due(config.eval_every) and state.evaluated < state.step:  # interrupted between a step and its evaluation
+        state.evaluate(log, signals)
     while state.step < config.steps:
         reading = _step(state, forward, batches)
         state.step += 1
@@ -109,32 +114,26 @@ def _loop(state: "Run", log: RunLog, signals: Signals, go_on: str) -> Result:
             state.read(pending, log)
         pending = reading
 
-        saving = due(config.save_every) or state.step == config.steps or signals.received
-        if saving or due(config.log_every) or due(config.eval_every):
-            state.read(pending, log)
-            pending = None
-        if due(config.log_every):
-            last |= (means := state.meters.take())
-            log.train_row(state.step, means)
-            state.tell_bad_samples(log)
-        if not (saving or due(config.eval_every) or due(config.sample_every)):
+        evaluating, sampling = state.due(config.eval_every), state.due(config.sample_every)
+        saving = state.due(config.save_every) or state.step == config.steps
+        if not (evaluating or sampling or saving or signals.received):
             continue
+        state.read(pending, log)
+        pending = None
         log.pause()
-        if due(config.eval_every):
-            last |= state.evaluate(log, signals)
-            saving = saving or bool(signals.received)
-        if due(config.sample_every) and not signals.received:
+        if evaluating:
+            state.evaluate(log, signals)
+        if sampling and not signals.received:
             state.sample(log)
-        if saving:
-            saved = state.save()
+        if saving or signals.received:
+            state.save()
             log.flush()
         if signals.received:
-            log.say(f"stopped by {signals.received.name} after step {state.step}; saved {saved}. To go on:\n  {go_on}")
+            name = signals.received.name
+            log.say(f"stopped by {name} after step {state.step}; saved {state.saved}. To go on:\n  {go_on}")
             raise Interrupted(128 + signals.received)
         log.go_on()
-    if saved is None:
-        saved = state.save()
-    return Result(state.run, state.step, saved, last, int(state.guard.skipped.item()))
+    return Result(state.run, state.step, state.saved or state.save(), state.last, int(state.guard.skipped.item()))
 
 
 @dataclass
@@ -143,6 +142,7 @@ class Reading:
 
     step: int
     data: dict[str, Any]  # the data position before the step, which names its batch
+    lr: float
     names: list[str]
     values: Tensor
     after: Any = None
@@ -156,13 +156,16 @@ class Reading:
 def _step(state: "Run", forward: Any, batches: Iterator[Any]) -> Reading:
     """One update: sums of losses, gradients and counts over micro-batches (and ranks), then one guarded step."""
     config, device, ranks, guard = state.recipe.train, state.device, state.ranks, state.guard
-    optim.set_lr(state.optimizer, config.optimizer.lr * optim.lr_share(config.schedule, state.step, config.steps))
+    lr = config.optimizer.lr * optim.lr_share(config.schedule, state.step, config.steps)
+    optim.set_lr(state.optimizer, lr)
     position = state.stream.state_dict()
     micro = config.micro_batch_size or config.batch_size
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     state.model.train()
     for part in range(config.batch_size // (micro * ranks.world)):
-        batch = next(batches).to(device)
+        if (batch := next(batches, None)) is None:
+            raise ValueError(f"the training stream of {type(state.task).__name__} ended; it has to be endless")
+        batch = batch.to(device)
         with autocast(config.precision, device):
             output = forward(batch)
         if config.precision == "fp16" and state.step == 0 and part == 0:
@@ -190,16 +193,25 @@ def _step(state: "Run", forward: Any, batches: Iterator[Any]) -> Reading:
         values = values.to("cpu", non_blocking=True)
         after = torch.cuda.Event()
         after.record()
-    return Reading(state.step + 1, position, names, values, after)
+    return Reading(state.step + 1, position, lr, names, values, after)
 
 
 class Run:
     """Everything that training changes, so that it can be saved and put back as one."""
 
-    def __init__(self, recipe: Recipe, run: Path, task: Task, model: nn.Module, device: torch.device, ranks: Any):
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: Path,
+        task: Task,
+        model: nn.Module,
+        device: torch.device,
+        ranks: Any,
+        facts: dict[str, Any],
+    ):
         config = recipe.train
         self.recipe, self.run, self.task, self.model = recipe, run, task, model
-        self.device, self.ranks = device, ranks
+        self.device, self.ranks, self.facts = device, ranks, facts
         self.parameters = list(model.parameters())
         self.optimizer = optim.make_optimizer(model, config.optimizer)
         self.guard = Guard.new(device)
@@ -207,6 +219,7 @@ class Run:
         self.stream = self._stream("train", config.prefetch)
         self.meters = Meters()
         self.step = self.evaluated = 0
+        self.last: dict[str, float] = {}  # the newest value of each number
         self.saved: Path | None = None
         self.skipped: list[tuple[int, Any]] = []  # the last few steps left out, and their data positions
         self.bad = 0  # samples that could not be read, as far as told
@@ -218,6 +231,10 @@ class Run:
         stream = self.task.stream(split, batch_size=micro, rank=ranks.rank, world=ranks.world, seed=config.seed)
         return Prefetch(stream, depth=prefetch, pin=self.device.type == "cuda")
 
+    def due(self, every: int) -> bool:
+        """Whether what is done every so many steps is due now; always at the end of a run."""
+        return every > 0 and self.step > 0 and (self.step % every == 0 or self.step == self.recipe.train.steps)
+
     @property
     def averaged(self) -> nn.Module:
         """The weights to evaluate and sample: the moving average where there is one."""
@@ -227,34 +244,43 @@ class Run:
         """Take in the numbers of an earlier step. Raises Diverged."""
         row = reading.rows()
         log.count(row["count/loss"])
+        self.meters.add("train/lr", reading.lr, 1.0)
+        self.meters.add("train/skipped", 1.0 - row["taken"], 1.0)
         if row["taken"]:
             for name in reading.names:
                 if name.startswith("sum/"):
                     name = name.removeprefix("sum/")
                     self.meters.add(f"train/{name}", row[f"sum/{name}"], row[f"count/{name}"])
             self.meters.add("train/gradient_norm", row["norm"], 1.0)
-            return
-        self.meters.add("train/skipped", 1.0, 1.0)
+        else:
+            self._tell_skipped(reading, row, log)
+        if reading.step % self.recipe.train.log_every == 0 or reading.step == self.recipe.train.steps:
+            self.last |= (means := self.meters.take())
+            log.train_row(reading.step, means)
+            self._tell_bad_samples(log)
+
+    def _tell_skipped(self, reading: Reading, row: dict[str, float], log: RunLog) -> None:
         batch = f"the batch at data {json.dumps(reading.data)}"
         log.say(f"step {reading.step} was skipped: loss {row['sum/loss']}, gradient norm {row['norm']}; {batch}")
         self.skipped = [*self.skipped, (reading.step, reading.data)][-8:]
         if row["in_a_row"] > self.recipe.train.max_skipped:
             listed = "; ".join(f"step {step}: data {json.dumps(data)}" for step, data in self.skipped)
+            newest = checkpoint.newest_name(self.run / "checkpoints")
             raise Diverged(
                 f"{row['in_a_row']:.0f} steps in a row were not finite, more than train.max_skipped = "
                 f"{self.recipe.train.max_skipped}; the last is step {reading.step}. Their batches: {listed}. "
-                f"The weights are as before them; the newest checkpoint is {checkpoint.newest_name(self.run / 'checkpoints')}"
+                f"The weights are as before them; the newest checkpoint is {newest}"
             )
 
-    def tell_bad_samples(self, log: RunLog) -> None:
+    def _tell_bad_samples(self, log: RunLog) -> None:
         bad: dict[int, str] = getattr(self.stream.stream, "bad", {})
         for place, why in list(bad.items())[self.bad :]:
             log.say(f"sample {place} cannot be read and was left out: {why}")
         self.bad = len(bad)
 
     @torch.no_grad()
-    def evaluate(self, log: RunLog, signals: Signals) -> dict[str, float]:
-        """The task's metrics on the validation split; {} if a signal came in between (then it is done on resuming)."""
+    def evaluate(self, log: RunLog, signals: Signals) -> None:
+        """The task's metrics on the validation split. If a signal comes in between, it is done on resuming."""
         batches = self.recipe.train.eval_batches or None
 
         def until_signal(stream: Any) -> Iterator[Any]:
@@ -274,11 +300,11 @@ class Run:
                 progress=until_signal,
             )
         if signals.received:
-            return {}
+            return
         self.evaluated = self.step
         values = {f"valid/{name}": value for name, value in values.items()}
+        self.last |= values
         log.evaluation_row(self.step, values)
-        return values
 
     @torch.no_grad()
     def sample(self, log: RunLog) -> None:
@@ -305,14 +331,7 @@ class Run:
             "evaluated": self.evaluated,
             "rates": {"lr": [group["lr"] for group in self.optimizer.param_groups]},
         }
-        facts = {
-            "recipe": configs.to_dict(self.recipe),
-            "fingerprint": configs.fingerprint(self.recipe),
-            "provenance": self.task.provenance(),
-            "commit": checkpoint.git_commit(),
-            "world": self.ranks.world,
-            "versions": checkpoint.versions(),
-        }
+        facts = {"recipe": configs.to_dict(self.recipe), "world": self.ranks.world, **self.facts}
         content = checkpoint.Content(tensors, state, facts)
         self.saved = checkpoint.save(self.run / "checkpoints", self.step, content, keep=self.recipe.train.keep)
         return self.saved

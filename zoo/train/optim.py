@@ -3,6 +3,8 @@
 The guard is one flag on the device, "the loss and the gradient norm are finite", that masks the optimizer's step: on a
 skipped step parameters, moments and step counts stay exactly as they were, and nobody waits for the device.
 """
+# pyright: reportPrivateImportUsage=false
+# (timm re-exports its factory, and torch its foreach functions, without saying so to type checkers)
 
 import math
 import re
@@ -104,7 +106,7 @@ FUSED = (
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    fused = {"fused": True} if config.name.lower() in FUSED else {}
+    fused: dict[str, Any] = {"fused": True} if config.name.lower() in FUSED else {}
     return timm.optim.create_optimizer_v2(
         model,
         opt=config.name,
@@ -209,8 +211,8 @@ class Ema:
     def update(self, model: nn.Module, step: int, taken: Tensor) -> None:
         """`taken` (): on the device, whether the step was; if not, the average stays exactly as it is."""
         share = (1.0 - min(self.decay, (1 + step) / (10 + step))) * taken.float()
-        averages = list(self.model.parameters())
-        change = torch._foreach_sub(list(model.parameters()), averages)
+        averages: list[Tensor] = list(self.model.parameters())
+        change = list(torch._foreach_sub(list[Tensor](model.parameters()), averages))
         torch._foreach_mul_(change, share)
         torch._foreach_add_(averages, change)
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):

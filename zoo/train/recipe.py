@@ -5,6 +5,7 @@ run/recipe.yaml  assets/  provenance.json        written at the start
 """
 
 import json
+import platform
 import shlex
 import sys
 import time
@@ -124,14 +125,25 @@ def find_start(recipe: Recipe, run: Path, resume: bool) -> tuple[Path | None, li
     return found, notes if found else [f"nothing to resume in {run}: beginning"]
 
 
-def check_same(found: Path | None, recipe: Recipe, task: Task, allow_changes: bool) -> list[str]:
+def what_a_number_carries(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """For manifests and provenance.json, as plain JSON values."""
+    facts = {
+        "fingerprint": configs.fingerprint(recipe),
+        "seed": recipe.train.seed,
+        "data": task.provenance(),
+        "commit": checkpoint.git_commit(),
+        "versions": checkpoint.versions(),
+    }
+    return json.loads(json.dumps(facts))  # tuples have become lists, as when read back
+
+
+def check_same(found: Path | None, recipe: Recipe, facts: dict[str, Any], allow_changes: bool) -> list[str]:
     """Lines that say what changed since the checkpoint. Raises ResumeError for what would make it another run."""
     if found is None:
         return []
     manifest = checkpoint.read_manifest(found)
     changes = configs.difference(manifest["recipe"], recipe)
-    # provenance as it reads back from JSON: tuples have become lists
-    data = configs.difference(manifest["provenance"], json.loads(json.dumps(task.provenance())), "data")
+    data = configs.difference(manifest["data"], facts["data"], "data")
     harmful = [line for line in changes if line.split(":")[0] not in HARMLESS] + data
     if harmful and not allow_changes:
         raise ResumeError(
@@ -141,7 +153,7 @@ def check_same(found: Path | None, recipe: Recipe, task: Task, allow_changes: bo
     return [f"changed since {found.name}: {line}" for line in changes + data]
 
 
-def write_run_files(recipe: Recipe, task: Task, run: Path, device: torch.device) -> None:
+def write_run_files(recipe: Recipe, task: Task, run: Path, device: torch.device, facts: dict[str, Any]) -> None:
     """recipe.yaml, assets/ and provenance.json: what evaluating, sampling and citing the run need."""
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.yaml").write_text(configs.to_yaml(recipe), encoding="utf-8")
@@ -155,18 +167,12 @@ def write_run_files(recipe: Recipe, task: Task, run: Path, device: torch.device)
     session = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(sys.argv),
-        "commit": checkpoint.git_commit(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
         "threads": torch.get_num_threads(),
-        "versions": checkpoint.versions(),
+        "commit": facts["commit"],
+        "versions": facts["versions"],
     }
-    facts = {
-        "fingerprint": configs.fingerprint(recipe),
-        "seed": recipe.train.seed,
-        "data": task.provenance(),
-        "sessions": [*sessions, session],
-    }
-    path.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    path.write_text(json.dumps({**facts, "sessions": [*sessions, session]}, indent=1), encoding="utf-8")
 
 
 def pick_device(name: str) -> torch.device:
