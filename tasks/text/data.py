@@ -212,7 +212,8 @@ class Folder:
     """A user's own .txt, .jsonl and .parquet files.
 
     path   a folder, searched through, or one file. Sub-folders or files named train, valid and test are those splits;
-           where there are none, documents go to splits by a hash of their text.
+           where there are none, documents go to splits by a hash of their text, or, if they are too few, the end of
+           the whole is held out.
     field  of a .jsonl or .parquet row, holding its text
     share  of the documents for valid and for test, each, where the folder does not say
     Files that cannot be read (not UTF-8, no such field, damaged) are skipped, counted and listed; a folder in which
@@ -233,7 +234,9 @@ class Folder:
     def __init__(self, config: Config):
         self.config = config
         if not config.path:
-            raise ValueError("text/folder needs task.dataset.path, a folder or a file with .txt, .jsonl or .parquet text")
+            raise ValueError(
+                "text/folder needs task.dataset.path, a folder or a file with .txt, .jsonl or .parquet text"
+            )
         self.root = Path(config.path).expanduser()
         self._documents: dict[str, list[str]] | None = None
         self.bad: list[str] = []
@@ -260,17 +263,20 @@ class Folder:
         files = [self.root] if self.root.is_file() else sorted(p for p in self.root.rglob("*") if p.suffix in READERS)
         if not files or files[0].suffix not in READERS:
             raise ValueError(f"{self.root} holds no file that can be read; accepted: {', '.join(READERS)}")
-        splits: dict[str, list[str]] = {split: [] for split in SPLITS}
         named = {path: self._named_split(path) for path in files}
+        splits_given = any(named.values())
+        splits: dict[str, list[str]] = {split: [] for split in SPLITS}
         for path in files:
             for text in self._texts(path):
-                splits[named[path] or (self._hashed_split(text) if not any(named.values()) else "train")].append(text)
+                splits[named[path] or ("train" if splits_given else self._hashed_split(text))].append(text)
         if self.bad:
-            log.warning("%s: skipped %d files that cannot be read:\n  %s", self.root, len(self.bad), "\n  ".join(self.bad))
+            log.warning(
+                "%s: skipped %d files that cannot be read:\n  %s", self.root, len(self.bad), "\n  ".join(self.bad)
+            )
         if not any(splits.values()):
             raise ValueError(f"{self.root}: every file is empty or cannot be read")
-        if not any(named.values()) and len(splits["train"]) == 1 and not (splits["valid"] or splits["test"]):
-            splits = cut_one(splits["train"][0], self.config.share)
+        if not splits_given and not all(splits.values()):  # too few documents for every split to get one
+            splits = cut_one("\n".join(text for texts in splits.values() for text in texts), self.config.share)
         return splits
 
     def _texts(self, path: Path) -> list[str]:
@@ -280,7 +286,9 @@ class Folder:
             self.bad.append(f"{path}: {error}")
             if len(self.bad) > self.config.max_bad:
                 listed = "\n  ".join(self.bad)
-                raise ValueError(f"more than max_bad = {self.config.max_bad} files cannot be read:\n  {listed}") from error
+                raise ValueError(
+                    f"more than max_bad = {self.config.max_bad} files cannot be read:\n  {listed}"
+                ) from error
             return []
 
     def _named_split(self, path: Path) -> str | None:
@@ -294,7 +302,7 @@ class Folder:
 
 
 def cut_one(text: str, share: float) -> dict[str, list[str]]:
-    """A single document: its beginning trains, its end validates and tests."""
+    """The beginning trains, the end validates and tests."""
     cuts = [int(len(text) * (1 - 2 * share)), int(len(text) * (1 - share))]
     return {"train": [text[: cuts[0]]], "valid": [text[cuts[0] : cuts[1]]], "test": [text[cuts[1] :]]}
 
@@ -339,4 +347,3 @@ READERS: dict[str, Callable[[Path, str], list[str]]] = {
     ".jsonl": read_jsonl,
     ".parquet": read_parquet,
 }
-
