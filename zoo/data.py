@@ -375,7 +375,7 @@ class Prefetch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.close()
         self.stream.load_state_dict(state)
-        self._state = self.stream.state_dict()
+        self._state = state
 
     def close(self) -> None:
         """Stop reading ahead and put the stream back to the last batch handed out."""
