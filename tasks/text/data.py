@@ -34,9 +34,9 @@ def check_split(split: str, accepted: tuple[str, ...], corpus: str) -> None:
         raise ValueError(f"split {split!r} of {corpus} does not exist; accepted: {', '.join(accepted)}")
 
 
-def read_checked(name: str, url: str, sha256: str) -> str:
+def read_checked(name: str, url: str, sha256: str, encoding: str = "utf-8") -> str:
     path = fetch(name, [url] if url else [], sha256)
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding)
     if not text:
         raise ValueError(f"{path} is empty")
     return text
@@ -149,6 +149,7 @@ class Gutenberg:
     """Book-length documents from Project Gutenberg: NLTK's selection and War and Peace, split by whole book."""
 
     HELD_OUT: ClassVar = {"valid": ("chesterton-brown",), "test": ("melville-moby_dick",)}
+    LATIN_1 = ("chesterton-ball", "shakespeare-caesar")
     SHA256: ClassVar = {
         "austen-emma": "71b0923d75fcf2f1faa897b22da8de8e2476d7478a2b22388eb58a3420e00215",
         "austen-persuasion": "cec097657cbfeb62aafe178973f514fa07ab66a5e28ea025ebd5d51ca870e40f",
@@ -177,7 +178,8 @@ class Gutenberg:
         check_split(split, SPLITS, "text/gutenberg")
         held_out = {book for books in self.HELD_OUT.values() for book in books}
         books = self.HELD_OUT.get(split) or [book for book in self.SHA256 if book not in held_out]
-        return [read_checked(f"gutenberg/{book}.txt", "", self.SHA256[book]) for book in books]
+        encodings = {book: "latin-1" if book in self.LATIN_1 else "utf-8" for book in books}
+        return [read_checked(f"gutenberg/{book}.txt", "", self.SHA256[book], encodings[book]) for book in books]
 
     def provenance(self) -> dict[str, Any]:
         return {"corpus": "text/gutenberg", "sha256": self.SHA256, "licence": "public domain"}

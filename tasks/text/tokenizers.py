@@ -1,11 +1,13 @@
 """Text to token ids and back: bytes, characters, words, byte-pair encoding.
 
-Every tokenizer is built by `fit` on the training text or read back by `load`; both give the same ids for ever after.
+Every tokenizer is built by `fit`, which calls for the training text if it needs it, or read back by `restore`; both
+give the same ids for ever after.
 `byte_lengths` says how many bytes of text each id stands for, which is what bits per byte divides by.
 """
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -59,7 +61,7 @@ class ByteTokenizer:
     byte_lengths = np.ones(256, dtype=np.int64)
 
     @classmethod
-    def fit(cls, config: Config, text: str) -> "ByteTokenizer":
+    def fit(cls, config: Config, read: Callable[[], str]) -> "ByteTokenizer":
         return cls()
 
     @classmethod
@@ -89,8 +91,8 @@ class CharTokenizer:
         self._points = np.frombuffer(characters.encode("utf-32-le"), dtype=np.uint32)
 
     @classmethod
-    def fit(cls, config: Config, text: str) -> "CharTokenizer":
-        return cls("".join(sorted(set(text))))
+    def fit(cls, config: Config, read: Callable[[], str]) -> "CharTokenizer":
+        return cls("".join(sorted(set(read()))))
 
     @classmethod
     def restore(cls, state: Any) -> "CharTokenizer":
@@ -141,8 +143,8 @@ class WordTokenizer:
         self._unknown = self._ids.get("<unk>")
 
     @classmethod
-    def fit(cls, config: Config, text: str) -> "WordTokenizer":
-        counts = Counter(split_words(text))
+    def fit(cls, config: Config, read: Callable[[], str]) -> "WordTokenizer":
+        counts = Counter(split_words(read()))
         words = list(counts)
         if config.max_words and len(words) > config.max_words:
             kept = {word for word, _ in counts.most_common(config.max_words - 1)} | {"<unk>"}
@@ -206,13 +208,13 @@ class BpeTokenizer:
         self._bpe = bpe
 
     @classmethod
-    def fit(cls, config: Config, text: str) -> "BpeTokenizer":
+    def fit(cls, config: Config, read: Callable[[], str]) -> "BpeTokenizer":
         bpe = Bpe(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=config.size, initial_alphabet=alphabet, show_progress=False)
-        bpe.train_from_iterator(text.splitlines(keepends=True), trainer)
+        bpe.train_from_iterator(read().splitlines(keepends=True), trainer)
         return cls(bpe)
 
     @classmethod

@@ -20,7 +20,7 @@ def corpus(name, **fields):
 def test_wikitext2_has_the_published_counts(data_root):
     wikitext = corpus("text/wikitext2")
     train = wikitext.documents("train")[0]
-    words = WordTokenizer.fit(WordTokenizer.Config(), train)
+    words = WordTokenizer.fit(WordTokenizer.Config(), lambda: train)
     assert words.vocabulary == 33_278
     for split, tokens, size in (
         ("train", 2_088_628, 10_797_148),
@@ -66,7 +66,13 @@ def test_absent_data_says_where_it_looked_and_how_to_get_it(tmp_path, monkeypatc
     monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
     with pytest.raises(DataMissing) as error:
         corpus("text/gutenberg").documents("valid")
-    for word in ("gutenberg/chesterton-brown.txt", str(tmp_path / "shared"), str(tmp_path / "cache"), "67027976", "ZOO_DATA"):
+    for word in (
+        "gutenberg/chesterton-brown.txt",
+        str(tmp_path / "shared"),
+        str(tmp_path / "cache"),
+        "67027976",
+        "ZOO_DATA",
+    ):
         assert word in str(error.value)
 
 

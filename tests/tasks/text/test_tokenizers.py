@@ -11,7 +11,7 @@ TEXT = "The quick brown fox\njumps over  the lazy dog: naïve café, 中文, �
 
 def fitted(name, text=TEXT, **fields):
     entry = tokenizers.get(name)
-    return entry.fit(config.build(entry.Config, fields), text)
+    return entry.fit(config.build(entry.Config, fields), lambda: text)
 
 
 @pytest.mark.parametrize("name", ["byte", "char", "bpe"])
