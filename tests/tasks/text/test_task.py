@@ -1,4 +1,4 @@
-"""The text task: streams, prompts, metrics against brute force, generation, and a one-step run of every recipe and size."""
+"""The text task: streams, prompts, metrics against brute force, generation, every size and every recipe."""
 
 import math
 
