@@ -182,10 +182,10 @@ def window_backward(
         row_lse = (row_lse if own is None else row_lse + own).reshape(batch * kv_heads, -1, 1)
         p = p.view(batch * kv_heads, -1, cols.stop - cols.start).sub_(row_lse)
         p = p.baddbmm_(queries, keys[:, cols].mT, alpha=scale).exp_()
-        dv[:, cols].baddbmm_(p.mT, douts)
+        dv[:, cols] += torch.bmm(p.mT, douts)  # baddbmm_ into a strided slice would be a loop over heads
         row_delta = delta[:, rows].transpose(1, 2).reshape(batch * kv_heads, -1, 1)
         ds = torch.baddbmm(row_delta, douts, values[:, cols].mT, beta=-1).mul_(p)
-        dk[:, cols].baddbmm_(ds.mT, queries, alpha=scale)
+        dk[:, cols] += torch.bmm(ds.mT, queries).mul_(scale)
         dq[:, rows] = _rows_by_token(torch.bmm(ds, keys[:, cols]).mul_(scale), batch, heads, dim)
         if dprefix is not None:
             ds = ds.view(*dprefix.shape[:3], -1, ds.shape[-1])
