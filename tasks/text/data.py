@@ -233,7 +233,9 @@ class Folder:
     def __init__(self, config: Config):
         self.config = config
         if not config.path:
-            raise ValueError("text/folder needs task.dataset.path, a folder or a file with .txt, .jsonl or .parquet text")
+            raise ValueError(
+                "text/folder needs task.dataset.path, a folder or a file with .txt, .jsonl or .parquet text"
+            )
         self.root = Path(config.path).expanduser()
         self._documents: dict[str, list[str]] | None = None
         self.bad: list[str] = []
@@ -266,7 +268,9 @@ class Folder:
             for text in self._texts(path):
                 splits[named[path] or (self._hashed_split(text) if not any(named.values()) else "train")].append(text)
         if self.bad:
-            log.warning("%s: skipped %d files that cannot be read:\n  %s", self.root, len(self.bad), "\n  ".join(self.bad))
+            log.warning(
+                "%s: skipped %d files that cannot be read:\n  %s", self.root, len(self.bad), "\n  ".join(self.bad)
+            )
         if not any(splits.values()):
             raise ValueError(f"{self.root}: every file is empty or cannot be read")
         if not any(named.values()) and len(splits["train"]) == 1 and not (splits["valid"] or splits["test"]):
@@ -280,7 +284,9 @@ class Folder:
             self.bad.append(f"{path}: {error}")
             if len(self.bad) > self.config.max_bad:
                 listed = "\n  ".join(self.bad)
-                raise ValueError(f"more than max_bad = {self.config.max_bad} files cannot be read:\n  {listed}") from error
+                raise ValueError(
+                    f"more than max_bad = {self.config.max_bad} files cannot be read:\n  {listed}"
+                ) from error
             return []
 
     def _named_split(self, path: Path) -> str | None:
@@ -339,4 +345,3 @@ READERS: dict[str, Callable[[Path, str], list[str]]] = {
     ".jsonl": read_jsonl,
     ".parquet": read_parquet,
 }
-

@@ -160,14 +160,18 @@ class WordTokenizer:
     @property
     def byte_lengths(self) -> np.ndarray:
         """A word and the space after it; <eos> is the newline and the space that begins WikiText's next line."""
-        return np.array([2 if word == "<eos>" else len(word.encode("utf-8")) + 1 for word in self.words], dtype=np.int64)
+        return np.array(
+            [2 if word == "<eos>" else len(word.encode("utf-8")) + 1 for word in self.words], dtype=np.int64
+        )
 
     def encode(self, text: str) -> np.ndarray:
         words = split_words(text)
         ids = [self._ids.get(word, self._unknown) for word in words]
         if self._unknown is None and None in ids:
             place = ids.index(None)
-            raise OutOfVocabulary(f"word {words[place]!r}, number {place}, is not among the {self.vocabulary} known words")
+            raise OutOfVocabulary(
+                f"word {words[place]!r}, number {place}, is not among the {self.vocabulary} known words"
+            )
         return np.array(ids, dtype=np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
