@@ -441,8 +441,8 @@ def fetch(name: str, urls: Sequence[str], sha256: str, root: Path | None = None)
     """The file `name` (a relative path, `tinyshakespeare/input.txt`), checked against its sha256.
 
     Looked for under `root` (if given), $ZOO_DATA, then the cache folder; else downloaded into the cache folder (or
-    `root`) from the first of `urls` that answers. `address.zip#path/inside` is a file of an archive. Raises DataMissing,
-    or ChecksumError for a file that is there but differs.
+    `root`) from the first of `urls` that answers. `address.zip#path/inside` is a file of an archive. Raises
+    DataMissing, or ChecksumError for a file that is there but differs.
     """
     cache = cache_folder()
     shared = os.environ.get("ZOO_DATA")

@@ -147,9 +147,10 @@ class TextTask(Task):
         if wrong := [text for text in texts if not isinstance(text, str)]:
             raise TypeError(f"a prompt is a text, not {type(wrong[0]).__name__}: {wrong[0]!r}")
         rows = [torch.from_numpy(self.tokenizer.encode(text)).long() for text in texts]
-        if empty := [text for text, row in zip(texts, rows, strict=True) if not len(row)] or not rows:
+        empty = [text for text, row in zip(texts, rows, strict=True) if not len(row)]
+        if empty or not rows:
             raise ValueError(
-                f"a prompt is empty: {empty[0] if rows else texts!r} has no token for a model to continue from; "
+                f"a prompt is empty: {empty[0] if rows else obj!r} holds no token for a model to continue from; "
                 "give at least one character, for example a newline"
             )
         return Batch(pad(rows, 0), ctx=Context(lengths=torch.tensor([len(row) for row in rows])))

@@ -61,14 +61,14 @@ def utf8(text: str) -> bytes:
         ) from error
 
 
-def check_ids(ids: np.ndarray, tokenizer: "Tokenizer") -> np.ndarray:
+def check_ids(ids: np.ndarray, vocabulary: int, tokenizer: str) -> np.ndarray:
     ids = np.asarray(ids)
-    wrong = (ids < 0) | (ids >= tokenizer.vocabulary)
+    wrong = (ids < 0) | (ids >= vocabulary)
     if wrong.any():
         place = int(wrong.argmax())
         raise OutOfVocabulary(
-            f"token {int(ids[place])} at place {place} is none of the {tokenizer.vocabulary} of this "
-            f"{type(tokenizer).__name__} (0 to {tokenizer.vocabulary - 1})"
+            f"token {int(ids[place])} at place {place} is none of the {vocabulary} of this {tokenizer} tokenizer "
+            f"(0 to {vocabulary - 1})"
         )
     return ids
 
@@ -96,7 +96,7 @@ class ByteTokenizer:
         return np.frombuffer(utf8(text), dtype=np.uint8).astype(np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
-        return check_ids(ids, self).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+        return check_ids(ids, self.vocabulary, "byte").astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def dump(self) -> Any:
         return {}
@@ -145,7 +145,7 @@ class CharTokenizer:
         return ids.astype(np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
-        return "".join(self.characters[i] for i in check_ids(ids, self))
+        return "".join(self.characters[i] for i in check_ids(ids, self.vocabulary, "char"))
 
     def dump(self) -> Any:
         return {"characters": self.characters}
@@ -212,7 +212,7 @@ class WordTokenizer:
         return np.array(ids, dtype=np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
-        words = (self.words[i] for i in check_ids(ids, self))
+        words = (self.words[i] for i in check_ids(ids, self.vocabulary, "word"))
         return "".join("\n" if word == "<eos>" else word + " " for word in words)
 
     def dump(self) -> Any:
@@ -276,7 +276,7 @@ class BpeTokenizer:
         return np.fromiter((i for piece in pieces for i in piece.ids), dtype=np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
-        return self._bpe.decode(check_ids(ids, self).tolist(), skip_special_tokens=False)
+        return self._bpe.decode(check_ids(ids, self.vocabulary, "bpe").tolist(), skip_special_tokens=False)
 
     def dump(self) -> Any:
         return json.loads(self._bpe.to_str())
