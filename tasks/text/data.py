@@ -293,9 +293,12 @@ class Folder:
 
     @cached_property
     def _named(self) -> dict[Path, str]:
-        """The files whose split is told by a name below the root."""
-        parts = {path: path.relative_to(self.root).with_suffix("").parts for path in self._files}
-        return {path: split for path in self._files for split in SPLITS if split in parts[path]}
+        """The files whose split is told by a name below the root, the innermost one."""
+        below = {
+            path: (*path.relative_to(self.root).parts[:-1], path.stem) for path in self._files if path != self.root
+        }
+        named = {path: [part for part in parts if part in SPLITS] for path, parts in below.items()}
+        return {path: splits[-1] for path, splits in named.items() if splits}
 
     @cached_property
     def _documents(self) -> dict[str, list[str]]:

@@ -298,7 +298,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         stored = json.loads(path.read_text(encoding="utf-8"))
         tokenizer = tokenizers.get(stored["tokenizer"]).restore(stored["state"])
         expected = stored["sha256"]
-    except (KeyError, TypeError, ValueError, LookupError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} holds no tokenizer: {type(error).__name__}: {error}") from error
     if checksum(tokenizer) != expected:
         raise ValueError(f"{path} is damaged: its tokenizer has sha256 {checksum(tokenizer)}, not {expected}")
