@@ -252,7 +252,7 @@ def test_what_cannot_be_read_is_skipped_and_listed(tmp_path, caplog):
     ):
         assert part in listed
         assert part in caplog.text
-    with pytest.raises(ValueError, match=r"more than task.dataset.max_bad = 2 files cannot be read:\n  .*empty"):
+    with pytest.raises(ValueError, match=r"(?s)more than task.dataset.max_bad = 2 files cannot be read:.*empty"):
         folder(tmp_path, max_bad=2).documents("train")
 
 
