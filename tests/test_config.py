@@ -66,6 +66,28 @@ def test_another_choice_keeps_what_both_schemas_have():
     assert machine.body.part == Choice("wing", Wing.Config(size=4.0))
 
 
+@parts.register("wheeled")
+def wheeled() -> Body:
+    return Body(part=Choice("wheel", Wheel.Config(spokes=8)))
+
+
+@parts.register("winged")
+def winged() -> Body:
+    return Body(length=9, part=Choice("wing", Wing.Config()))
+
+
+def test_another_size_drops_what_belonged_to_the_former_one_at_any_depth():
+    @dataclass
+    class Fleet:
+        body: Choice | None = config.choice(parts)
+
+    recipe = {"body": {"name": "wheeled", "length": 4, "part": {"spokes": 6, "size": 1.5}}}
+    assert config.build(Fleet, recipe).body.config == Body(4, Choice("wheel", Wheel.Config(6, 1.5)))
+    assert config.build(Fleet, recipe, {"body": "winged"}).body.config == Body(4, Choice("wing", Wing.Config(1.5)))
+    with pytest.raises(ConfigError, match="spokes"):
+        config.build(Fleet, {"body": {"name": "winged", "part": {"spokes": 6}}})
+
+
 @pytest.mark.parametrize(
     ("layer", "words"),
     [

@@ -25,7 +25,8 @@ ORDER = (
     ("mixers",),
     ("backbone",),
     ("model",),
-    ("data", "weights"),
+    ("data",),
+    ("weights",),
     ("generation",),  # zoo.generate is its function
     ("task",),
     ("train",),

@@ -134,13 +134,13 @@ def build(schema: type[T], *layers: Any, path: str = "") -> T:
     fields = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
     for mapping in mappings:
         for key in mapping:
-            if key not in fields:
+            if key not in fields and not isinstance(mapping, _Former):
                 raise ConfigError(f"unknown field {_join(path, key)!r}{nearest(str(key), fields)}")
 
     hints = typing.get_type_hints(schema)
     values: dict[str, Any] = {}
     for name, f in fields.items():
-        given = [mapping[name] for mapping in mappings if name in mapping]
+        given = [_former_too(mapping, mapping[name]) for mapping in mappings if name in mapping]
         at = _join(path, name)
         if "registry" in f.metadata:
             if f.metadata.get("many"):
@@ -176,11 +176,19 @@ def _build_choice(f: dataclasses.Field, layers: list[Any], path: str) -> Choice 
         raise ConfigError(f"{path}.name: {error}") from error
     base = entry() if not hasattr(entry, "Config") and schema_of is None else None
     schema = schema_of(entry) if schema_of else type(base) if base is not None else entry.Config
-    known = {g.name for g in dataclasses.fields(schema)}
-    parts = [] if base is None else [base]
+    parts: list[Any] = [] if base is None else [base]
     for node, in_force in zip(nodes, named, strict=True):
-        parts.append({k: v for k, v in node.items() if k != "name" and (in_force == name or k in known)})
+        kind = type(node) if in_force == name else _Former
+        parts.append(kind({key: value for key, value in node.items() if key != "name"}))
     return Choice(name, build(schema, *parts, path=path))
+
+
+class _Former(dict):
+    """A layer written for another choice than the one in force: what the schema does not know is dropped."""
+
+
+def _former_too(mapping: Mapping, value: Any) -> Any:
+    return _Former(value) if isinstance(mapping, _Former) and isinstance(value, Mapping) else value
 
 
 def _as_node(layer: Any, path: str) -> dict[str, Any]:
@@ -188,8 +196,8 @@ def _as_node(layer: Any, path: str) -> dict[str, Any]:
         return {"name": layer.name, **to_dict(layer.config)}
     if isinstance(layer, str):
         return {"name": layer}
-    if isinstance(layer, Mapping):
-        return dict(layer)
+    if isinstance(layer, dict):
+        return layer
     raise ConfigError(f"{path} takes a name or a mapping with a name, not {layer!r}")
 
 

@@ -139,9 +139,7 @@ class Recent:
 
 class Shuffled:
     """Any map-style data set (`len`, `[index]`), each epoch in an order of its own; seed None keeps its own order.
-
-    `collate` takes a list of its items and gives a Batch.
-    """
+    `collate` takes a list of its items and gives a Batch."""
 
     def __init__(self, items: Any, collate: Any, *, seed: int | None):
         self.items, self.collate, self.seed = items, collate, seed
@@ -332,8 +330,7 @@ class Prefetch:
     """A stream read `depth` batches ahead by a thread, in pinned memory if `pin`.
 
     `state_dict` is that of the last batch handed out, whatever was read since. An error in the stream is raised where
-    the batch would have come. `close` (or leaving a with block) stops the thread; iterating again starts where it
-    stopped.
+    the batch would have come. `close` (or leaving a with block) stops the thread; iterating again goes on from there.
     """
 
     def __init__(self, stream: Stream, *, depth: int = 2, pin: bool = False):
@@ -376,7 +373,7 @@ class Prefetch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.close()
         self.stream.load_state_dict(state)
-        self._state = self.stream.state_dict()
+        self._state = state
 
     def close(self) -> None:
         """Stop reading ahead and put the stream back to the last batch handed out."""
@@ -441,8 +438,8 @@ def fetch(name: str, urls: Sequence[str], sha256: str, root: Path | None = None)
     """The file `name` (a relative path, `tinyshakespeare/input.txt`), checked against its sha256.
 
     Looked for under `root` (if given), $ZOO_DATA, then the cache folder; else downloaded into the cache folder (or
-    `root`) from the first of `urls` that answers. `address.zip#path/inside` is a file of an archive. Raises
-    DataMissing, or ChecksumError for a file that is there but differs.
+    `root`) from the first of `urls` that answers; `address.zip#path/inside` is a file of an archive. Raises
+    DataMissing, or ChecksumError for a file that differs.
     """
     cache = cache_folder()
     shared = os.environ.get("ZOO_DATA")

@@ -17,7 +17,7 @@ from zoo.model import Batch, ModelConfig
 class Metric(Protocol):
     """One pass over a split. It may call zoo.generate: FID and rolled-forward errors are not sums over batches."""
 
-    def update(self, model: nn.Module, batch: Batch) -> None: ...
+    def update(self, model: Any, batch: Batch) -> None: ...
 
     def reduce(self, ranks: Any) -> None:
         """Add up what the ranks hold; `ranks` offers `sum(tensor) -> tensor`. Afterwards `compute` agrees on all."""

@@ -45,10 +45,12 @@ def read_checked(name: str, url: str, sha256: str, encoding: str = "utf-8") -> s
 class PyStdlib:
     """The running interpreter's own standard library, as Python source: there without a download, for demos and tests.
 
-    It differs between interpreters, so no figure is published on it; the provenance names version and digest. Files
-    go to a split by a hash of their path (1 in 100 each to valid and test); the library's own tests are left
-    out, and what is not UTF-8.
+    It differs between interpreters, so no figure is published on it; the provenance names version and digest. Left out
+    are the library's own tests, generated tables (encodings, pydoc_data) and what is not UTF-8. In the order of a hash
+    of their path, files validate until that is HELD_OUT bytes, as many test, and the others train.
     """
+
+    HELD_OUT = 150_000
 
     @dataclass
     class Config:
@@ -59,7 +61,7 @@ class PyStdlib:
 
     def documents(self, split: str) -> list[str]:
         check_split(split, SPLITS, "text/pystdlib")
-        documents = [text for name, text in read_stdlib(self.root) if split_of(name) == split]
+        documents = split_by_name(read_stdlib(self.root), self.HELD_OUT)[split]
         if not documents:
             raise FileNotFoundError(
                 f"text/pystdlib finds no Python source for split {split!r} under {self.root}: this interpreter came "
@@ -78,6 +80,7 @@ class PyStdlib:
 def read_stdlib(root: Path) -> list[tuple[str, str]]:
     """(path below root, text) of every module, in the order of the paths."""
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
+    left_out |= {"encodings", "pydoc_data"}
     found = []
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
         name = path.relative_to(root)
@@ -92,9 +95,16 @@ def read_stdlib(root: Path) -> list[tuple[str, str]]:
     return found
 
 
-def split_of(name: str) -> str:
-    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100
-    return {0: "valid", 1: "test"}.get(place, "train")
+def split_by_name(files: list[tuple[str, str]], held_out: int) -> dict[str, list[str]]:
+    """(name, text) -> texts by split, each in the order given: by hash of the name, `held_out` bytes or little more
+    each for valid and test."""
+    chosen, sizes = {}, {"valid": 0, "test": 0}
+    for name, text in sorted(files, key=lambda file: hashlib.sha256(file[0].encode()).digest()):
+        split = next((split for split, size in sizes.items() if size < held_out), "train")
+        chosen[name] = split
+        if split in sizes:
+            sizes[split] += len(text.encode())
+    return {split: [text for name, text in files if chosen[name] == split] for split in SPLITS}
 
 
 class WikiText2:
@@ -214,8 +224,8 @@ class Lambada:
     def documents(self, split: str) -> list[str]:
         if split != "test":
             raise ValueError(
-                f"text/lambada has a test split only, not {split!r}: train on another text, and score the run with "
-                "`zoo evaluate RUN task.dataset.name=text/lambada`"
+                f"split {split!r} of text/lambada does not exist; accepted: test. Train on another text, and score the "
+                "run with `zoo evaluate RUN task.dataset.name=text/lambada`"
             )
         text = read_checked("lambada/lambada_test.jsonl", self.URL, self.SHA256)
         return [json.loads(line)["text"] for line in text.splitlines()]
@@ -232,7 +242,7 @@ class Folder:
 
     path   a folder, searched through but for hidden parts, or one file. Sub-folders or files named train, valid and
            test are those splits (and what is under none of these names trains); where no name says so, documents go to
-           splits by a hash of their text, and a single document is cut into beginning, middle and end.
+           splits by a hash of their text, or, if they are too few, the end of the whole is held out.
     field  of a .jsonl or .parquet row, holding its text
     share  of the documents for valid and for test, each, where no name says so
     Files that cannot be read (not UTF-8, no such field, damaged) or are empty are skipped, counted and listed; more
@@ -310,11 +320,12 @@ class Folder:
         if self.bad:
             listed = "\n  ".join(self.bad)
             log.warning("%s: %d of %d files were skipped:\n  %s", self.root, len(self.bad), len(self._files), listed)
-        whole = [text for documents in splits.values() for text in documents]
-        if not whole:
+        if not any(splits.values()):
             listed = "\n  ".join(self.bad)
             raise ValueError(f"{self.root} has no text: every file is empty or cannot be read:\n  {listed}")
-        return cut_one(whole[0], self.config.share) if len(whole) == 1 and not self._named else splits
+        if not self._named and not all(splits.values()):  # too few documents for every split to get one
+            return cut("\n".join(text for documents in splits.values() for text in documents), self.config.share)
+        return splits
 
     def _texts(self, path: Path) -> list[str]:
         try:
@@ -327,7 +338,7 @@ class Folder:
             if len(self.bad) > self.config.max_bad:
                 listed = "\n  ".join(self.bad)
                 raise ValueError(
-                    f"more than task.dataset.max_bad = {self.config.max_bad} files cannot be read:\n  {listed}"
+                    f"more than max_bad = {self.config.max_bad} files of task.dataset cannot be read:\n  {listed}"
                 ) from error
             return []
 
@@ -341,8 +352,8 @@ def hashed_split(text: str, share: float) -> str:
     return "valid" if place < share else "test" if place < 2 * share else "train"
 
 
-def cut_one(text: str, share: float) -> dict[str, list[str]]:
-    """A single document: its beginning trains, its end validates and tests."""
+def cut(text: str, share: float) -> dict[str, list[str]]:
+    """The beginning trains, the end validates and tests."""
     first, second = int(len(text) * (1 - 2 * share)), int(len(text) * (1 - share))
     parts = {"train": text[:first], "valid": text[first:second], "test": text[second:]}
     return {split: [part] if part else [] for split, part in parts.items()}

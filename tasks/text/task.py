@@ -73,7 +73,7 @@ class TextTask(Task):
             return load_tokenizer(self._assets / "tokenizer.json")
         choice = self.config.tokenizer
         assert choice is not None
-        return tokenizers.get(choice.name).fit(choice.config, self.text("train"))
+        return tokenizers.get(choice.name).fit(choice.config, lambda: self.text("train"))
 
     def save_assets(self, folder: Path) -> None:
         assert self.config.tokenizer is not None

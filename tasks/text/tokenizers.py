@@ -1,12 +1,13 @@
 """Text to token ids and back: bytes, characters, words, byte-pair encoding.
 
-Every tokenizer is built by `fit` on the training text or read back by `load_tokenizer`; both give the same ids for ever
-after, and `checksum` names them. Bytes and byte pairs take any text; characters and words raise OutOfVocabulary.
+Every tokenizer is built by `fit`, which calls for the training text if it needs it, or read back by `load_tokenizer`;
+both give the same ids for ever after, and `checksum` names them. Bytes and byte pairs take any text; characters and words raise OutOfVocabulary.
 """
 
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -85,7 +86,7 @@ class ByteTokenizer:
     byte_lengths = np.ones(256, dtype=np.int64)
 
     @classmethod
-    def fit(cls, config: Config, text: str) -> "ByteTokenizer":
+    def fit(cls, config: Config, read: Callable[[], str]) -> "ByteTokenizer":
         return cls()
 
     @classmethod
@@ -117,8 +118,8 @@ class CharTokenizer:
         self._points = np.frombuffer(characters.encode("utf-32-le"), dtype=np.uint32)
 
     @classmethod
-    def fit(cls, config: Config, text: str) -> "CharTokenizer":
-        return cls("".join(sorted(set(text))))
+    def fit(cls, config: Config, read: Callable[[], str]) -> "CharTokenizer":
+        return cls("".join(sorted(set(read()))))
 
     @classmethod
     def restore(cls, state: Any) -> "CharTokenizer":
@@ -139,8 +140,8 @@ class CharTokenizer:
         if unknown.any():
             place = int(unknown.argmax())
             raise OutOfVocabulary(
-                f"character {text[place]!r} at place {place} is not among the {self.vocabulary} characters of this "
-                "char tokenizer; tokenizer=byte takes any text"
+                f"character {text[place]!r} at place {place} is not among this char tokenizer's {self.vocabulary}; "
+                "the byte tokenizer takes any text"
             )
         return ids.astype(np.int32)
 
@@ -175,8 +176,8 @@ class WordTokenizer:
         self._unknown = self._ids.get("<unk>")
 
     @classmethod
-    def fit(cls, config: Config, text: str) -> "WordTokenizer":
-        counts = Counter(split_words(text))
+    def fit(cls, config: Config, read: Callable[[], str]) -> "WordTokenizer":
+        counts = Counter(split_words(read()))
         words = list(counts)
         if config.max_words and len(words) > config.max_words:
             kept = {word for word, _ in counts.most_common(config.max_words - 1)} | {"<unk>"}
@@ -195,7 +196,7 @@ class WordTokenizer:
 
     @property
     def byte_lengths(self) -> np.ndarray:
-        """A word and the space after it; <eos> is the newline and the space that begins WikiText's next line."""
+        """A word or a newline, and the space before it."""
         return np.array(
             [2 if word == "<eos>" else len(word.encode("utf-8")) + 1 for word in self.words], dtype=np.int64
         )
@@ -212,8 +213,9 @@ class WordTokenizer:
         return np.array(ids, dtype=np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
+        """A space stands before each word and line end, as in WikiText, whose bytes these are exactly."""
         words = (self.words[i] for i in check_ids(ids, self.vocabulary, "word"))
-        return "".join("\n" if word == "<eos>" else word + " " for word in words)
+        return "".join(" \n" if word == "<eos>" else " " + word for word in words)
 
     def dump(self) -> Any:
         return {"words": self.words}
@@ -245,13 +247,13 @@ class BpeTokenizer:
         self._bpe = bpe
 
     @classmethod
-    def fit(cls, config: Config, text: str) -> "BpeTokenizer":
+    def fit(cls, config: Config, read: Callable[[], str]) -> "BpeTokenizer":
         bpe = Bpe(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=config.size, initial_alphabet=alphabet, show_progress=False)
-        bpe.train_from_iterator(text.splitlines(keepends=True), trainer)
+        bpe.train_from_iterator(read().splitlines(keepends=True), trainer)
         return cls(bpe)
 
     @classmethod

@@ -31,9 +31,10 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, live: 
     shares = max(1, triton.cdiv(slots, per_share))
     partial = q.new_empty((shares, batch, heads, dim), dtype=torch.float32) if shares > 1 else None
     partial_lse = q.new_empty((shares, batch, heads), dtype=torch.float32) if shares > 1 else None
+    decay_strides = (0, 0, 0) if decay is None else decay.stride()
     _share[(batch * kv_heads, shares)](
         q, k, v, decay, live, out, partial, partial_lse, scale, slots, per_share, batch, heads,
-        q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3], *(decay.stride() if decay is not None else (0, 0, 0)),
+        q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3], *decay_strides,
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), D=dim, BLOCK_D=block_d, BLOCK_S=BLOCK_S,
         GATED=decay is not None, MERGED=shares == 1, num_warps=4, num_stages=3,
     )  # fmt: skip

@@ -7,6 +7,8 @@ the Forgetting Transformer, neither plain causal attention. B batch, T queries, 
 heads (H a multiple of G), D head dim.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def window_attention(
     cu_seqlens: Tensor | None = None,
     return_lse: bool = False,
     key_start: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Causal attention over the last `window` keys, each logit lowered by what the gates between key and query forgot.
 
     q (B,T,H,D); k, v (B,N,G,D): the queries are the last T of the N positions.

@@ -49,7 +49,7 @@ class RunLog:
         # From the first session on: TensorBoard takes only the second and later marks for restarts
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
-        self._clock, self._step = time.monotonic(), step
+        self._clock, self._carry = time.monotonic(), 0.0
         # Since the last row: seconds of training, the elements and steps that they went into
         self._spent, self._elements, self._done = 0.0, 0.0, 0
 
@@ -74,29 +74,32 @@ class RunLog:
             sys.stderr.flush()
 
     def pause(self) -> None:
-        """Time from the last `step` until `go_on` (evaluation, saving) is not training time."""
-        self._spent += time.monotonic() - self._clock
+        """Time from here until `go_on` (evaluation, saving) is not training time."""
+        self._carry += time.monotonic() - self._clock
 
     def go_on(self) -> None:
         self._clock = time.monotonic()
 
-    def advance(self, step: int) -> None:
-        self._done += step - self._step
-        self._step = step
+    def advance(self, step: int) -> float:
+        """A step is done; returns the seconds of training since the one before."""
+        now = time.monotonic()
+        seconds = now - self._clock + self._carry
+        self._clock, self._carry = now, 0.0
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
+        return seconds
 
-    def count(self, elements: float) -> None:
-        """Scored elements (tokens) that a step trained on."""
+    def count(self, elements: float, seconds: float) -> None:
+        """The scored elements (tokens) that a step trained on, and how long it took."""
         self._elements += elements
+        self._spent += seconds
+        self._done += 1
 
     def train_row(self, step: int, means: Mapping[str, float]) -> None:
         """The means since the last row."""
-        self.pause()
         rate = self._elements / max(self._spent, 1e-9)
         left = (self.steps - step) * self._spent / max(self._done, 1)
         self._spent, self._elements, self._done = 0.0, 0.0, 0
-        self.go_on()
         self._row(step, means, {"tokens_per_second": rate})
         loss = means.get("train/loss", float("nan"))
         if self._bar is not None:
@@ -117,7 +120,7 @@ class RunLog:
             self._board.add_scalar(name, value, step)
 
     def media(self, step: int, media: Media) -> None:
-        """Into TensorBoard, and as plain files into run/samples/."""
+        """Into TensorBoard; texts and sounds also as plain files into run/samples/."""
         folder = self.run / "samples"
         folder.mkdir(exist_ok=True)
         for name, text in media.text.items():
@@ -126,7 +129,6 @@ class RunLog:
             (folder / f"step-{step:08d}-{_plain(name)}.txt").write_text(text, encoding="utf-8")
         for name, image in media.images.items():
             self._board.add_image(name, image, step)
-            _write_png(folder / f"step-{step:08d}-{_plain(name)}.png", image)
         for name, (samples, rate) in media.audio.items():
             self._board.add_audio(name, samples[None], step, sample_rate=rate)
             _write_wav(folder / f"step-{step:08d}-{_plain(name)}.wav", samples, rate)
@@ -157,13 +159,6 @@ def _number(value: float) -> float | None:
 
 def _plain(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name)
-
-
-def _write_png(path: Path, image: Tensor) -> None:
-    from PIL import Image  # only runs that draw images need it
-
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(path)
 
 
 def _write_wav(path: Path, samples: Tensor, rate: int) -> None:

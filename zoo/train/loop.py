@@ -109,7 +109,7 @@ def _loop(state: "Run", log: RunLog, signals: Signals, go_on: str) -> Result:
     while state.step < config.steps:
         reading = _step(state, forward, batches)
         state.step += 1
-        log.advance(state.step)
+        reading.seconds = log.advance(state.step)
         if pending is not None:
             state.read(pending, log)
         pending = reading
@@ -146,6 +146,7 @@ class Reading:
     names: list[str]
     values: Tensor
     after: Any = None
+    seconds: float = 0.0
 
     def rows(self) -> dict[str, float]:
         if self.after is not None:
@@ -243,7 +244,7 @@ class Run:
     def read(self, reading: Reading, log: RunLog) -> None:
         """Take in the numbers of an earlier step. Raises Diverged."""
         row = reading.rows()
-        log.count(row["count/loss"])
+        log.count(row["count/loss"], reading.seconds)
         self.meters.add("train/lr", reading.lr, 1.0)
         self.meters.add("train/skipped", 1.0 - row["taken"], 1.0)
         if row["taken"]:
