@@ -1,7 +1,8 @@
 """Text to token ids and back: bytes, characters, words, byte-pair encoding.
 
 Every tokenizer is built by `fit`, which calls for the training text if it needs it, or read back by `load_tokenizer`;
-both give the same ids for ever after, and `checksum` names them. Bytes and byte pairs take any text; characters and words raise OutOfVocabulary.
+both give the same ids for ever after, and `checksum` names them. Bytes and byte pairs take any text; characters and
+words raise OutOfVocabulary.
 """
 
 import hashlib
