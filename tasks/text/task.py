@@ -180,11 +180,9 @@ class TextTask(Task):
         return f"every token but the first scored once, context {context}, stride {stride}{least}"
 
     def baselines(self, split: str) -> dict[str, float]:
-        return (
-            {}
-            if self._last_word_only
-            else {"gzip_9_bits_per_byte": gzip_bits_per_byte(self.text(split).encode("utf-8"))}
-        )
+        if self._last_word_only:
+            return {}
+        return {"gzip_9_bits_per_byte": gzip_bits_per_byte(self.text(split).encode("utf-8"))}
 
     def media(self, model: nn.Module, batch: Batch) -> Media:
         assert isinstance(model, Model)
