@@ -11,6 +11,7 @@ import queue
 import shutil
 import threading
 import urllib.request
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -437,7 +438,8 @@ def fetch(name: str, urls: Sequence[str], sha256: str, root: Path | None = None)
     """The file `name` (a relative path, `tinyshakespeare/input.txt`), checked against its sha256.
 
     Looked for under `root` (if given), $ZOO_DATA, then the cache folder; else downloaded into the cache folder (or
-    `root`) from the first of `urls` that answers. Raises DataMissing, or ChecksumError for a file that differs.
+    `root`) from the first of `urls` that answers; `address.zip#path/inside` is a file of an archive. Raises
+    DataMissing, or ChecksumError for a file that differs.
     """
     cache = cache_folder()
     shared = os.environ.get("ZOO_DATA")
@@ -451,7 +453,7 @@ def fetch(name: str, urls: Sequence[str], sha256: str, root: Path | None = None)
     failures = []
     for url in urls:
         try:
-            return _download(url, home / name, sha256)
+            return (_unpack if "#" in url else _download)(url, home / name, sha256)
         except (OSError, ValueError, HTTPException) as error:
             failures.append(f"  {url}: {error}")
     looked = "\n".join(f"  {folder / name}" for folder in folders)
@@ -478,7 +480,27 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _download(url: str, path: Path, sha256: str) -> Path:
+def _unpack(url: str, path: Path, sha256: str) -> Path:
+    """One file of a zip archive. The archive stays beside it for the others; it is its files that are checked."""
+    address, _, member = url.partition("#")
+    archive = path.with_name(address.rpartition("/")[2])
+    if not archive.is_file():
+        _download(address, archive, None)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with zipfile.ZipFile(archive) as files:
+            part.write_bytes(files.read(member))
+        check_sha256(part, sha256)
+        os.replace(part, path)
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        archive.unlink()
+        raise ValueError(f"{member}: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _download(url: str, path: Path, sha256: str | None) -> Path:
     """Into `path`.part, checked, then made real by a rename: a broken download never looks like a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -490,7 +512,8 @@ def _download(url: str, path: Path, sha256: str) -> Path:
                 shutil.copyfileobj(blocks, file, 1 << 20)
             file.flush()
             os.fsync(file.fileno())
-        check_sha256(part, sha256)
+        if sha256 is not None:
+            check_sha256(part, sha256)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

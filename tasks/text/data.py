@@ -11,7 +11,7 @@ import platform
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -35,11 +35,8 @@ def check_split(split: str, accepted: tuple[str, ...], corpus: str) -> None:
 
 
 def read_checked(name: str, url: str, sha256: str, encoding: str = "utf-8") -> str:
-    path = fetch(name, [url] if url else [], sha256)
-    text = path.read_text(encoding)
-    if not text:
-        raise ValueError(f"{path} is empty")
-    return text
+    """The file's text, line ends as they are."""
+    return fetch(name, [url], sha256).read_bytes().decode(encoding)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,10 +45,12 @@ def read_checked(name: str, url: str, sha256: str, encoding: str = "utf-8") -> s
 class PyStdlib:
     """The running interpreter's own standard library, as Python source: there without a download, for demos and tests.
 
-    It differs between interpreters, so no figure is published on it; the provenance names version and digest. Files
-    go to a split by a hash of their path (1 in 100 each to valid and test); the library's own tests are left
-    out, and what is not UTF-8.
+    It differs between interpreters, so no figure is published on it; the provenance names version and digest. Left out
+    are the library's own tests, generated tables (encodings, pydoc_data) and what is not UTF-8. In the order of a hash
+    of their path, files validate until that is HELD_OUT bytes, as many test, and the others train.
     """
+
+    HELD_OUT = 150_000
 
     @dataclass
     class Config:
@@ -62,7 +61,13 @@ class PyStdlib:
 
     def documents(self, split: str) -> list[str]:
         check_split(split, SPLITS, "text/pystdlib")
-        return [text for name, text in read_stdlib(self.root) if split_of(name) == split]
+        documents = split_by_name(read_stdlib(self.root), self.HELD_OUT)[split]
+        if not documents:
+            raise FileNotFoundError(
+                f"text/pystdlib finds no Python source for split {split!r} under {self.root}: this interpreter came "
+                "without its sources. Take another one, or your own text: task.dataset.name=text/folder"
+            )
+        return documents
 
     def provenance(self) -> dict[str, Any]:
         digest = hashlib.sha256()
@@ -75,13 +80,14 @@ class PyStdlib:
 def read_stdlib(root: Path) -> list[tuple[str, str]]:
     """(path below root, text) of every module, in the order of the paths."""
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
+    left_out |= {"encodings", "pydoc_data"}
     found = []
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
         name = path.relative_to(root)
         if left_out.intersection(name.parts) or name.parts[0].startswith(("config-", "python")):
             continue
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_bytes().decode("utf-8")
         except (UnicodeDecodeError, OSError):
             continue
         if text:
@@ -89,9 +95,16 @@ def read_stdlib(root: Path) -> list[tuple[str, str]]:
     return found
 
 
-def split_of(name: str) -> str:
-    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100
-    return {0: "valid", 1: "test"}.get(place, "train")
+def split_by_name(files: list[tuple[str, str]], held_out: int) -> dict[str, list[str]]:
+    """(name, text) -> texts by split, each in the order given: by hash of the name, `held_out` bytes or little more
+    each for valid and test."""
+    chosen, sizes = {}, {"valid": 0, "test": 0}
+    for name, text in sorted(files, key=lambda file: hashlib.sha256(file[0].encode()).digest()):
+        split = next((split for split, size in sizes.items() if size < held_out), "train")
+        chosen[name] = split
+        if split in sizes:
+            sizes[split] += len(text.encode())
+    return {split: [text for name, text in files if chosen[name] == split] for split in SPLITS}
 
 
 class WikiText2:
@@ -146,10 +159,16 @@ class TinyShakespeare:
 
 
 class Gutenberg:
-    """Book-length documents from Project Gutenberg: NLTK's selection and War and Peace, split by whole book."""
+    """Book-length documents from Project Gutenberg: NLTK's selection and War and Peace, split by whole book.
 
-    HELD_OUT: ClassVar = {"valid": ("chesterton-brown",), "test": ("melville-moby_dick",)}
+    Texts are the files as they are, line ends included (Moby Dick and War and Peace have CR LF). Two files are Latin-1,
+    seven characters beyond ASCII in all; these count two bytes each in bits per byte.
+    """
+
+    ARCHIVE = "https://raw.githubusercontent.com/nltk/nltk_data/gh-pages/packages/corpora/gutenberg.zip"
+    WAR_AND_PEACE = "https://cs.stanford.edu/people/karpathy/char-rnn/warpeace_input.txt"
     LATIN_1 = ("chesterton-ball", "shakespeare-caesar")
+    HELD_OUT: ClassVar = {"valid": ("chesterton-brown",), "test": ("melville-moby_dick",)}
     SHA256: ClassVar = {
         "austen-emma": "71b0923d75fcf2f1faa897b22da8de8e2476d7478a2b22388eb58a3420e00215",
         "austen-persuasion": "cec097657cbfeb62aafe178973f514fa07ab66a5e28ea025ebd5d51ca870e40f",
@@ -178,8 +197,12 @@ class Gutenberg:
         check_split(split, SPLITS, "text/gutenberg")
         held_out = {book for books in self.HELD_OUT.values() for book in books}
         books = self.HELD_OUT.get(split) or [book for book in self.SHA256 if book not in held_out]
-        encodings = {book: "latin-1" if book in self.LATIN_1 else "utf-8" for book in books}
-        return [read_checked(f"gutenberg/{book}.txt", "", self.SHA256[book], encodings[book]) for book in books]
+        return [self._read(book) for book in books]
+
+    def _read(self, book: str) -> str:
+        url = self.WAR_AND_PEACE if book == "warpeace_input" else f"{self.ARCHIVE}#gutenberg/{book}.txt"
+        encoding = "latin-1" if book in self.LATIN_1 else "utf-8"
+        return read_checked(f"gutenberg/{book}.txt", url, self.SHA256[book], encoding)
 
     def provenance(self) -> dict[str, Any]:
         return {"corpus": "text/gutenberg", "sha256": self.SHA256, "licence": "public domain"}
@@ -199,7 +222,11 @@ class Lambada:
         pass
 
     def documents(self, split: str) -> list[str]:
-        check_split(split, ("test",), "text/lambada")
+        if split != "test":
+            raise ValueError(
+                f"split {split!r} of text/lambada does not exist; accepted: test. Train on another text, and score the "
+                "run with `zoo evaluate RUN task.dataset.name=text/lambada`"
+            )
         text = read_checked("lambada/lambada_test.jsonl", self.URL, self.SHA256)
         return [json.loads(line)["text"] for line in text.splitlines()]
 
@@ -213,13 +240,13 @@ class Lambada:
 class Folder:
     """A user's own .txt, .jsonl and .parquet files.
 
-    path   a folder, searched through, or one file. Sub-folders or files named train, valid and test are those splits;
-           where there are none, documents go to splits by a hash of their text, or, if they are too few, the end of
-           the whole is held out.
+    path   a folder, searched through but for hidden parts, or one file. Sub-folders or files named train, valid and
+           test are those splits (and what is under none of these names trains); where no name says so, documents go to
+           splits by a hash of their text, or, if they are too few, the end of the whole is held out.
     field  of a .jsonl or .parquet row, holding its text
-    share  of the documents for valid and for test, each, where the folder does not say
-    Files that cannot be read (not UTF-8, no such field, damaged) are skipped, counted and listed; a folder in which
-    more than `max_bad` are is refused, as is one with no text.
+    share  of the documents for valid and for test, each, where no name says so
+    Files that cannot be read (not UTF-8, no such field, damaged) or are empty are skipped, counted and listed; more
+    than `max_bad` of them are refused, as is a folder with no text at all.
     """
 
     @dataclass
@@ -232,93 +259,116 @@ class Folder:
         def __post_init__(self):
             if not 0 < self.share < 0.5:
                 raise ValueError(f"share = {self.share}; it takes a number between 0 and 0.5")
+            if self.max_bad < 0:
+                raise ValueError(f"max_bad = {self.max_bad}; it takes 0 or more files")
 
     def __init__(self, config: Config):
-        self.config = config
         if not config.path:
             raise ValueError(
                 "text/folder needs task.dataset.path, a folder or a file with .txt, .jsonl or .parquet text"
             )
+        self.config = config
         self.root = Path(config.path).expanduser()
-        self._documents: dict[str, list[str]] | None = None
-        self.bad: list[str] = []
+        self.bad: list[str] = []  # file: why it was skipped
 
     def documents(self, split: str) -> list[str]:
         check_split(split, SPLITS, "text/folder")
-        if self._documents is None:
-            self._documents = self._read()
         if not self._documents[split]:
-            raise ValueError(f"{self.root} has no text for split {split!r}; name a sub-folder or file {split!r}")
+            raise ValueError(
+                f"{self.root} has no text for split {split!r}: name a sub-folder or a file {split!r}"
+                + ("" if self._named else f", or raise task.dataset.share = {self.config.share}")
+            )
         return self._documents[split]
 
     def provenance(self) -> dict[str, Any]:
-        self.documents("train")
         digest = hashlib.sha256()
-        for split in SPLITS:
-            for text in (self._documents or {})[split]:
-                digest.update(text.encode() + b"\0")
-        return {"corpus": "text/folder", "path": str(self.root), "sha256": digest.hexdigest(), "skipped": len(self.bad)}
+        for split, documents in self._documents.items():
+            for text in documents:
+                digest.update(f"{split} {len(text)} {text}".encode())
+        counts = {split: len(documents) for split, documents in self._documents.items()}
+        return {"corpus": "text/folder", "sha256": digest.hexdigest(), "documents": counts, "skipped": len(self.bad)}
 
-    def _read(self) -> dict[str, list[str]]:
+    @cached_property
+    def _files(self) -> list[Path]:
         if not self.root.exists():
             raise FileNotFoundError(f"task.dataset.path = {str(self.root)!r} does not exist")
-        files = [self.root] if self.root.is_file() else sorted(p for p in self.root.rglob("*") if p.suffix in READERS)
-        if not files or files[0].suffix not in READERS:
+        if self.root.is_file():
+            found = [self.root]
+        else:
+            found = sorted(p for p in self.root.rglob("*") if p.is_file() and not is_hidden(p.relative_to(self.root)))
+        files = [path for path in found if path.suffix.lower() in READERS]
+        if not files:
             raise ValueError(f"{self.root} holds no file that can be read; accepted: {', '.join(READERS)}")
-        named = {path: self._named_split(path) for path in files}
-        splits_given = any(named.values())
+        return files
+
+    @cached_property
+    def _named(self) -> dict[Path, str]:
+        """The files whose split is told by a name below the root, the innermost one."""
+        below = {
+            path: (*path.relative_to(self.root).parts[:-1], path.stem) for path in self._files if path != self.root
+        }
+        named = {path: [part for part in parts if part in SPLITS] for path, parts in below.items()}
+        return {path: splits[-1] for path, splits in named.items() if splits}
+
+    @cached_property
+    def _documents(self) -> dict[str, list[str]]:
         splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-        for path in files:
+        for path in self._files:
             for text in self._texts(path):
-                splits[named[path] or ("train" if splits_given else self._hashed_split(text))].append(text)
+                named = self._named.get(path, "train") if self._named else None
+                splits[named or hashed_split(text, self.config.share)].append(text)
         if self.bad:
-            log.warning(
-                "%s: skipped %d files that cannot be read:\n  %s", self.root, len(self.bad), "\n  ".join(self.bad)
-            )
+            listed = "\n  ".join(self.bad)
+            log.warning("%s: %d of %d files were skipped:\n  %s", self.root, len(self.bad), len(self._files), listed)
         if not any(splits.values()):
-            raise ValueError(f"{self.root}: every file is empty or cannot be read")
-        if not splits_given and not all(splits.values()):  # too few documents for every split to get one
-            splits = cut_one("\n".join(text for texts in splits.values() for text in texts), self.config.share)
+            listed = "\n  ".join(self.bad)
+            raise ValueError(f"{self.root} has no text: every file is empty or cannot be read:\n  {listed}")
+        if not self._named and not all(splits.values()):  # too few documents for every split to get one
+            return cut("\n".join(text for documents in splits.values() for text in documents), self.config.share)
         return splits
 
     def _texts(self, path: Path) -> list[str]:
         try:
-            return [text for text in READERS[path.suffix](path, self.config.field) if text]
-        except (ValueError, OSError, KeyError, TypeError) as error:
+            texts = [text for text in READERS[path.suffix.lower()](path, self.config.field) if text]
+            if not texts:
+                raise ValueError("empty")
+            return texts
+        except (ValueError, OSError, TypeError, NotImplementedError) as error:  # pyarrow's own errors are among these
             self.bad.append(f"{path}: {error}")
             if len(self.bad) > self.config.max_bad:
                 listed = "\n  ".join(self.bad)
                 raise ValueError(
-                    f"more than max_bad = {self.config.max_bad} files cannot be read:\n  {listed}"
+                    f"more than max_bad = {self.config.max_bad} files of task.dataset cannot be read:\n  {listed}"
                 ) from error
             return []
 
-    def _named_split(self, path: Path) -> str | None:
-        below = path.relative_to(self.root).with_suffix("").parts if path != self.root else ()
-        return next((split for split in SPLITS if split in below), None)
 
-    def _hashed_split(self, text: str) -> str:
-        place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
-        share = self.config.share
-        return "valid" if place < share else "test" if place < 2 * share else "train"
+def is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
-def cut_one(text: str, share: float) -> dict[str, list[str]]:
+def hashed_split(text: str, share: float) -> str:
+    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
+    return "valid" if place < share else "test" if place < 2 * share else "train"
+
+
+def cut(text: str, share: float) -> dict[str, list[str]]:
     """The beginning trains, the end validates and tests."""
-    cuts = [int(len(text) * (1 - 2 * share)), int(len(text) * (1 - share))]
-    return {"train": [text[: cuts[0]]], "valid": [text[cuts[0] : cuts[1]]], "test": [text[cuts[1] :]]}
+    first, second = int(len(text) * (1 - 2 * share)), int(len(text) * (1 - share))
+    parts = {"train": text[:first], "valid": text[first:second], "test": text[second:]}
+    return {split: [part] if part else [] for split, part in parts.items()}
 
 
 def read_txt(path: Path, field: str) -> list[str]:
     try:
-        return [path.read_text(encoding="utf-8")]
+        return [path.read_bytes().decode("utf-8")]
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from error
 
 
 def read_jsonl(path: Path, field: str) -> list[str]:
     texts = []
-    for number, line in enumerate(read_txt(path, field)[0].splitlines(), 1):
+    for number, line in enumerate(read_txt(path, field)[0].split("\n"), 1):  # JSON strings may hold other line ends
         if not line.strip():
             continue
         try:
@@ -332,16 +382,19 @@ def text_field(row: Any, field: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise ValueError(f"no text in field {field!r} (task.dataset.field); the row has: {has}")
+    row[field].encode("utf-8")  # half a surrogate pair, which JSON can write, raises
     return row[field]
 
 
 def read_parquet(path: Path, field: str) -> list[str]:
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(path)
-    if field not in table.column_names:
-        raise ValueError(f"no column {field!r} (task.dataset.field); the file has: {', '.join(table.column_names)}")
-    return [text_field({field: value}, field) for value in table.column(field).to_pylist() if value is not None]
+    table = pyarrow.parquet.ParquetFile(path)
+    names = table.schema_arrow.names
+    if field not in names:
+        raise ValueError(f"no column {field!r} (task.dataset.field); the file has: {', '.join(names)}")
+    values = table.read(columns=[field]).column(field).to_pylist()
+    return [text_field({field: value}, field) for value in values if value is not None]
 
 
 READERS: dict[str, Callable[[Path, str], list[str]]] = {

@@ -28,13 +28,22 @@ class TextHead(Head):
         super().__init__()
         if config.vocabulary < 1:
             raise ValueError(f"head.vocabulary = {config.vocabulary}; a text model needs the number of its token ids")
+        if not 0 <= config.dropout < 1:
+            raise ValueError(f"head.dropout = {config.dropout}; it takes a number from 0 up to, not including, 1")
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary, width)
+        # Held under the name that its weights have everywhere, head.embed.weight, which is also that of a method.
+        nn.Module.__setattr__(self, "embed", nn.Embedding(config.vocabulary, width))
         self.drop = nn.Dropout(config.dropout)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.out = None if config.tied else nn.Linear(width, config.vocabulary, bias=False)
         if self.out is not None:
             nn.init.normal_(self.out.weight, std=0.02)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        module = self._modules["embed"]
+        assert isinstance(module, nn.Embedding)
+        return module
 
     @property
     def out_weight(self) -> Tensor:

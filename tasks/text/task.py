@@ -9,8 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tasks.text.metrics import LastWordAccuracy, Likelihood, gzip_bits_per_byte, last_word, pad
-from tasks.text.tokenizers import Tokenizer, load_tokenizer, save_tokenizer, split_words, tokenizers
+from tasks.text.metrics import LastWord, Likelihood, TextSize, gzip_bits_per_byte, last_word, pad
+from tasks.text.tokenizers import (
+    OutOfVocabulary,
+    Tokenizer,
+    checksum,
+    load_tokenizer,
+    save_tokenizer,
+    split_words,
+    tokenizers,
+)
 from zoo import config as configs
 from zoo.config import Choice
 from zoo.data import Crops, PackedDocuments, Shuffled, SourceStream, StridedWindows, Windows
@@ -43,6 +51,8 @@ class TextTask(Task):
         sample_tokens: int = 200
 
         def __post_init__(self):
+            if self.sample_tokens < 1:
+                raise ValueError(f"sample_tokens = {self.sample_tokens}; it takes 1 or more")
             if self.context < 1:
                 raise ValueError(f"context = {self.context}; it takes 1 or more tokens")
             if not 0 <= self.stride <= self.context:
@@ -73,7 +83,11 @@ class TextTask(Task):
         return configs.build(ModelConfig, config, {"head": {"vocabulary": self.tokenizer.vocabulary}})
 
     def provenance(self) -> dict[str, Any]:
-        return self.corpus.provenance()
+        """The corpus, by its checksums, and the tokenizer, by its own."""
+        named = self.config.tokenizer
+        assert named is not None
+        tokenizer = {"name": named.name, "vocabulary": self.tokenizer.vocabulary, "sha256": checksum(self.tokenizer)}
+        return {**self.corpus.provenance(), "tokenizer": tokenizer}
 
     # -- data ----------------------------------------------------------------------------------------------------------
 
@@ -83,7 +97,10 @@ class TextTask(Task):
     def tokens(self, split: str) -> np.ndarray:
         """(N,) int32, the whole split."""
         if split not in self._tokens:
-            self._tokens[split] = self.tokenizer.encode(self.text(split))
+            try:
+                self._tokens[split] = self.tokenizer.encode(self.text(split))
+            except OutOfVocabulary as error:
+                raise OutOfVocabulary(f"split {split} of {self.provenance()['corpus']}: {error}") from error
         return self._tokens[split]
 
     def stream(self, split: str, *, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0) -> SourceStream:
@@ -114,11 +131,12 @@ class TextTask(Task):
         return self.config.dataset.name == "text/lambada"
 
     def _passage(self, text: str) -> tuple[Tensor, Tensor]:
-        """Inputs (n,) and targets (n,) of one passage; only its last word is scored."""
+        """Inputs (n,) and targets (n,) of one passage; only its last word is scored. A word of more tokens than the
+        context is scored in its last ones."""
         head, word = (torch.from_numpy(self.tokenizer.encode(part)).long() for part in last_word(text))
         whole = torch.cat((head, word))[-self.config.context - 1 :]
         targets = whole[1:].clone()
-        targets[: -len(word)] = -100
+        targets[: max(0, len(targets) - len(word))] = -100
         return whole[:-1], targets
 
     # -- prompts and text ----------------------------------------------------------------------------------------------
@@ -126,9 +144,15 @@ class TextTask(Task):
     def prompt(self, obj: str | list[str]) -> Batch:
         """One text or several -> tokens (B, T), padded on the right, with ctx.lengths."""
         texts = [obj] if isinstance(obj, str) else list(obj)
-        if not texts or not all(texts):
-            raise ValueError("a prompt is empty; give at least one character, for example a newline")
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise TypeError(f"a prompt is a text, not {type(wrong[0]).__name__}: {wrong[0]!r}")
         rows = [torch.from_numpy(self.tokenizer.encode(text)).long() for text in texts]
+        empty = [text for text, row in zip(texts, rows, strict=True) if not len(row)]
+        if empty or not rows:
+            raise ValueError(
+                f"a prompt is empty: {empty[0] if rows else obj!r} holds no token for a model to continue from; "
+                "give at least one character, for example a newline"
+            )
         return Batch(pad(rows, 0), ctx=Context(lengths=torch.tensor([len(row) for row in rows])))
 
     def artefact(self, inputs: Tensor) -> str:
@@ -139,17 +163,26 @@ class TextTask(Task):
 
     def metrics(self, split: str) -> dict[str, Metric]:
         if self._last_word_only:
-            return {"last_word": LastWordAccuracy()}
-        words = len(split_words(self.text(split))) - 1  # the first token of the text has no context and is not scored
-        return {"likelihood": Likelihood(self.tokenizer.byte_lengths, words, len(self.tokens(split)) - 1)}
+            return {"last_word": LastWord()}
+        tokens, text, lengths = self.tokens(split), self.text(split), self.tokenizer.byte_lengths
+        size = TextSize(  # the first token of the text has no context and is not scored
+            tokens=len(tokens) - 1,
+            words=len(split_words(text)) - 1,
+            bytes=len(text.encode("utf-8")) - int(lengths[tokens[0]]),
+        )
+        return {"likelihood": Likelihood(size, lengths, tokens[1:])}
 
     def describe(self, split: str) -> str:
         if self._last_word_only:
             return f"last word of each passage, context {self.config.context}"
-        return f"every token scored, context {self.config.context}, stride {self._stride}"
+        context, stride = self.config.context, self._stride
+        least = f", each with {context - stride + 1} to {context} tokens before it once the text has them"
+        return f"every token but the first scored once, context {context}, stride {stride}{least}"
 
     def baselines(self, split: str) -> dict[str, float]:
-        return {} if self._last_word_only else {"gzip_9_bits_per_byte": gzip_bits_per_byte(self.text(split))}
+        if self._last_word_only:
+            return {}
+        return {"gzip_9_bits_per_byte": gzip_bits_per_byte(self.text(split).encode("utf-8"))}
 
     def media(self, model: nn.Module, batch: Batch) -> Media:
         assert isinstance(model, Model)

@@ -33,7 +33,7 @@ def test_words_and_line_ends(tmp_path):
     tokenizer = fitted("word", " a b \n \n a c \n")
     assert tokenizer.words == ["a", "b", "<eos>", "c"]
     assert tokenizer.encode(" c a \n").tolist() == [3, 0, 2]
-    assert tokenizer.decode(np.array([0, 1, 2, 3])) == "a b\n c"
+    assert tokenizer.decode(np.array([0, 1, 2, 3])) == " a b \n c"
     save_tokenizer("word", tokenizer, tmp_path / "tokenizer.json")
     assert load_tokenizer(tmp_path / "tokenizer.json").words == tokenizer.words
 
