@@ -29,83 +29,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from zoo.kernels.hopper import LN2, LOG2E, NOTHING, TILE, bias_columns, descriptor, lane_sum, start_ring
+from zoo.kernels.hopper import (
+    LN2, LOG2E, NOTHING, TILE, Problem, bias_columns, descriptor, lane_sum, start_ring, visible,
+)  # fmt: skip
 
 OUTGROWN = gl.constexpr(2.0**64)  # sums beyond this are not trusted; products with values up to 2^63 still fit in fp32
-
-
-@aggregate
-class Problem:
-    """Sizes of one launch; which rows an item holds and which key tiles they see."""
-
-    heads: gl.tensor
-    group: gl.tensor  # query heads per key head
-    queries: gl.tensor
-    keys: gl.tensor
-    window: gl.tensor
-    blocks: gl.tensor  # items per head
-    items: gl.tensor
-    starts: gl.tensor  # (B, S) int32: first valid key of each position; read where STARTS
-    lse: gl.tensor  # (B, T, H) fp32
-    gate: gl.tensor  # (B, H, S) fp32, log2 units, restarting every 64 keys; read where GATED
-    CONSUMERS: gl.constexpr
-    D: gl.constexpr
-    GATED: gl.constexpr
-    STARTS: gl.constexpr
-    Q_SHARED: gl.constexpr  # q stays in shared memory instead of registers
-
-    @gluon.constexpr_function
-    def __init__(self, heads, group, queries, keys, window, blocks, items, starts, lse, gate,
-                 CONSUMERS, D, GATED, STARTS, Q_SHARED):  # fmt: skip
-        self.heads = heads
-        self.group = group
-        self.queries = queries
-        self.keys = keys
-        self.window = window
-        self.blocks = blocks
-        self.items = items
-        self.starts = starts
-        self.lse = lse
-        self.gate = gate
-        self.CONSUMERS = gl.constexpr(CONSUMERS)
-        self.D = gl.constexpr(D)
-        self.GATED = gl.constexpr(GATED)
-        self.STARTS = gl.constexpr(STARTS)
-        self.Q_SHARED = gl.constexpr(Q_SHARED)
-
-    @gluon.jit
-    def locate(self, item):
-        """Batch row, head, first tile of the item."""
-        row = item // self.blocks
-        first = (self.keys - self.queries) // TILE + item % self.blocks * self.CONSUMERS
-        return row // self.heads, row % self.heads, first
-
-    @gluon.jit
-    def newest(self, tile):
-        """The newest key tile that row tile `tile` sees: itself, or the last there is."""
-        return gl.minimum(tile, (self.keys - 1) // TILE)
-
-    @gluon.jit
-    def oldest(self, tile, batch):
-        """The oldest key tile that the first row of `tile` sees."""
-        position = tile * TILE
-        first = gl.maximum(position - self.window + 1, 0)
-        if self.STARTS:
-            start = gl.load(self.starts + batch.to(gl.int64) * self.keys + gl.minimum(position, self.keys - 1))
-            first = gl.minimum(gl.maximum(first, start), position)  # rows before their own start still take one tile
-        return gl.minimum(first // TILE, self.newest(tile))
-
-    @gluon.jit
-    def gate_row(self, batch, head):
-        return self.gate + (batch * self.heads + head).to(gl.int64) * self.keys
-
-    @gluon.jit
-    def spoiled(self, batch, head, tile, layout: gl.constexpr):
-        """Has the hopeful pass left any of the item's rows undone?"""
-        row = tile * TILE - (self.keys - self.queries) + gl.arange(0, 256, layout=layout)
-        inside = (row >= 0) & (row < self.queries) & (gl.arange(0, 256, layout=layout) < self.CONSUMERS * TILE)
-        lse = gl.load(self.lse + (batch.to(gl.int64) * self.queries + row) * self.heads + head, mask=inside, other=0.0)
-        return gl.max(gl.where(lse == float("inf"), 1, 0), 0) == 1
 
 
 @aggregate
@@ -124,9 +52,10 @@ class Channels:
     spoiled: gl.shared_memory_descriptor  # (CONSUMERS, 1) int32: did the hopeful pass leave anything undone
     verdict: gl.shared_memory_descriptor  # all of `spoiled` is written
     decided: gl.shared_memory_descriptor  # everybody has read whether this item is done again
+    lse: gl.tensor  # (B, T, H) fp32 in global memory
 
     @gluon.constexpr_function
-    def __init__(self, q, k, v, bias, out, q_ready, q_free, kv_ready, kv_free, spoiled, verdict, decided):
+    def __init__(self, q, k, v, bias, out, q_ready, q_free, kv_ready, kv_free, spoiled, verdict, decided, lse):
         self.q = q
         self.k = k
         self.v = v
@@ -139,6 +68,7 @@ class Channels:
         self.spoiled = spoiled
         self.verdict = verdict
         self.decided = decided
+        self.lse = lse
 
     @gluon.jit
     def anything_spoiled(self, layout: gl.constexpr):
@@ -183,7 +113,7 @@ def produce_pass(problem, channels, q_desc, k_desc, v_desc, bias_factor, ring, q
         batch, head, tile = problem.locate(item)
         wanted = gl.to_tensor(True)
         if AGAIN:
-            wanted = problem.spoiled(batch, head, tile, layout)
+            wanted = is_spoiled(problem, channels.lse, batch, head, tile, layout)
             channels.agree(parity)
             parity = parity ^ 1
         if wanted:
@@ -266,7 +196,7 @@ def consume_pass(C: gl.constexpr, problem, channels, out_desc, scale_log2, ring,
         batch, head, tile = problem.locate(item)
         wanted = gl.to_tensor(True)
         if AGAIN:
-            wanted = problem.spoiled(batch, head, tile, layout)
+            wanted = is_spoiled(problem, channels.lse, batch, head, tile, layout)
             channels.agree(parity)
             parity = parity ^ 1
         if wanted:
@@ -296,27 +226,17 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, scale_log2, ring,
     inside = tile <= newest  # else all rows lie past the last key: nothing to do but to pass everything on
 
     position = tile * TILE + gl.arange(0, TILE, layout=row_layout)
-    start = gl.zeros([TILE], gl.int32, row_layout)
-    latest_start = gl.to_tensor(0)
-    if problem.STARTS:
-        at = problem.starts + batch.to(gl.int64) * problem.keys + position
-        start = gl.load(at, mask=position < problem.keys, other=0)
-        latest_start = gl.max(start, 0)
-    first_visible = gl.maximum(position - problem.window + 1, start)
+    first_visible, latest_start = problem.first_visible(batch, position)
     own_bias = gl.zeros([TILE], gl.float32, row_layout)
     if problem.GATED:
-        gate_row = problem.gate_row(batch, head)
-        own_bias -= gl.load(gate_row + position, mask=position < problem.keys, other=0.0)
-        for newer in gl.static_range(problem.CONSUMERS - 1 - C):
-            last = (tile + newer) * TILE + TILE - 1
-            own_bias += gl.load(gate_row + last, mask=tile + newer < block_newest, other=0.0)
+        own_bias = problem.own_bias(tile, block_newest, batch, head, position, problem.CONSUMERS - 1 - C)
 
     for _ in range(gl.where(inside, block_newest - newest, block_newest - block_oldest + 1)):
         ring = pass_on(channels, ring)
     bad = gl.zeros([TILE], gl.int32, row_layout)
     mbarrier.wait(channels.q_ready.index(C), q_parity)
     if inside:
-        if problem.Q_SHARED:
+        if problem.A_SHARED:
             q = channels.q.index(C).reshape([TILE, D])
         else:
             q = channels.q.index(C).reshape([TILE, D]).load(q_layout)
@@ -357,7 +277,7 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, scale_log2, ring,
             if CAREFUL:
                 o *= gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)), 1)
 
-        if problem.Q_SHARED:
+        if problem.A_SHARED:
             mbarrier.arrive(channels.q_free.index(C), count=1)
         o = warpgroup_mma(p, channels.v.index(ring.slot).reshape([TILE, D]), o, is_async=True)
         o = warpgroup_mma_wait(0, deps=(o,))
@@ -370,7 +290,7 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, scale_log2, ring,
             row = position - (problem.keys - problem.queries)
             bad = gl.where((total < OUTGROWN) | (row < 0) | (row >= problem.queries), 0, 1)
             lse = gl.where(bad == 1, float("inf"), lse)
-        store_lse(problem, lse, position, batch, head)
+        store_lse(problem, channels, lse, position, batch, head)
         inverse = gl.convert_layout(gl.where(total > 0.0, 1.0 / total, 0.0), gl.SliceLayout(1, o_layout))
         o = (o * gl.expand_dims(inverse, 1)).to(dtype)
         tma.store_wait(0)
@@ -383,6 +303,16 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, scale_log2, ring,
     else:
         mbarrier.arrive(channels.q_free.index(C), count=1)
     return ring, bad
+
+
+@gluon.jit
+def is_spoiled(problem, lse, batch, head, tile, layout: gl.constexpr):
+    """Has the hopeful pass left any of the item's rows undone?"""
+    lane = gl.arange(0, 256, layout=layout)
+    row = tile * TILE - (problem.keys - problem.queries) + lane
+    inside = (row >= 0) & (row < problem.queries) & (lane < problem.CONSUMERS * TILE)
+    at = lse + (batch.to(gl.int64) * problem.queries + row) * problem.heads + head
+    return gl.max(gl.where(gl.load(at, mask=inside, other=0.0) == float("inf"), 1, 0), 0) == 1
 
 
 @gluon.jit
@@ -406,16 +336,9 @@ def logits(q, ones, channels, slot, problem, layout: gl.constexpr):
 
 
 @gluon.jit
-def visible(first, position, first_visible, layout: gl.constexpr):
-    """(64, 64) mask of the key tile that starts at `first`."""
-    key = first + gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, layout)), 0)
-    return (key <= gl.expand_dims(position, 1)) & (key >= gl.expand_dims(first_visible, 1))
-
-
-@gluon.jit
-def store_lse(problem, lse, position, batch, head):
+def store_lse(problem, channels, lse, position, batch, head):
     row = position - (problem.keys - problem.queries)
-    at = problem.lse + (batch.to(gl.int64) * problem.queries + row) * problem.heads + head
+    at = channels.lse + (batch.to(gl.int64) * problem.queries + row) * problem.heads + head
     gl.store(at, lse, mask=(row >= 0) & (row < problem.queries))
 
 
@@ -427,12 +350,12 @@ def forward_kernel(
     q_desc, k_desc, v_desc, out_desc, gate, starts, lse, scale_log2, bias_factor,
     heads, group, queries, keys, window, blocks, items,
     CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, STARTS: gl.constexpr,
-    Q_SHARED: gl.constexpr, HOPEFUL: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    A_SHARED: gl.constexpr, HOPEFUL: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    problem = Problem(heads, group, queries, keys, window, blocks, items, starts, lse, gate,
-                      CONSUMERS, D, GATED, STARTS, Q_SHARED)  # fmt: skip
+    problem = Problem(heads, group, queries, keys, window, blocks, items, starts, gate,
+                      CONSUMERS, D, GATED, STARTS, A_SHARED)  # fmt: skip
     channels = Channels(
         gl.allocate_shared_memory(dtype, [CONSUMERS, 1, TILE, 1, D], q_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, 1, TILE, 1, D], k_desc.layout),
@@ -446,6 +369,7 @@ def forward_kernel(
         gl.allocate_shared_memory(gl.int32, [CONSUMERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         gl.allocate_shared_memory(gl.int64, [1], barrier),
         gl.allocate_shared_memory(gl.int64, [1], barrier),
+        lse,
     )
     for c in gl.static_range(CONSUMERS):
         mbarrier.init(channels.q_ready.index(c), count=1)
