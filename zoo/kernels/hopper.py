@@ -47,6 +47,7 @@ def start_ring(SLOTS: gl.constexpr):
 class Problem:
     """Sizes of one launch; which rows an item holds and which key tiles they see."""
 
+    batches: gl.tensor
     heads: gl.tensor
     group: gl.tensor  # query heads per key head
     queries: gl.tensor
@@ -63,8 +64,9 @@ class Problem:
     A_SHARED: gl.constexpr  # the resident operands stay in shared memory instead of registers
 
     @gluon.constexpr_function
-    def __init__(self, heads, group, queries, keys, window, blocks, items, starts, gate,
+    def __init__(self, batches, heads, group, queries, keys, window, blocks, items, starts, gate,
                  CONSUMERS, D, GATED, STARTS, A_SHARED):  # fmt: skip
+        self.batches = batches
         self.heads = heads
         self.group = group
         self.queries = queries
@@ -105,6 +107,11 @@ class Problem:
     @gluon.jit
     def gate_row(self, batch, head):
         return self.gate + (batch * self.heads + head).to(gl.int64) * self.keys
+
+    @gluon.jit
+    def rows_stride(self):
+        """Between the two planes of the backward's per-row scratch (2, B, H, T)."""
+        return (self.batches * self.heads).to(gl.int64) * self.queries
 
     @gluon.jit
     def own_bias(self, tile, newest, batch, head, position, AHEAD: gl.constexpr):

@@ -345,16 +345,16 @@ def store_lse(problem, channels, lse, position, batch, head):
 # ------------------------------------------------------------------------------------------------ the kernel
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "queries", "keys", "window", "blocks", "items"])
+@gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
 def forward_kernel(
     q_desc, k_desc, v_desc, out_desc, gate, starts, lse, scale_log2, bias_factor,
-    heads, group, queries, keys, window, blocks, items,
+    batches, heads, group, queries, keys, window, blocks, items,
     CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, STARTS: gl.constexpr,
     A_SHARED: gl.constexpr, HOPEFUL: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    problem = Problem(heads, group, queries, keys, window, blocks, items, starts, gate,
+    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, gate,
                       CONSUMERS, D, GATED, STARTS, A_SHARED)  # fmt: skip
     channels = Channels(
         gl.allocate_shared_memory(dtype, [CONSUMERS, 1, TILE, 1, D], q_desc.layout),
@@ -421,7 +421,7 @@ def window_forward(q, k, v, gate=None, *, window=None, scale=None, starts=None, 
     forward_kernel[(programs,)](
         descriptor(q, 64), descriptor(k, 64), descriptor(v, 64), descriptor(out, 64),
         lse if gate is None else gate, lse if starts is None else starts, lse,
-        scale * LOG2E.value, 1 / (scale * LOG2E.value), H, H // G, T, S, min(window or S, S), blocks, items,
+        scale * LOG2E.value, 1 / (scale * LOG2E.value), B, H, H // G, T, S, min(window or S, S), blocks, items,
         consumers, D, stages, gate is not None, starts is not None, q_shared,
         q.dtype == torch.bfloat16 if hopeful is None else hopeful, consumer, producer,
         num_warps=4, maxnreg=at_launch,

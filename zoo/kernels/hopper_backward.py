@@ -1,0 +1,563 @@
+"""Gated causal sliding-window attention, backward, for Hopper (sm_90), in Gluon. Deterministic: no atomics.
+
+    P_tj = exp(scale q_t.k_j + U_t - U_j - lse_t)        delta_t = sum_d out_td dout_td
+    dS_tj = P_tj (dout_t.v_j - delta_t)                  dU_j = -sum_t dS_tj       (SPEC.md 0.1: the key side is all)
+    dq_t = scale sum_j dS_tj k_j      dk_j = scale sum_t dS_tj q_t      dv_j = sum_t P_tj dout_t
+
+Two kernels of the forward's shape, one warp that produces and warpgroups of 64 rows that consume:
+- dq: rows are queries, keys pass by. It also computes delta, and leaves delta and lse per head for
+- dk, dv, dU: rows are keys, the queries of all heads of the group pass by, so K and V are never repeated. What belongs
+  to a query, U_t - lse_t and -delta_t, is added on the tensor core like the forward's bias: three bf16 columns each.
+"""
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.core import _aggregate as aggregate
+
+from zoo.kernels.hopper import (
+    LOG2E, NOTHING, TILE, Problem, bias_columns, descriptor, lane_sum, split_in_three, start_ring, visible,
+)  # fmt: skip
+
+
+@aggregate
+class Channels:
+    """Shared memory between producer and consumers, and the barriers that guard it.
+
+    `held` and `held_too` stay with a consumer for an item (q and dout, or k and v); `passing` and `passing_too` go by
+    (k and v, or q and dout) with `columns`, which the tensor core adds to the logits.
+    """
+
+    held: gl.shared_memory_descriptor
+    held_too: gl.shared_memory_descriptor
+    passing: gl.shared_memory_descriptor
+    passing_too: gl.shared_memory_descriptor
+    columns: gl.shared_memory_descriptor
+    held_ready: gl.shared_memory_descriptor
+    held_free: gl.shared_memory_descriptor
+    ready: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, held, held_too, passing, passing_too, columns, held_ready, held_free, ready, free):
+        self.held = held
+        self.held_too = held_too
+        self.passing = passing
+        self.passing_too = passing_too
+        self.columns = columns
+        self.held_ready = held_ready
+        self.held_free = held_free
+        self.ready = ready
+        self.free = free
+
+    @gluon.jit
+    def pass_on(self, ring):
+        """Hands the tile in this slot back unseen. Waits first: an early arrival would count for its predecessor."""
+        mbarrier.wait(self.ready.index(ring.slot), ring.parity)
+        mbarrier.arrive(self.free.index(ring.slot), count=1)
+        return ring.next()
+
+
+@gluon.jit
+def open_channels(held_desc, passing_desc, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
+    dtype: gl.constexpr = held_desc.dtype
+    D: gl.constexpr = held_desc.block_type.shape[3]
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    channels = Channels(
+        gl.allocate_shared_memory(dtype, [CONSUMERS, 1, TILE, 1, D], held_desc.layout),
+        gl.allocate_shared_memory(dtype, [CONSUMERS, 1, TILE, 1, D], held_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, 1, TILE, 1, D], passing_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, 1, TILE, 1, D], passing_desc.layout),
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, 16], gl.NVMMASharedLayout(32, 16, 2)),
+        gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
+    )
+    for c in gl.static_range(CONSUMERS):
+        mbarrier.init(channels.held_ready.index(c), count=1)
+        mbarrier.init(channels.held_free.index(c), count=1)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(channels.ready.index(s), count=1)
+        mbarrier.init(channels.free.index(s), count=CONSUMERS)
+    return channels
+
+
+@gluon.jit
+def load_held(channels, c: gl.constexpr, desc, desc_too, where, parity):
+    nbytes: gl.constexpr = 2 * desc.block_type.nbytes
+    mbarrier.wait(channels.held_free.index(c), parity ^ 1)
+    mbarrier.expect(channels.held_ready.index(c), nbytes)
+    tma.async_copy_global_to_shared(desc, where, channels.held_ready.index(c), channels.held.index(c))
+    tma.async_copy_global_to_shared(desc_too, where, channels.held_ready.index(c), channels.held_too.index(c))
+
+
+@gluon.jit
+def load_passing(channels, ring, desc, desc_too, where):
+    nbytes: gl.constexpr = 2 * desc.block_type.nbytes
+    ready = channels.ready.index(ring.slot)
+    mbarrier.expect(ready, nbytes)
+    tma.async_copy_global_to_shared(desc, where, ready, channels.passing.index(ring.slot))
+    tma.async_copy_global_to_shared(desc_too, where, ready, channels.passing_too.index(ring.slot))
+
+
+@gluon.jit
+def as_operand(tile, D: gl.constexpr, A_SHARED: gl.constexpr, layout: gl.constexpr):
+    """A resident left-hand side: in registers where they suffice, which halves what a product reads from shared memory."""
+    if A_SHARED:
+        return tile.reshape([TILE, D])
+    else:
+        return tile.reshape([TILE, D]).load(layout)
+
+
+@gluon.jit
+def score(a, tile, D: gl.constexpr, ones, columns, ADD: gl.constexpr, layout: gl.constexpr):
+    """a tile^T (+ ones columns^T), (64, 64), in flight."""
+    s = gl.zeros([TILE, TILE], gl.float32, layout)
+    b = tile.reshape([TILE, D]).permute((1, 0))
+    if ADD:
+        s = warpgroup_mma(ones, columns.permute((1, 0)), s, use_acc=False, is_async=True)
+        return warpgroup_mma(a, b, s, is_async=True)
+    else:
+        return warpgroup_mma(a, b, s, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def send(value, tile, desc, where):
+    """Writes a consumer's result out; the copy reads `tile` until tma.store_wait."""
+    tile.reshape([TILE, value.shape[1]]).store(value.to(desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(desc, where, tile)
+
+
+# ------------------------------------------------------------------------------------------------ dq
+
+
+@gluon.jit
+def dq_produce(problem, channels, q_desc, dout_desc, k_desc, v_desc, bias_factor):
+    CONSUMERS: gl.constexpr = problem.CONSUMERS
+    columns_layout: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [1, 1], [1, 0])
+    ring = start_ring(channels.passing.shape[0])
+    parity = gl.to_tensor(0)
+    for item in range(gl.program_id(0), problem.items, gl.num_programs(0)):
+        batch, head, tile = problem.locate(item)
+        first_row = tile * TILE - (problem.keys - problem.queries)
+        newest = problem.newest(tile + CONSUMERS - 1)
+        count = newest - problem.oldest(tile, batch) + 1
+        gate_row = problem.gate_row(batch, head)
+        carry = gl.to_tensor(0.0)
+        for i in range(gl.maximum(count, CONSUMERS)):
+            for c in gl.static_range(CONSUMERS):
+                if i == CONSUMERS - 1 - c:
+                    load_held(channels, c, q_desc, dout_desc, [batch, first_row + TILE * c, head, 0], parity)
+            if i < count:
+                first = (newest - i) * TILE
+                if problem.GATED:
+                    key = first + gl.arange(0, TILE, layout=gl.SliceLayout(1, columns_layout))
+                    prefix = gl.load(gate_row + key, mask=key < problem.keys, other=0.0)
+                    if i > 0:
+                        carry += gl.load(gate_row + first + TILE - 1)
+                    columns = bias_columns((carry - prefix) * bias_factor, columns_layout)
+                mbarrier.wait(channels.free.index(ring.slot), ring.parity ^ 1)
+                if problem.GATED:
+                    channels.columns.index(ring.slot).store(columns)
+                    fence_async_shared()
+                load_passing(channels, ring, k_desc, v_desc, [batch, first, head // problem.group, 0])
+                ring = ring.next()
+        parity = parity ^ 1
+
+
+@gluon.jit
+def dq_consume(C: gl.constexpr, problem, channels, dq_tiles, dq_desc, out, dout, lse, rows, scale_log2, scale):
+    """Warpgroup C: 64 queries of every item. rows (2,B,H,T) fp32 gets lse in log2 units and delta."""
+    D: gl.constexpr = problem.D
+    dtype: gl.constexpr = dq_desc.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
+    ds_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    ones = gl.full([TILE, 16], 1.0, gl.bfloat16, q_layout)
+    ring = start_ring(channels.passing.shape[0])
+    parity = gl.to_tensor(0)
+    for item in range(gl.program_id(0), problem.items, gl.num_programs(0)):
+        batch, head, block_tile = problem.locate(item)
+        tile = block_tile + C
+        block_newest = problem.newest(block_tile + problem.CONSUMERS - 1)
+        block_oldest = problem.oldest(block_tile, batch)
+        newest = problem.newest(tile)
+        oldest = problem.oldest(tile, batch)
+        inside = tile <= newest
+        position = tile * TILE + gl.arange(0, TILE, layout=row_layout)
+        first_visible, latest_start = problem.first_visible(batch, position)
+        shift = gl.zeros([TILE], gl.float32, row_layout)
+        if problem.GATED:
+            shift = problem.own_bias(tile, block_newest, batch, head, position, problem.CONSUMERS - 1 - C)
+        row = position - (problem.keys - problem.queries)
+        mine = (row >= 0) & (row < problem.queries)
+        delta = row_products(problem, out, dout, batch, head, tile, row_layout)
+        lse2 = gl.load(lse + (batch.to(gl.int64) * problem.queries + row) * problem.heads + head, mask=mine, other=0.0) * LOG2E
+        lse2 = gl.where(lse2 == float("-inf"), 0.0, lse2)  # a row without keys: every logit is masked
+        at = rows + (batch * problem.heads + head).to(gl.int64) * problem.queries + row
+        gl.store(at, lse2, mask=mine)
+        gl.store(at + problem.rows_stride(), delta, mask=mine)
+        shift += lse2
+
+        for _ in range(gl.where(inside, block_newest - newest, block_newest - block_oldest + 1)):
+            ring = channels.pass_on(ring)
+        mbarrier.wait(channels.held_ready.index(C), parity)
+        if inside:
+            q = as_operand(channels.held.index(C), D, problem.A_SHARED, q_layout)
+            do = as_operand(channels.held_too.index(C), D, problem.A_SHARED, q_layout)
+            if not problem.A_SHARED:
+                fence_async_shared()
+                mbarrier.arrive(channels.held_free.index(C), count=1)
+            dq = gl.zeros([TILE, D], gl.float32, o_layout)
+            clear = gl.maximum(tile * TILE + TILE - problem.window, latest_start)
+
+            mbarrier.wait(channels.ready.index(ring.slot), ring.parity)
+            s = score(q, channels.passing.index(ring.slot), D, ones, channels.columns.index(ring.slot), problem.GATED, s_layout)
+            dp = score(do, channels.passing_too.index(ring.slot), D, ones, channels.columns.index(ring.slot), False, s_layout)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            s = gl.where(visible(newest * TILE, position, first_visible, s_layout), s, float("-inf"))
+            p = gl.exp2(s * scale_log2 - gl.expand_dims(shift, 1))
+            dp = warpgroup_mma_wait(0, deps=(dp,))
+            ds = gl.convert_layout((p * (dp - gl.expand_dims(delta, 1))).to(dtype), ds_layout)
+            for i in range(newest - oldest):
+                slot = ring.slot
+                ring = ring.next()
+                mbarrier.wait(channels.ready.index(ring.slot), ring.parity)
+                s = score(q, channels.passing.index(ring.slot), D, ones, channels.columns.index(ring.slot), problem.GATED, s_layout)
+                dq = warpgroup_mma(ds, channels.passing.index(slot).reshape([TILE, D]), dq, is_async=True)
+                dp = score(do, channels.passing_too.index(ring.slot), D, ones, channels.columns.index(ring.slot), False, s_layout)
+                s = warpgroup_mma_wait(2, deps=(s,))
+                first = (newest - 1 - i) * TILE
+                if first < clear:
+                    s = gl.where(visible(first, position, first_visible, s_layout), s, float("-inf"))
+                p = gl.exp2(s * scale_log2 - gl.expand_dims(shift, 1))
+                dq, dp = warpgroup_mma_wait(0, deps=(dq, dp))
+                mbarrier.arrive(channels.free.index(slot), count=1)
+                ds = gl.convert_layout((p * (dp - gl.expand_dims(delta, 1))).to(dtype), ds_layout)
+
+            if problem.A_SHARED:
+                mbarrier.arrive(channels.held_free.index(C), count=1)
+            dq = warpgroup_mma(ds, channels.passing.index(ring.slot).reshape([TILE, D]), dq, is_async=True)
+            dq = warpgroup_mma_wait(0, deps=(dq,))
+            ring = channels.pass_on(ring)
+            tma.store_wait(0)
+            first_row = tile * TILE - (problem.keys - problem.queries)
+            send(dq * scale, dq_tiles.index(C), dq_desc, [batch, first_row, head, 0])
+            for _ in range(oldest - block_oldest):
+                ring = channels.pass_on(ring)
+        else:
+            mbarrier.arrive(channels.held_free.index(C), count=1)
+        parity = parity ^ 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def row_products(problem, out, dout, batch, head, tile, layout: gl.constexpr):
+    """delta: sum over d of out times dout, (64,) fp32. Both are contiguous (B,T,H,D)."""
+    D: gl.constexpr = problem.D
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
+    row = tile * TILE - (problem.keys - problem.queries) + gl.arange(0, TILE, layout=gl.SliceLayout(1, wide))
+    column = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
+    at = ((batch.to(gl.int64) * problem.queries + row) * problem.heads + head) * D
+    at = gl.expand_dims(at, 1) + gl.expand_dims(column, 0)
+    mask = gl.expand_dims((row >= 0) & (row < problem.queries), 1)
+    a = gl.load(out + at, mask=mask, other=0.0).to(gl.float32)
+    b = gl.load(dout + at, mask=mask, other=0.0).to(gl.float32)
+    return gl.convert_layout(gl.sum(a * b, 1), layout)
+
+
+@gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
+def dq_kernel(
+    q_desc, dout_desc, k_desc, v_desc, dq_desc, out, dout, gate, starts, lse, rows, scale_log2, bias_factor, scale,
+    batches, heads, group, queries, keys, window, blocks, items,
+    CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, STARTS: gl.constexpr,
+    A_SHARED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, gate,
+                      CONSUMERS, D, GATED, STARTS, A_SHARED)  # fmt: skip
+    channels = open_channels(q_desc, k_desc, CONSUMERS, STAGES)
+    dq_tiles = gl.allocate_shared_memory(dq_desc.dtype, [CONSUMERS, 1, TILE, 1, D], dq_desc.layout)
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (dq_consume, (0, problem, channels, dq_tiles, dq_desc, out, dout, lse, rows, scale_log2, scale)),
+            (dq_consume, (1, problem, channels, dq_tiles, dq_desc, out, dout, lse, rows, scale_log2, scale)),
+            (dq_produce, (problem, channels, q_desc, dout_desc, k_desc, v_desc, bias_factor)),
+        ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+    else:
+        gl.static_assert(CONSUMERS == 3)
+        gl.warp_specialize([
+            (dq_consume, (0, problem, channels, dq_tiles, dq_desc, out, dout, lse, rows, scale_log2, scale)),
+            (dq_consume, (1, problem, channels, dq_tiles, dq_desc, out, dout, lse, rows, scale_log2, scale)),
+            (dq_consume, (2, problem, channels, dq_tiles, dq_desc, out, dout, lse, rows, scale_log2, scale)),
+            (dq_produce, (problem, channels, q_desc, dout_desc, k_desc, v_desc, bias_factor)),
+        ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ dk, dv, dU
+
+
+@gluon.jit
+def last_queries(problem, ends, batch, key):
+    """The newest position that sees each key; before the key itself where none does (padding)."""
+    last = gl.minimum(key + problem.window, problem.keys) - 1
+    if problem.STARTS:
+        at = batch.to(gl.int64) * problem.keys + gl.minimum(key, problem.keys - 1)
+        last = gl.minimum(last, gl.load(ends + at) - 1)
+        last = gl.where(gl.load(problem.starts + at) > key, -1, last)
+    return last
+
+
+@gluon.jit
+def newest_query(problem, ends, batch, tile):
+    """The newest query tile that sees anything of key tile `tile`."""
+    key = gl.minimum(tile * TILE + TILE, problem.keys) - 1
+    last = gl.minimum(key + problem.window, problem.keys) - 1
+    if problem.STARTS:
+        last = gl.minimum(last, gl.load(ends + batch.to(gl.int64) * problem.keys + key) - 1)
+    return gl.maximum(last, key) // TILE
+
+
+@gluon.jit
+def dkv_produce(problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows, bias_factor):
+    CONSUMERS: gl.constexpr = problem.CONSUMERS
+    layout: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [1, 1], [1, 0])
+    offset = problem.keys - problem.queries
+    ring = start_ring(channels.passing.shape[0])
+    parity = gl.to_tensor(0)
+    for item in range(gl.program_id(0), problem.items, gl.num_programs(0)):
+        batch, kv_head, tile = locate_keys(problem, item)
+        oldest = gl.maximum(tile, offset // TILE)
+        last_tile = gl.minimum(tile + CONSUMERS - 1, (problem.keys - 1) // TILE)
+        count = gl.maximum(newest_query(problem, ends, batch, last_tile) - oldest + 1, 1)
+        for member in range(problem.group):
+            head = kv_head * problem.group + member
+            gate_row = problem.gate_row(batch, head)
+            at = rows + (batch * problem.heads + head).to(gl.int64) * problem.queries
+            carry = gl.to_tensor(0.0)  # U from the item's first chunk on
+            if problem.GATED:
+                for chunk in range(tile, oldest):
+                    carry += gl.load(gate_row + chunk * TILE + TILE - 1)
+            for i in range(gl.maximum(count, CONSUMERS)):
+                if member == 0:
+                    for c in gl.static_range(CONSUMERS):
+                        if i == c:
+                            load_held(channels, c, k_desc, v_desc, [batch, (tile + c) * TILE, kv_head, 0], parity)
+                if i < count:
+                    first = (oldest + i) * TILE
+                    position = first + gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
+                    row = position - offset
+                    mine = (row >= 0) & (row < problem.queries)
+                    reference = -gl.load(at + row, mask=mine, other=0.0)
+                    delta = gl.load(at + problem.rows_stride() + row, mask=mine, other=0.0)
+                    if problem.GATED:
+                        reference += carry + gl.load(gate_row + position, mask=position < problem.keys, other=0.0)
+                        carry += gl.load(gate_row + first + TILE - 1, mask=first + TILE - 1 < problem.keys, other=0.0)
+                    reference = gl.where(mine, reference, NOTHING)
+                    columns = query_columns(reference * bias_factor, -delta, layout)
+                    mbarrier.wait(channels.free.index(ring.slot), ring.parity ^ 1)
+                    channels.columns.index(ring.slot).store(columns)
+                    fence_async_shared()
+                    load_passing(channels, ring, q_desc, dout_desc, [batch, first - offset, head, 0])
+                    ring = ring.next()
+        parity = parity ^ 1
+
+
+@gluon.jit
+def locate_keys(problem, item):
+    """Batch row, key head, first tile of an item of keys."""
+    row = item // problem.blocks
+    kv_heads = problem.heads // problem.group
+    return row // kv_heads, row % kv_heads, item % problem.blocks * problem.CONSUMERS
+
+
+@gluon.jit
+def query_columns(reference, negative_delta, layout: gl.constexpr):
+    """(64, 16) bf16: three pieces of each query's reference, then three of its -delta."""
+    high, middle, low = split_in_three(negative_delta)
+    column = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, layout)), 0)
+    columns = bias_columns(reference, layout)
+    columns = gl.where(column == 3, gl.expand_dims(high, 1), columns)
+    columns = gl.where(column == 4, gl.expand_dims(middle, 1), columns)
+    return gl.where(column == 5, gl.expand_dims(low, 1), columns)
+
+
+@gluon.jit
+def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, du, scale_log2, scale):
+    """Warpgroup C: 64 keys of every item. du (B,H,S) fp32, nats."""
+    D: gl.constexpr = problem.D
+    dtype: gl.constexpr = dk_desc.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    column = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, a_layout)), 0)
+    for_reference = gl.where(column < 3, gl.full([TILE, 16], 1.0, gl.bfloat16, a_layout), 0.0)
+    for_delta = gl.where((column >= 3) & (column < 6), gl.full([TILE, 16], 1.0, gl.bfloat16, a_layout), 0.0)
+    offset = problem.keys - problem.queries
+    ring = start_ring(channels.passing.shape[0])
+    parity = gl.to_tensor(0)
+    for item in range(gl.program_id(0), problem.items, gl.num_programs(0)):
+        batch, kv_head, block_tile = locate_keys(problem, item)
+        tile = block_tile + C
+        block_oldest = gl.maximum(block_tile, offset // TILE)
+        last_tile = gl.minimum(block_tile + problem.CONSUMERS - 1, (problem.keys - 1) // TILE)
+        block_newest = gl.maximum(newest_query(problem, ends, batch, last_tile), block_oldest)
+        oldest = gl.minimum(gl.maximum(tile, block_oldest), block_newest + 1)
+        newest = gl.minimum(newest_query(problem, ends, batch, gl.minimum(tile, last_tile)), block_newest)
+        newest = gl.where(tile <= last_tile, gl.maximum(newest, oldest - 1), oldest - 1)
+        key = tile * TILE + gl.arange(0, TILE, layout=row_layout)
+        last = last_queries(problem, ends, batch, key)
+        clear = gl.min(last, 0)  # a query tile up to here has no far edge
+
+        mbarrier.wait(channels.held_ready.index(C), parity)
+        k = as_operand(channels.held.index(C), D, problem.A_SHARED, a_layout)
+        v = as_operand(channels.held_too.index(C), D, problem.A_SHARED, a_layout)
+        if not problem.A_SHARED:
+            fence_async_shared()
+            mbarrier.arrive(channels.held_free.index(C), count=1)
+        dk = gl.zeros([TILE, D], gl.float32, o_layout)
+        dv = gl.zeros([TILE, D], gl.float32, o_layout)
+        for member in range(problem.group):
+            head = kv_head * problem.group + member
+            own = gl.zeros([TILE], gl.float32, row_layout)  # -U_j from the item's first chunk
+            if problem.GATED:
+                gate_row = problem.gate_row(batch, head)
+                own -= gl.load(gate_row + key, mask=key < problem.keys, other=0.0)
+                for before in gl.static_range(C):
+                    at = (block_tile + before) * TILE + TILE - 1
+                    own -= gl.load(gate_row + at, mask=at < problem.keys, other=0.0)
+            gathered = gl.zeros([TILE, TILE], gl.float32, s_layout)
+            gathered = lane_sum(gathered, 64)
+            for _ in range(oldest - block_oldest):
+                ring = channels.pass_on(ring)
+            for i in range(newest - oldest + 1):
+                mbarrier.wait(channels.ready.index(ring.slot), ring.parity)
+                columns = channels.columns.index(ring.slot)
+                s = score(k, channels.passing.index(ring.slot), D, for_reference, columns, True, s_layout)
+                dp = score(v, channels.passing_too.index(ring.slot), D, for_delta, columns, True, s_layout)
+                s = warpgroup_mma_wait(1, deps=(s,))
+                first = (oldest + i) * TILE
+                if (first < tile * TILE + TILE) | (first + TILE - 1 > clear):
+                    query = first + gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, s_layout)), 0)
+                    seen = (query >= gl.expand_dims(key, 1)) & (query <= gl.expand_dims(last, 1))
+                    s = gl.where(seen, s, float("-inf"))
+                p = gl.exp2(s * scale_log2 + gl.expand_dims(own, 1))
+                dv = warpgroup_mma(
+                    gl.convert_layout(p.to(dtype), p_layout), channels.passing_too.index(ring.slot).reshape([TILE, D]), dv, is_async=True
+                )
+                dp = warpgroup_mma_wait(1, deps=(dp,))
+                ds = p * dp
+                gathered += lane_sum(ds, 64)
+                dk = warpgroup_mma(
+                    gl.convert_layout(ds.to(dtype), p_layout), channels.passing.index(ring.slot).reshape([TILE, D]), dk, is_async=True
+                )
+                dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+                mbarrier.arrive(channels.free.index(ring.slot), count=1)
+                ring = ring.next()
+            for _ in range(block_newest - gl.maximum(newest, oldest - 1)):
+                ring = channels.pass_on(ring)
+            if problem.GATED:
+                at = du + (batch * problem.heads + head).to(gl.int64) * problem.keys + key
+                gl.store(at, -gl.convert_layout(gl.sum(gathered, 1), row_layout), mask=key < problem.keys)
+
+        if not problem.A_SHARED:
+            tma.store_wait(0)
+        send(dk * scale, dk_tiles.index(C), dk_desc, [batch, tile * TILE, kv_head, 0])
+        send(dv, dv_tiles.index(C), dv_desc, [batch, tile * TILE, kv_head, 0])
+        if problem.A_SHARED:  # k and v gave their place to dk and dv
+            tma.store_wait(0)
+            mbarrier.arrive(channels.held_free.index(C), count=1)
+        parity = parity ^ 1
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
+def dkv_kernel(
+    k_desc, v_desc, q_desc, dout_desc, dk_desc, dv_desc, gate, starts, ends, rows, du, scale_log2, bias_factor, scale,
+    batches, heads, group, queries, keys, window, blocks, items,
+    CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, STARTS: gl.constexpr,
+    A_SHARED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, gate,
+                      CONSUMERS, D, GATED, STARTS, A_SHARED)  # fmt: skip
+    channels = open_channels(k_desc, q_desc, CONSUMERS, STAGES)
+    if A_SHARED:
+        dk_tiles = channels.held
+        dv_tiles = channels.held_too
+    else:
+        dk_tiles = gl.allocate_shared_memory(dk_desc.dtype, [CONSUMERS, 1, TILE, 1, D], dk_desc.layout)
+        dv_tiles = gl.allocate_shared_memory(dv_desc.dtype, [CONSUMERS, 1, TILE, 1, D], dv_desc.layout)
+    if CONSUMERS == 1:
+        gl.warp_specialize([
+            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, du, scale_log2, scale)),
+            (dkv_produce, (problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows, bias_factor)),
+        ], [1], [PRODUCER_REGISTERS])  # fmt: skip
+    else:
+        gl.static_assert(CONSUMERS == 2)
+        gl.warp_specialize([
+            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, du, scale_log2, scale)),
+            (dkv_consume, (1, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, du, scale_log2, scale)),
+            (dkv_produce, (problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows, bias_factor)),
+        ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ the launcher
+
+# consumers: registers a thread at launch, of a consumer, of the producer
+REGISTERS = {1: (128, 0, 32), 2: (168, 232, 40), 3: (128, 160, 32)}
+DQ_TILES = {64: (3, 4, True), 128: (2, 3, False)}  # head dim: consumers, stages, resident operands in shared memory
+DKV_TILES = {64: (2, 4, False), 128: (2, 3, True)}
+
+
+def window_backward(q, k, v, out, lse, dout, gate=None, *, window=None, scale=None, starts=None, ends=None,
+                    dq_tiles=None, dkv_tiles=None):  # fmt: skip
+    """dq, dk, dv and dU (B,H,S) fp32 (None without a gate), from what window_forward took and gave. dU: gradient of the
+    sum of log_decay up to each position, in nats; log_decay's own is its reversed cumulative sum."""
+    B, T, H, D = q.shape
+    S, G = k.shape[1:3]
+    scale = D**-0.5 if scale is None else scale
+    out, dout = out.contiguous(), dout.contiguous()
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    rows = torch.empty(2, B, H, T, dtype=torch.float32, device=q.device)
+    du = None if gate is None else torch.empty(B, H, S, dtype=torch.float32, device=q.device)
+    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
+    scales = (scale * LOG2E.value, 1 / (scale * LOG2E.value), scale)
+    gate_or_any = rows if gate is None else gate
+    starts_or_any, ends_or_any = (rows, rows) if starts is None else (starts, ends)
+    sizes = (B, H, H // G, T, S, min(window or S, S))
+
+    consumers, stages, shared = dq_tiles or DQ_TILES[D]
+    at_launch, consumer, producer = REGISTERS[consumers]
+    blocks = triton.cdiv(triton.cdiv(S, 64) - (S - T) // 64, consumers)
+    items = blocks * B * H
+    dq_kernel[(min(items, programs),)](
+        descriptor(q, 64), descriptor(dout, 64), descriptor(k, 64), descriptor(v, 64), descriptor(dq, 64),
+        out, dout, gate_or_any, starts_or_any, lse, rows, *scales, *sizes, blocks, items,
+        consumers, D, stages, gate is not None, starts is not None, shared, consumer, producer,
+        num_warps=4, maxnreg=at_launch,
+    )  # fmt: skip
+
+    consumers, stages, shared = dkv_tiles or DKV_TILES[D]
+    at_launch, consumer, producer = REGISTERS[consumers]
+    blocks = triton.cdiv(triton.cdiv(S, 64), consumers)
+    items = blocks * B * G
+    dkv_kernel[(min(items, programs * (3 - consumers)),)](
+        descriptor(k, 64), descriptor(v, 64), descriptor(q, 64), descriptor(dout, 64), descriptor(dk, 64), descriptor(dv, 64),
+        gate_or_any, starts_or_any, ends_or_any, rows, rows if du is None else du, *scales, *sizes, blocks, items,
+        consumers, D, stages, gate is not None, starts is not None, shared, consumer, producer,
+        num_warps=4, maxnreg=at_launch,
+    )  # fmt: skip
+    return dq, dk, dv, du
