@@ -1,0 +1,1 @@
+"""GatedFWA zoo: one backbone of linear-time token mixers, four autoregressive domains."""

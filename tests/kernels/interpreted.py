@@ -1,0 +1,126 @@
+"""The kernels under Triton's interpreter. Run by test_interpret.py in a process of its own, with TRITON_INTERPRET=1."""
+
+import math
+
+import pytest
+import torch
+
+from tests.kernels.interpreter import repair
+from tests.ops.cases import CASES
+from tests.ops.definition import Case, relative_error
+from tests.ops.run_case import run
+from zoo.kernels import gate as gates
+from zoo.kernels import window as kernels
+from zoo.kernels.tiles import CHUNK, Tile, Tiles
+from zoo.ops import backend, log_decay, reference
+
+repair()
+SMALL = Tiles(forward=Tile(32, 16, 4, 1), dkdv=Tile(16, 32, 4, 1), dq=Tile(32, 32, 4, 1))
+LARGE = Tiles(forward=Tile(64, 128, 4, 1), dkdv=Tile(128, 64, 4, 1), dq=Tile(128, 16, 4, 1))
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Chooses the tiles of the calls that follow."""
+    return lambda tiles: monkeypatch.setattr(kernels, "choose_tiles", lambda *args: tiles)
+
+
+def errors(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    tensors = case.tensors(dtype)
+    actual, expected = run(case, tensors), case.expected(tensors)
+    return {name: relative_error(x, expected[name]) for name, x in actual.items()}
+
+
+def test_the_kernels_run_here():
+    assert backend.choose(torch.device("cpu"), torch.float32, 16).name == "triton"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_the_loops(case, tiles):
+    tiles(SMALL)
+    found = errors(case)
+    assert max(found.values()) <= 1e-4, found
+
+
+@pytest.mark.parametrize("case", CASES[4::5], ids=lambda case: case.name)
+def test_large_tiles_equal_the_loops(case, tiles):
+    tiles(LARGE)
+    found = errors(case)
+    assert max(found.values()) <= 1e-4, found
+
+
+def test_table_row_equals_the_loops():
+    found = errors(Case("table", 75, 20, "fused", dim=16))
+    assert max(found.values()) <= 1e-4, found
+
+
+def test_float16(tiles):
+    """Half precision keeps half precision's error: 2 ** -11 per rounding, a few of them."""
+    tiles(SMALL)
+    case = Case("float16", 50, 20, "none", dim=16)
+    found = errors(case, torch.float16)
+    assert max(found.values()) <= 5e-3, found
+
+
+@pytest.mark.parametrize("dim", [16, 80, 96])
+def test_other_head_dims(dim, tiles):
+    """Heads that are no power of two are padded inside the kernel, never in memory."""
+    tiles(SMALL)
+    found = errors(Case("dim", 35, 12, dim=dim, heads=1))
+    assert max(found.values()) <= 1e-4, found
+
+
+def test_strided_inputs(tiles):
+    """q, k, v as slices of one projection, and an expanded gradient: no copy is asked of the caller."""
+    tiles(SMALL)
+    torch.manual_seed(0)
+    packed = torch.randn(2, 40, 3, 2, 16)
+    q, k, v = packed.unbind(2)
+    gate = torch.randn(2, 40, 4).chunk(2, -1)
+    options = {"window": 9, "scale": 0.25, "spans": None}
+    out, lse = kernels.window_forward(q, k, v, gate, **options)
+    dout = torch.ones(1, 1, 1, 1).expand(2, 40, 2, 16)
+    actual = kernels.window_backward(dout, None, q, k, v, out, lse, gate, **options)
+    expected = reference.window_backward(dout, None, q, k, v, out, lse, gate, **options)
+    for a, e in zip((*actual[:3], *actual[3]), (*expected[:3], *expected[3]), strict=True):
+        assert relative_error(a, e.double()) <= 1e-4
+
+
+def test_same_bits_every_time(tiles):
+    tiles(SMALL)
+    case = Case("bits", 60, 20, "fused", heads=4, kv_heads=2)
+    first, second = (run(case, case.tensors(torch.float32)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)
+def test_nothing_uninitialised_is_returned(case, tiles, monkeypatch):
+    tiles(SMALL)
+
+    def poisoned(create):
+        def wrapper(*args, **kwargs):
+            x = create(*args, **kwargs)
+            return x.fill_(math.nan) if x.is_floating_point() else x
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    for name, x in run(case, case.tensors(torch.float32)).items():
+        assert not x.isnan().any(), name
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 300])
+def test_chunk_prefix(length):
+    """suffix and total give every difference of the prefix sum."""
+    torch.manual_seed(0)
+    z, u = torch.randn(2, 1, length, 20).unbind()
+    decay = log_decay(z, u)
+    suffix, total = gates.prefix((z, u))
+    prefix = decay.double().cumsum(1)[0].T
+    chunk = torch.arange(length) // CHUNK
+    carry = torch.cat([total[0].double(), torch.zeros(20, 1)], 1).cumsum(1)
+    t = length - 1
+    bias = suffix[0].double() - suffix[0, :, t:].double() + carry[:, chunk[t]][:, None] - carry[:, chunk]
+    expected = (prefix[:, t:] - prefix) / math.log(2)
+    torch.testing.assert_close(bias, expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,87 @@
+"""Every row of the tile table compiles, without a GPU, and fits the shared memory of the device it is for."""
+
+# ruff: noqa: E402 - what follows needs triton
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from zoo.kernels import gate, window
+from zoo.kernels.tiles import CHUNK, SHARED_BYTES, TABLE, Tile
+
+CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90}
+INDEX_POINTERS = {"start_ptr", "end_ptr"}
+FLOAT32_POINTERS = {
+    "suffix_ptr",
+    "total_ptr",
+    "row_lse_ptr",
+    "delta_ptr",
+    "dprefix_ptr",
+    "lse_ptr",
+    "dlse_ptr",
+    "grad_ptr",
+}
+
+
+def build(kernel, architecture, element, constants, warps=4, stages=1):
+    """Compiles for pointers and strides that are multiples of 16, as those of whole tensors are."""
+    signature, divisible = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            kind = "i32" if name in INDEX_POINTERS else "fp32" if name in FLOAT32_POINTERS else element
+            signature[name] = f"*{kind}"
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+        if signature[name] != "constexpr" and name.endswith("_ptr") | name.startswith("stride_"):
+            divisible[position,] = [["tt.divisibility", 16]]
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    target = GPUTarget("cuda", CAPABILITY[architecture], 32)
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(ASTSource(kernel, signature, values, divisible), target=target, options=options)
+
+
+def build_window(kernel, architecture, width, tile: Tile, element="bf16", gated=True, windowed=True, bounded=False):
+    absent = set() if bounded else set(INDEX_POINTERS)
+    absent |= set() if gated else {"suffix_ptr", "total_ptr", "dprefix_ptr"}
+    constants = {name: None for name in absent if name in kernel.arg_names} | {
+        "GROUP": 1, "D": width, "BLOCK_D": width, "BLOCK_Q": tile.queries, "BLOCK_K": tile.keys, "CHUNK": CHUNK,
+        "GATED": gated, "WINDOWED": windowed, "BOUNDED": bounded,
+    }  # fmt: skip
+    return build(kernel, architecture, element, constants, tile.warps, tile.stages)
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=[pytest.mark.slow] * (row[0] == "sm86" or row[1] == 512)) for row in TABLE], ids=str
+)
+def test_every_row_compiles_and_fits(row):
+    architecture, width, window_class = row
+    tiles = TABLE[row]
+    element = "fp32" if width == 512 else "bf16"  # head_dim counts 16-bit elements
+    width = 256 if width == 512 else width
+    for kernel, tile in (
+        (window._forward, tiles.forward), (window._dkdv, tiles.dkdv), (window._dq, tiles.dq),
+    ):  # fmt: skip
+        built = build_window(kernel, architecture, width, tile, element, windowed=window_class == "narrow")
+        assert built.metadata.shared <= SHARED_BYTES[architecture], kernel.__name__
+
+
+@pytest.mark.parametrize("switches", [{"gated": False}, {"bounded": True}, {"element": "fp32"}], ids=str)
+def test_every_switch_compiles(switches):
+    tiles = TABLE["sm90", 128, "narrow"]
+    for kernel, tile in ((window._forward, tiles.forward), (window._dkdv, tiles.dkdv), (window._dq, tiles.dq)):
+        assert build_window(kernel, "sm90", 64, tile, **switches).metadata.shared <= SHARED_BYTES["sm90"]
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm90"])
+def test_the_small_kernels_compile(architecture):
+    shape = {"CHUNK": CHUNK, "HEADS": gate.HEADS, "EPS": 1e-3, "ACTIVATE": True}
+    build(gate._prefix, architecture, "bf16", shape)
+    build(gate._reverse_cumsum, architecture, "fp32", {"SCAN": gate.SCAN})
+    build(gate._activation_backward, architecture, "bf16", shape | {"BOUNDED": True})
+    switches = {"D": 64, "BLOCK_D": 64, "BLOCK_Q": window.ROWS, "GATED": True, "WITH_DLSE": True}
+    build(window._rows, architecture, "bf16", switches)

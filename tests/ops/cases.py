@@ -1,0 +1,36 @@
+"""The calls that every back end is held to: lengths, windows, heads, documents and starts that meet every edge."""
+
+from tests.ops.definition import Case
+
+# Few tokens, for the loops' sake. The interpreter's tiles are 16 and 32, the reference's blocks are cut down to 16.
+CASES = [
+    Case("one_token", 1, 4),
+    Case("one_token_no_window_fused", 1, None, "fused"),
+    Case("window_1", 37, 1),
+    Case("window_2_fused", 45, 2, "fused", batch=2),
+    Case("window_below_tile", 61, 7, heads=4, kv_heads=2),
+    Case("window_tile_minus_1", 67, 15),
+    Case("window_at_tile", 65, 16, batch=2, kv_heads=2),
+    Case("window_tile_plus_1", 63, 17, "fused"),
+    Case("window_above_tiles", 70, 50, dim=12),
+    Case("window_at_length", 40, 40, "none"),
+    Case("window_above_length", 33, 1000, "fused"),
+    Case("no_window", 49, None, heads=3),
+    Case("no_window_no_gate", 50, None, "none", batch=2, kv_heads=2),
+    Case("window_no_gate_groups", 48, 10, "none", heads=6, kv_heads=2),
+    Case("dim_20", 35, 9, dim=20),
+    Case("two_gate_chunks", 140, 12, heads=1),
+    Case("three_gate_chunks", 40, 140, keys=270, heads=1, dim=4),
+    Case("later_queries", 21, 12, keys=70),
+    Case("later_queries_other_chunk", 9, 150, "fused", keys=200, heads=1),
+    Case("later_queries_no_window", 5, None, keys=140, heads=1),
+    Case("one_late_query", 1, 30, keys=77),
+    Case("documents", 70, 11, cu_seqlens=(0, 0, 1, 20, 20, 52, 53, 70), kv_heads=2),
+    Case("documents_fused_no_window", 60, None, "fused", cu_seqlens=(0, 31, 31, 32, 60, 60)),
+    Case("documents_of_one", 19, 5, cu_seqlens=tuple(range(20))),
+    Case("documents_no_gate", 66, 25, "none", cu_seqlens=(0, 40, 66)),
+    Case("key_start", 41, 13, key_start=(0, 30), batch=2),
+    Case("key_start_later_queries", 10, 16, "fused", keys=64, key_start=(50, 58), batch=2),
+    Case("key_start_no_window", 35, None, key_start=(20,)),
+    Case("key_start_nothing_visible", 20, 8, keys=24, key_start=(24, 3), batch=2),
+]

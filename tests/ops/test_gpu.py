@@ -1,0 +1,198 @@
+"""The kernels on a CUDA device: accuracy against float64, determinism, size, and agreement with another library.
+
+pytest -m gpu tests/ops/test_gpu.py
+"""
+
+import gc
+import warnings
+
+import pytest
+import torch
+
+from tests.ops.cases import CASES
+from tests.ops.definition import Case, relative_error
+from tests.ops.run_case import run
+from zoo.ops import backend, gated_window_attention, log_decay, reference, window_attention
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+GPU_CASES = [
+    Case("dim_64", 517, 100, "fused", batch=2, heads=4, kv_heads=4, dim=64),
+    Case("dim_128", 517, 130, "fused", batch=2, heads=4, kv_heads=4, dim=128),
+    Case("dim_32_groups", 400, 64, heads=6, kv_heads=2, dim=32),
+    Case("dim_96_groups", 333, 77, "fused", heads=4, kv_heads=1, dim=96),
+    Case("dim_80_no_gate", 300, 90, "none", dim=80),
+    Case("dim_16_no_window", 257, None, heads=4, dim=16),
+    Case("dim_256", 200, 70, dim=256),
+    Case("dim_64_wide", 1500, 1024, kv_heads=2, dim=64),
+    Case("dim_128_wide", 1500, 700, "fused", kv_heads=2, dim=128),
+    Case("dim_64_no_gate", 1000, 256, "none", heads=8, kv_heads=2, dim=64),
+    Case("window_1", 200, 1, "fused", dim=64),
+    Case("documents", 700, 128, "fused", heads=4, kv_heads=2, dim=64, cu_seqlens=(0, 0, 1, 130, 256, 256, 640, 700)),
+    Case("documents_no_window", 400, None, heads=4, dim=128, cu_seqlens=(0, 399, 400)),
+    Case("key_start", 300, 100, keys=600, batch=2, dim=64, key_start=(0, 550)),
+    Case("one_late_query", 1, 512, keys=900, dim=128),
+]
+
+
+@pytest.fixture(autouse=True)
+def kernels_run():
+    assert backend.explain("cuda", torch.bfloat16, 64)[0] == "triton"
+
+
+def exact(case: Case, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """out, lse and gradients of the written-down definition, every operation in `dtype` (the gate's in float32)."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    gate = ("log_decay", "z", "u")
+    inputs = {
+        name: x.detach().to(wide if name in gate else dtype).requires_grad_()
+        for name, x in tensors.items()
+        if name not in ("dout", "dlse")
+    }
+    decay = log_decay(inputs["z"], inputs["u"]) if case.gate == "fused" else inputs.get("log_decay")
+    spans, device = None, tensors["q"].device
+    if case.cu_seqlens is not None:
+        spans = reference.document_spans(torch.tensor(case.cu_seqlens, dtype=torch.int32, device=device), case.queries)
+    if case.key_start is not None:
+        starts = torch.tensor(case.key_start, dtype=torch.int32, device=device)
+        spans = reference.key_start_spans(starts, tensors["k"].shape[1])
+    out, lse = reference.definition(inputs["q"], inputs["k"], inputs["v"], decay, window=case.window, spans=spans)
+    loss = (out * tensors["dout"].to(dtype)).sum()
+    if case.gate != "fused":
+        loss = loss + (lse * tensors["dlse"].to(lse.dtype))[lse > -torch.inf].sum()
+    grads = torch.autograd.grad(loss, list(inputs.values()), materialize_grads=True)
+    results = {"out": out.detach()} if case.gate == "fused" else {"out": out.detach(), "lse": lse.detach()}
+    return results | {f"d{name}": x for name, x in zip(inputs, grads, strict=True)}
+
+
+def on_gpu(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """q, k, v and dout in dtype; the gate's inputs and dlse in float32."""
+    half = ("q", "k", "v", "dout")
+    return {name: x.cuda().to(dtype if name in half else torch.float32) for name, x in case.tensors().items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.name)
+def test_error_is_at_most_twice_that_of_pytorch(case, dtype):
+    """FlashAttention's rule: against float64, twice plain PyTorch in the same dtype and two units in the last place."""
+    tensors = on_gpu(case, dtype)
+    actual, truth, plain = run(case, tensors), exact(case, tensors, torch.float64), exact(case, tensors, dtype)
+    for name, expected in truth.items():
+        ours, theirs = relative_error(actual[name], expected), relative_error(plain[name], expected)
+        assert ours <= 2 * theirs + 2 * torch.finfo(dtype).eps, (name, ours, theirs)
+
+
+@pytest.mark.parametrize("case", [*CASES, *GPU_CASES], ids=lambda case: case.name)
+def test_float32_equals_the_definition(case):
+    tensors = {name: x.cuda() for name, x in case.tensors(torch.float32).items()}
+    actual, truth = run(case, tensors), exact(case, tensors, torch.float64)
+    errors = {name: relative_error(x, truth[name]) for name, x in actual.items()}
+    assert max(errors.values()) <= 1e-4, errors
+
+
+@pytest.mark.parametrize("case", [GPU_CASES[0], GPU_CASES[9], GPU_CASES[11]], ids=lambda case: case.name)
+def test_same_bits_every_time(case):
+    tensors = on_gpu(case, torch.bfloat16)
+    first = run(case, tensors)
+    for _ in range(5):
+        again = run(case, tensors)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_no_host_synchronisation():
+    """Neither direction looks at a value on the host."""
+    case = GPU_CASES[11]
+    tensors = on_gpu(case, torch.bfloat16)
+    q, k, v, z, u = (tensors[name].requires_grad_() for name in ("q", "k", "v", "z", "u"))
+    cu_seqlens = torch.tensor(case.cu_seqlens, dtype=torch.int32, device="cuda")
+
+    def step():
+        out = gated_window_attention(q, k, v, z, u, window=case.window, cu_seqlens=cu_seqlens)
+        torch.autograd.backward(out, tensors["dout"])
+
+    step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mode announces itself as a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_values_are_checked_under_debug(monkeypatch):
+    x, bad = torch.zeros(1, 4, 1, 16, device="cuda"), torch.ones(1, 4, 1, device="cuda")
+    window_attention(x, x, x, bad)
+    monkeypatch.setenv("ZOO_DEBUG", "1")
+    with pytest.raises(ValueError, match="log_decay must be finite and <= 0"):
+        window_attention(x, x, x, bad)
+
+
+def test_more_than_2_to_the_31_elements():
+    """T * H * D past 2^31: the last tokens equal a short call on the same tokens, values and gradients."""
+    length, heads, dim, window, tail = 1_100_000, 16, 128, 128, 256
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("needs 60 GiB of free GPU memory")
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    q, k, v = normal(1, length, heads, dim), normal(1, length, 1, dim), normal(1, length, 1, dim)
+    decay = -torch.rand(1, length, heads, generator=generator, device="cuda")
+    cut = length - tail - window
+    results = []
+    for first in (0, cut):
+        short = [x[:, first:].detach().requires_grad_() for x in (q, k, v, decay)]
+        out = window_attention(*short, window=window)
+        last = out[:, -tail:]
+        grads = torch.autograd.grad(last, short, torch.ones_like(last))
+        results.append([last.detach(), *(x[:, -tail:].clone() for x in grads)])
+        del out, last, grads, short
+        gc.collect()
+    for long, short in zip(*results, strict=True):
+        assert relative_error(long, short.double()) <= 1e-2
+
+
+def test_bias_precision_at_a_million_tokens():
+    """Logit biases of the last tokens of 1M, 0.69 nats per token, at most 1e-3 nats off."""
+    torch.manual_seed(0)
+    length, window, last = 1_000_000, 512, 1024
+    decay = -0.69 - 0.01 * torch.rand(1, length, 1, device="cuda")
+    queries, keys = (torch.zeros(1, n, 1, 16, device="cuda") for n in (last, length))
+    _, lse = window_attention(queries, keys, keys, decay, window=window, return_lse=True)
+    prefix = decay[0, :, 0].double().cumsum(0)
+    rows = torch.arange(length - last, length, device="cuda")
+    columns = rows[:, None] - torch.arange(window, device="cuda")
+    expected = (prefix[rows][:, None] - prefix[columns]).logsumexp(-1)
+    assert (lse[0, :, 0] - expected).abs().max() <= 1e-3
+    # With v = 1 at one key alone, out = exp(B - lse) there: the bias of the oldest visible key, read directly.
+    mild, marked = decay / 100, keys.clone()
+    marked[0, length - window] = 1
+    out, lse = window_attention(queries[:, -1:], keys, marked, mild, window=window, return_lse=True)
+    bias = out[0, 0, 0, 0].double().log() + lse[0, 0, 0].double()
+    assert abs(float(bias - mild[0, length - window + 1 :].double().sum())) <= 1e-3
+
+
+@pytest.mark.parametrize(("window", "groups"), [(64, 1), (200, 4), (None, 1)])
+def test_agrees_with_fla(window, groups):
+    """parallel_forgetting_attn of flash-linear-attention computes the same function (SPEC.md 2.4)."""
+    pytest.importorskip("fla", reason="flash-linear-attention is not installed")
+    from fla.ops.forgetting_attn import parallel_forgetting_attn
+
+    case = Case("fla", 1000, window, batch=2, heads=4, kv_heads=4 // groups, dim=64)
+    tensors = on_gpu(case, torch.bfloat16)
+    inputs = [tensors[name].requires_grad_() for name in ("q", "k", "v", "log_decay")]
+    ours = window_attention(*inputs, window=window)
+    theirs = parallel_forgetting_attn(*inputs, scale=64**-0.5, window_size=window)
+    gradients = [torch.autograd.grad(out, inputs, tensors["dout"]) for out in (ours, theirs)]
+    for a, b in zip((ours, *gradients[0]), (theirs, *gradients[1]), strict=True):
+        assert relative_error(a.detach(), b.detach().double()) <= 2e-2
+
+
+def test_compiled_equals_eager():
+    case = GPU_CASES[0]
+    tensors = on_gpu(case, torch.bfloat16)
+    inputs = [tensors[name] for name in ("q", "k", "v", "z", "u")]
+    compiled = torch.compile(lambda *x: gated_window_attention(*x, window=100), fullgraph=True)
+    assert torch.equal(compiled(*inputs), gated_window_attention(*inputs, window=100))

@@ -1,0 +1,150 @@
+"""Gate activation and chunk-local prefix, forward and backward (SPEC.md 0.1, 1.3 and 2.1).
+
+Only differences of the gate's prefix sum inside one window count, so the prefix restarts every CHUNK tokens:
+
+    suffix_j = sum of log_decay over (j, end of j's chunk]     total_c = sum over chunk c          (<= 0, in log2 units)
+
+and sum_{i=j+1..t} log_decay_i = suffix_j - suffix_t + the totals of the chunks after j's, up to t's. Each chunk is
+computed on its own: no carry along the sequence, and an error that does not know how long the sequence is.
+
+Shapes: log_decay, z, u (B,N,H); suffix, dprefix (B,H,N) float32; total (B,H,chunks) float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zoo.kernels import EPS
+from zoo.kernels.tiles import CHUNK
+
+HEADS = 16  # per program: a row of the (B,N,H) inputs is read in pieces this wide
+SCAN = 2048  # tokens per step of the backward's scan
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def prefix(gate: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """suffix and total of gate = (log_decay,) or (z, u)."""
+    gate = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in gate)
+    first, second = gate[0], gate[-1]
+    batch, length, heads = first.shape
+    chunks = triton.cdiv(length, CHUNK)
+    suffix = first.new_empty((batch, heads, length), dtype=torch.float32)
+    total = first.new_empty((batch, heads, chunks), dtype=torch.float32)
+    _prefix[(chunks, batch, triton.cdiv(heads, HEADS))](
+        first, second, suffix, total, *first.stride()[:2], *second.stride()[:2], length, heads, chunks,
+        EPS=EPS, ACTIVATE=len(gate) == 2, CHUNK=CHUNK, HEADS=HEADS,
+    )  # fmt: skip
+    return suffix, total
+
+
+def prefix_backward(dprefix: Tensor, gate: tuple[Tensor, ...], end: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients of `gate`, from that of the (unrestarted) prefix sum, which is overwritten.
+
+    end (B,N) int32: one past each token's document; the sum over later documents is zero but for rounding, and removed.
+    """
+    first, second = (x if x.stride(-1) == 1 else x.contiguous() for x in (gate[0], gate[-1]))
+    batch, length, heads = first.shape
+    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in gate)
+    end_strides = (0, 0) if end is None else end.stride()
+    _reverse_cumsum[(batch * heads,)](dprefix, length, SCAN=SCAN)
+    _activation_backward[(triton.cdiv(length, CHUNK), batch, triton.cdiv(heads, HEADS))](
+        dprefix, first, second, end, grads[0], grads[-1], *first.stride()[:2], *second.stride()[:2], *end_strides,
+        length, heads, EPS=EPS, ACTIVATE=len(gate) == 2, BOUNDED=end is not None, CHUNK=CHUNK, HEADS=HEADS,
+    )  # fmt: skip
+    return grads
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + e^x) with a small relative error everywhere."""
+    small = tl.exp(-tl.abs(x))
+    rounded = 1 + small
+    log1p = tl.where(rounded == 1, small, tl.log(rounded) * (small / tl.where(rounded == 1, 1.0, rounded - 1)))
+    return tl.maximum(x, 0.0) + log1p
+
+
+@triton.jit
+def _amplitude(u):
+    """beta = 1 + elu(u) and its derivative."""
+    slope = tl.exp(tl.minimum(u, 0.0))
+    return slope + tl.maximum(u, 0.0), slope
+
+
+@triton.jit
+def _log_decay(first_ptr, second_ptr, first_at, second_at, inside, EPS: tl.constexpr, ACTIVATE: tl.constexpr):
+    """log_decay at these addresses, in log2 units, 0 outside."""
+    z = tl.load(first_ptr + first_at, mask=inside, other=0.0).to(tl.float32)
+    if ACTIVATE:
+        beta, _ = _amplitude(tl.load(second_ptr + second_at, mask=inside, other=0.0).to(tl.float32))
+        z = tl.where(inside, -_softplus(-beta * z) / (beta + EPS), 0.0)
+    return z * LOG2E
+
+
+@triton.jit(do_not_specialize=["N", "chunks"])
+def _prefix(
+    first_ptr, second_ptr, suffix_ptr, total_ptr,
+    stride_fb, stride_ft, stride_sb, stride_st, N, H, chunks,
+    EPS: tl.constexpr, ACTIVATE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one row, HEADS heads. Token j holds what follows it, so the tile is read one token later."""
+    chunk, batch = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
+    head = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    begin = tl.cast(chunk, tl.int64) * CHUNK
+    token = begin + tl.arange(0, CHUNK)
+    after = token + 1
+    inside = (after < tl.minimum(begin + CHUNK, N))[:, None] & (head < H)[None, :]
+    first_ptr += batch * stride_fb
+    second_ptr += batch * stride_sb
+    first_at = after[:, None] * stride_ft + head[None, :]
+    second_at = after[:, None] * stride_st + head[None, :]
+    decay = _log_decay(first_ptr, second_ptr, first_at, second_at, inside, EPS, ACTIVATE)
+    own = _log_decay(first_ptr, second_ptr, begin * stride_ft + head, begin * stride_st + head, head < H, EPS, ACTIVATE)
+    row = batch * H + head
+    suffix_at = row[None, :] * N + token[:, None]
+    tl.store(suffix_ptr + suffix_at, tl.cumsum(decay, 0, reverse=True), mask=(token < N)[:, None] & (head < H)[None, :])
+    tl.store(total_ptr + row * chunks + chunk, tl.sum(decay, 0) + own, mask=head < H)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _reverse_cumsum(x_ptr, N, SCAN: tl.constexpr):
+    """One row in place: x_j becomes the sum of x over j and all that follows, from the newest to the oldest."""
+    x_ptr += tl.cast(tl.program_id(0), tl.int64) * N
+    steps = tl.cdiv(N, SCAN)
+    carry = 0.0
+    for i in range(0, steps):
+        token = (steps - 1 - i) * SCAN + tl.arange(0, SCAN)
+        x = tl.load(x_ptr + token, mask=token < N, other=0.0)
+        tl.store(x_ptr + token, tl.cumsum(x, 0, reverse=True) + carry, mask=token < N)
+        carry += tl.sum(x, 0)
+
+
+@triton.jit(do_not_specialize=["N", "stride_eb"])
+def _activation_backward(
+    grad_ptr, first_ptr, second_ptr, end_ptr, dfirst_ptr, dsecond_ptr,
+    stride_fb, stride_ft, stride_sb, stride_st, stride_eb, stride_et, N, H,
+    EPS: tl.constexpr, ACTIVATE: tl.constexpr, BOUNDED: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """From d log_decay (B,H,N), the scanned dprefix, to the gradients of the inputs (B,N,H), contiguous."""
+    batch = tl.cast(tl.program_id(1), tl.int64)
+    head = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    token = tl.cast(tl.program_id(0), tl.int64) * CHUNK + tl.arange(0, CHUNK)
+    inside = (token < N)[:, None] & (head < H)[None, :]
+    row = (batch * H + head)[None, :] * N
+    grad = tl.load(grad_ptr + row + token[:, None], mask=inside, other=0.0)
+    if BOUNDED:
+        end = tl.load(end_ptr + batch * stride_eb + token * stride_et, mask=token < N, other=0)
+        grad -= tl.load(grad_ptr + row + end[:, None], mask=inside & (end < N)[:, None], other=0.0)
+    out_at = (batch * N + token)[:, None] * H + head[None, :]
+    if ACTIVATE:
+        z = tl.load(first_ptr + batch * stride_fb + token[:, None] * stride_ft + head[None, :], mask=inside, other=0.0)
+        u = tl.load(second_ptr + batch * stride_sb + token[:, None] * stride_st + head[None, :], mask=inside, other=0.0)
+        z = z.to(tl.float32)
+        beta, slope = _amplitude(u.to(tl.float32))
+        sharp = beta * z
+        closing = 1 / (1 + tl.exp(sharp))
+        grad = grad / (beta + EPS)
+        dsecond = grad * slope * (z * closing + _softplus(-sharp) / (beta + EPS))
+        tl.store(dsecond_ptr + out_at, dsecond.to(dsecond_ptr.dtype.element_ty), mask=inside)
+        grad = grad * beta * closing
+    tl.store(dfirst_ptr + out_at, grad.to(dfirst_ptr.dtype.element_ty), mask=inside)
