@@ -1,17 +1,18 @@
 """Gated causal sliding-window attention, backward, for Hopper (sm_90), in Gluon. Deterministic: no atomics.
 
-    P_tj = exp(scale q_t.k_j + U_t - U_j - lse_t)        delta_t = sum_d out_td dout_td
-    dS_tj = P_tj (dout_t.v_j - delta_t)                  dU_j = -sum_t dS_tj       (SPEC.md 0.1: the key side is all)
+    P_tj = exp(scale q_t.k_j + U_t - U_j - lse_t)        delta_t = out_t.dout_t - dlse_t
+    dS_tj = P_tj (dout_t.v_j - delta_t)                  dU_j = sum_i dS_ji - sum_t dS_tj
     dq_t = scale sum_j dS_tj k_j      dk_j = scale sum_t dS_tj q_t      dv_j = sum_t P_tj dout_t
 
 Two kernels of the forward's shape, one warp that produces and warpgroups of 64 rows that consume:
-- dq: rows are queries, keys pass by. It also computes delta, and leaves delta and lse per head for
+- dq: rows are queries, keys pass by. It also computes delta, and leaves lse, delta and the query side of dU for
 - dk, dv, dU: rows are keys, the queries of all heads of the group pass by, so K and V are never repeated. What belongs
   to a query, U_t - lse_t and -delta_t, is added on the tensor core like the forward's bias: three bf16 columns each.
 """
 
 import torch
 import triton
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -23,8 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from zoo.kernels.hopper import (
-    LOG2E, NOTHING, TILE, Problem, bias_columns, descriptor, lane_sum, split_in_three, start_ring, visible,
+from zoo.kernels import gate as gates
+from zoo.kernels.hopper_band import (
+    LOG2E, NOTHING, TILE, TILES_PER_CHUNK, Problem, bias_columns, copyable, descriptor, lane_sum, programs, send, split_in_three, start_ring, visible,
 )  # fmt: skip
 
 
@@ -130,14 +132,6 @@ def score(a, tile, D: gl.constexpr, ones, columns, ADD: gl.constexpr, layout: gl
         return warpgroup_mma(a, b, s, use_acc=False, is_async=True)
 
 
-@gluon.jit
-def send(value, tile, desc, where):
-    """Writes a consumer's result out; the copy reads `tile` until tma.store_wait."""
-    tile.reshape([TILE, value.shape[1]]).store(value.to(desc.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(desc, where, tile)
-
-
 # ------------------------------------------------------------------------------------------------ dq
 
 
@@ -152,8 +146,8 @@ def dq_produce(problem, channels, q_desc, dout_desc, k_desc, v_desc, bias_factor
         first_row = tile * TILE - (problem.keys - problem.queries)
         newest = problem.newest(tile + CONSUMERS - 1)
         count = newest - problem.oldest(tile, batch) + 1
-        gate_row = problem.gate_row(batch, head)
-        carry = gl.to_tensor(0.0)
+        suffix, total = problem.gate_rows(batch, head)
+        carry = gl.to_tensor(0.0)  # the totals of the chunks after this one, up to the newest
         for i in range(gl.maximum(count, CONSUMERS)):
             for c in gl.static_range(CONSUMERS):
                 if i == CONSUMERS - 1 - c:
@@ -162,10 +156,10 @@ def dq_produce(problem, channels, q_desc, dout_desc, k_desc, v_desc, bias_factor
                 first = (newest - i) * TILE
                 if problem.GATED:
                     key = first + gl.arange(0, TILE, layout=gl.SliceLayout(1, columns_layout))
-                    prefix = gl.load(gate_row + key, mask=key < problem.keys, other=0.0)
-                    if i > 0:
-                        carry += gl.load(gate_row + first + TILE - 1)
-                    columns = bias_columns((carry - prefix) * bias_factor, columns_layout)
+                    if (i > 0) & ((newest - i + 1) % TILES_PER_CHUNK == 0):
+                        carry += gl.load(total + (newest - i + 1) // TILES_PER_CHUNK)
+                    bias = carry + gl.load(suffix + key, mask=key < problem.keys, other=0.0)
+                    columns = bias_columns(bias * bias_factor, columns_layout)
                 mbarrier.wait(channels.free.index(ring.slot), ring.parity ^ 1)
                 if problem.GATED:
                     channels.columns.index(ring.slot).store(columns)
@@ -176,8 +170,8 @@ def dq_produce(problem, channels, q_desc, dout_desc, k_desc, v_desc, bias_factor
 
 
 @gluon.jit
-def dq_consume(C: gl.constexpr, problem, channels, dq_tiles, dq_desc, out, dout, lse, rows, scale_log2, scale):
-    """Warpgroup C: 64 queries of every item. rows (2,B,H,T) fp32 gets lse in log2 units and delta."""
+def dq_consume(C: gl.constexpr, problem, channels, dq_tiles, dq_desc, dq_ptr, out, dout, lse, dlse, rows, scale_log2, scale, WITH_DLSE: gl.constexpr):  # fmt: skip
+    """Warpgroup C: 64 queries of every item. rows (3,B,H,T) fp32 gets lse in log2 units, delta, and sum_j dS_tj."""
     D: gl.constexpr = problem.D
     dtype: gl.constexpr = dq_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -200,11 +194,14 @@ def dq_consume(C: gl.constexpr, problem, channels, dq_tiles, dq_desc, out, dout,
         first_visible, latest_start = problem.first_visible(batch, position)
         shift = gl.zeros([TILE], gl.float32, row_layout)
         if problem.GATED:
-            shift = problem.own_bias(tile, block_newest, batch, head, position, problem.CONSUMERS - 1 - C)
+            shift = problem.row_bias(tile, block_newest, batch, head, position, problem.CONSUMERS - 1 - C)
         row = position - (problem.keys - problem.queries)
         mine = (row >= 0) & (row < problem.queries)
         delta = row_products(problem, out, dout, batch, head, tile, row_layout)
-        lse2 = gl.load(lse + (batch.to(gl.int64) * problem.queries + row) * problem.heads + head, mask=mine, other=0.0) * LOG2E
+        at = (batch.to(gl.int64) * problem.queries + row) * problem.heads + head
+        if WITH_DLSE:
+            delta -= gl.load(dlse + at, mask=mine, other=0.0)
+        lse2 = gl.load(lse + at, mask=mine, other=0.0) * LOG2E
         lse2 = gl.where(lse2 == float("-inf"), 0.0, lse2)  # a row without keys: every logit is masked
         at = rows + (batch * problem.heads + head).to(gl.int64) * problem.queries + row
         gl.store(at, lse2, mask=mine)
@@ -230,7 +227,9 @@ def dq_consume(C: gl.constexpr, problem, channels, dq_tiles, dq_desc, out, dout,
             s = gl.where(visible(newest * TILE, position, first_visible, s_layout), s, float("-inf"))
             p = gl.exp2(s * scale_log2 - gl.expand_dims(shift, 1))
             dp = warpgroup_mma_wait(0, deps=(dp,))
-            ds = gl.convert_layout((p * (dp - gl.expand_dims(delta, 1))).to(dtype), ds_layout)
+            ds = p * (dp - gl.expand_dims(delta, 1))
+            gathered = lane_sum(ds, 64)
+            ds = gl.convert_layout(ds.to(dtype), ds_layout)
             for i in range(newest - oldest):
                 slot = ring.slot
                 ring = ring.next()
@@ -245,16 +244,20 @@ def dq_consume(C: gl.constexpr, problem, channels, dq_tiles, dq_desc, out, dout,
                 p = gl.exp2(s * scale_log2 - gl.expand_dims(shift, 1))
                 dq, dp = warpgroup_mma_wait(0, deps=(dq, dp))
                 mbarrier.arrive(channels.free.index(slot), count=1)
-                ds = gl.convert_layout((p * (dp - gl.expand_dims(delta, 1))).to(dtype), ds_layout)
+                ds = p * (dp - gl.expand_dims(delta, 1))
+                if problem.GATED:
+                    gathered += lane_sum(ds, 64)
+                ds = gl.convert_layout(ds.to(dtype), ds_layout)
 
             if problem.A_SHARED:
                 mbarrier.arrive(channels.held_free.index(C), count=1)
             dq = warpgroup_mma(ds, channels.passing.index(ring.slot).reshape([TILE, D]), dq, is_async=True)
             dq = warpgroup_mma_wait(0, deps=(dq,))
             ring = channels.pass_on(ring)
-            tma.store_wait(0)
+            if problem.GATED:
+                gl.store(at + 2 * problem.rows_stride(), gl.convert_layout(gl.sum(gathered, 1), row_layout), mask=mine)
             first_row = tile * TILE - (problem.keys - problem.queries)
-            send(dq * scale, dq_tiles.index(C), dq_desc, [batch, first_row, head, 0])
+            send((dq * scale).to(dtype), dq_tiles.index(C), dq_desc, dq_ptr, problem, batch, first_row, head)
             for _ in range(oldest - block_oldest):
                 ring = channels.pass_on(ring)
         else:
@@ -280,27 +283,27 @@ def row_products(problem, out, dout, batch, head, tile, layout: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
 def dq_kernel(
-    q_desc, dout_desc, k_desc, v_desc, dq_desc, out, dout, gate, starts, lse, rows, scale_log2, bias_factor, scale,
+    q_desc, dout_desc, k_desc, v_desc, dq_desc, dq_ptr, out, dout, suffix, total, starts, lse, dlse, rows, scale_log2, bias_factor, scale,
     batches, heads, group, queries, keys, window, blocks, items,
-    CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, STARTS: gl.constexpr,
-    A_SHARED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, BOUNDED: gl.constexpr,
+    A_SHARED: gl.constexpr, WITH_DLSE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, gate,
-                      CONSUMERS, D, GATED, STARTS, A_SHARED)  # fmt: skip
+    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
+                      CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
     channels = open_channels(q_desc, k_desc, CONSUMERS, STAGES)
     dq_tiles = gl.allocate_shared_memory(dq_desc.dtype, [CONSUMERS, 1, TILE, 1, D], dq_desc.layout)
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (dq_consume, (0, problem, channels, dq_tiles, dq_desc, out, dout, lse, rows, scale_log2, scale)),
-            (dq_consume, (1, problem, channels, dq_tiles, dq_desc, out, dout, lse, rows, scale_log2, scale)),
+            (dq_consume, (0, problem, channels, dq_tiles, dq_desc, dq_ptr, out, dout, lse, dlse, rows, scale_log2, scale, WITH_DLSE)),
+            (dq_consume, (1, problem, channels, dq_tiles, dq_desc, dq_ptr, out, dout, lse, dlse, rows, scale_log2, scale, WITH_DLSE)),
             (dq_produce, (problem, channels, q_desc, dout_desc, k_desc, v_desc, bias_factor)),
         ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 3)
         gl.warp_specialize([
-            (dq_consume, (0, problem, channels, dq_tiles, dq_desc, out, dout, lse, rows, scale_log2, scale)),
-            (dq_consume, (1, problem, channels, dq_tiles, dq_desc, out, dout, lse, rows, scale_log2, scale)),
-            (dq_consume, (2, problem, channels, dq_tiles, dq_desc, out, dout, lse, rows, scale_log2, scale)),
+            (dq_consume, (0, problem, channels, dq_tiles, dq_desc, dq_ptr, out, dout, lse, dlse, rows, scale_log2, scale, WITH_DLSE)),
+            (dq_consume, (1, problem, channels, dq_tiles, dq_desc, dq_ptr, out, dout, lse, dlse, rows, scale_log2, scale, WITH_DLSE)),
+            (dq_consume, (2, problem, channels, dq_tiles, dq_desc, dq_ptr, out, dout, lse, dlse, rows, scale_log2, scale, WITH_DLSE)),
             (dq_produce, (problem, channels, q_desc, dout_desc, k_desc, v_desc, bias_factor)),
         ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
@@ -312,7 +315,7 @@ def dq_kernel(
 def last_queries(problem, ends, batch, key):
     """The newest position that sees each key; before the key itself where none does (padding)."""
     last = gl.minimum(key + problem.window, problem.keys) - 1
-    if problem.STARTS:
+    if problem.BOUNDED:
         at = batch.to(gl.int64) * problem.keys + gl.minimum(key, problem.keys - 1)
         last = gl.minimum(last, gl.load(ends + at) - 1)
         last = gl.where(gl.load(problem.starts + at) > key, -1, last)
@@ -324,7 +327,7 @@ def newest_query(problem, ends, batch, tile):
     """The newest query tile that sees anything of key tile `tile`."""
     key = gl.minimum(tile * TILE + TILE, problem.keys) - 1
     last = gl.minimum(key + problem.window, problem.keys) - 1
-    if problem.STARTS:
+    if problem.BOUNDED:
         last = gl.minimum(last, gl.load(ends + batch.to(gl.int64) * problem.keys + key) - 1)
     return gl.maximum(last, key) // TILE
 
@@ -343,12 +346,12 @@ def dkv_produce(problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows
         count = gl.maximum(newest_query(problem, ends, batch, last_tile) - oldest + 1, 1)
         for member in range(problem.group):
             head = kv_head * problem.group + member
-            gate_row = problem.gate_row(batch, head)
+            suffix, total = problem.gate_rows(batch, head)
             at = rows + (batch * problem.heads + head).to(gl.int64) * problem.queries
-            carry = gl.to_tensor(0.0)  # U from the item's first chunk on
+            carry = gl.to_tensor(0.0)  # the totals of the chunks after the item's first, up to this one
             if problem.GATED:
-                for chunk in range(tile, oldest):
-                    carry += gl.load(gate_row + chunk * TILE + TILE - 1)
+                for chunk in range(tile // TILES_PER_CHUNK, oldest // TILES_PER_CHUNK):
+                    carry += gl.load(total + chunk + 1)
             for i in range(gl.maximum(count, CONSUMERS)):
                 if member == 0:
                     for c in gl.static_range(CONSUMERS):
@@ -362,8 +365,9 @@ def dkv_produce(problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows
                     reference = -gl.load(at + row, mask=mine, other=0.0)
                     delta = gl.load(at + problem.rows_stride() + row, mask=mine, other=0.0)
                     if problem.GATED:
-                        reference += carry + gl.load(gate_row + position, mask=position < problem.keys, other=0.0)
-                        carry += gl.load(gate_row + first + TILE - 1, mask=first + TILE - 1 < problem.keys, other=0.0)
+                        if (i > 0) & ((oldest + i) % TILES_PER_CHUNK == 0):
+                            carry += gl.load(total + (oldest + i) // TILES_PER_CHUNK)
+                        reference += carry - gl.load(suffix + position, mask=position < problem.keys, other=0.0)
                     reference = gl.where(mine, reference, NOTHING)
                     columns = query_columns(reference * bias_factor, -delta, layout)
                     mbarrier.wait(channels.free.index(ring.slot), ring.parity ^ 1)
@@ -394,8 +398,8 @@ def query_columns(reference, negative_delta, layout: gl.constexpr):
 
 
 @gluon.jit
-def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, du, scale_log2, scale):
-    """Warpgroup C: 64 keys of every item. du (B,H,S) fp32, nats."""
+def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, rows, dprefix, scale_log2, scale):
+    """Warpgroup C: 64 keys of every item. dprefix (B,H,N) fp32, nats: the key side, and the query side from `rows`."""
     D: gl.constexpr = problem.D
     dtype: gl.constexpr = dk_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -432,13 +436,14 @@ def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, dk_desc,
         dv = gl.zeros([TILE, D], gl.float32, o_layout)
         for member in range(problem.group):
             head = kv_head * problem.group + member
-            own = gl.zeros([TILE], gl.float32, row_layout)  # -U_j from the item's first chunk
+            own = gl.zeros([TILE], gl.float32, row_layout)  # the key's bias, from the item's first chunk
             if problem.GATED:
-                gate_row = problem.gate_row(batch, head)
-                own -= gl.load(gate_row + key, mask=key < problem.keys, other=0.0)
-                for before in gl.static_range(C):
-                    at = (block_tile + before) * TILE + TILE - 1
-                    own -= gl.load(gate_row + at, mask=at < problem.keys, other=0.0)
+                suffix, total = problem.gate_rows(batch, head)
+                own += gl.load(suffix + key, mask=key < problem.keys, other=0.0)
+                chunk = block_tile // TILES_PER_CHUNK
+                for before in gl.static_range((C + TILES_PER_CHUNK - 1) // TILES_PER_CHUNK):
+                    at = chunk + 1 + before
+                    own -= gl.load(total + at, mask=(at <= tile // TILES_PER_CHUNK) & (tile <= last_tile), other=0.0)
             gathered = gl.zeros([TILE, TILE], gl.float32, s_layout)
             gathered = lane_sum(gathered, 64)
             for _ in range(oldest - block_oldest):
@@ -470,13 +475,19 @@ def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, dk_desc,
             for _ in range(block_newest - gl.maximum(newest, oldest - 1)):
                 ring = channels.pass_on(ring)
             if problem.GATED:
-                at = du + (batch * problem.heads + head).to(gl.int64) * problem.keys + key
-                gl.store(at, -gl.convert_layout(gl.sum(gathered, 1), row_layout), mask=key < problem.keys)
+                row = (batch * problem.heads + head).to(gl.int64)
+                at = rows + 2 * problem.rows_stride() + row * problem.queries + key - offset
+                side = gl.load(at, mask=(key >= offset) & (key < problem.keys), other=0.0)
+                side -= gl.convert_layout(gl.sum(gathered, 1), row_layout)
+                gl.store(dprefix + row * problem.keys + key, side, mask=key < problem.keys)
 
         if not problem.A_SHARED:
             tma.store_wait(0)
-        send(dk * scale, dk_tiles.index(C), dk_desc, [batch, tile * TILE, kv_head, 0])
-        send(dv, dv_tiles.index(C), dv_desc, [batch, tile * TILE, kv_head, 0])
+        dk_tiles.index(C).reshape([TILE, D]).store((dk * scale).to(dtype))
+        dv_tiles.index(C).reshape([TILE, D]).store(dv.to(dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(dk_desc, [batch, tile * TILE, kv_head, 0], dk_tiles.index(C))
+        tma.async_copy_shared_to_global(dv_desc, [batch, tile * TILE, kv_head, 0], dv_tiles.index(C))
         if problem.A_SHARED:  # k and v gave their place to dk and dv
             tma.store_wait(0)
             mbarrier.arrive(channels.held_free.index(C), count=1)
@@ -486,13 +497,13 @@ def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, dk_desc,
 
 @gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
 def dkv_kernel(
-    k_desc, v_desc, q_desc, dout_desc, dk_desc, dv_desc, gate, starts, ends, rows, du, scale_log2, bias_factor, scale,
+    k_desc, v_desc, q_desc, dout_desc, dk_desc, dv_desc, suffix, total, starts, ends, rows, dprefix, scale_log2, bias_factor, scale,
     batches, heads, group, queries, keys, window, blocks, items,
-    CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, STARTS: gl.constexpr,
+    CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, BOUNDED: gl.constexpr,
     A_SHARED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, gate,
-                      CONSUMERS, D, GATED, STARTS, A_SHARED)  # fmt: skip
+    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
+                      CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
     channels = open_channels(k_desc, q_desc, CONSUMERS, STAGES)
     if A_SHARED:
         dk_tiles = channels.held
@@ -502,14 +513,14 @@ def dkv_kernel(
         dv_tiles = gl.allocate_shared_memory(dv_desc.dtype, [CONSUMERS, 1, TILE, 1, D], dv_desc.layout)
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, du, scale_log2, scale)),
+            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, rows, dprefix, scale_log2, scale)),
             (dkv_produce, (problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows, bias_factor)),
         ], [1], [PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 2)
         gl.warp_specialize([
-            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, du, scale_log2, scale)),
-            (dkv_consume, (1, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, du, scale_log2, scale)),
+            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, rows, dprefix, scale_log2, scale)),
+            (dkv_consume, (1, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, rows, dprefix, scale_log2, scale)),
             (dkv_produce, (problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows, bias_factor)),
         ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
@@ -522,42 +533,58 @@ DQ_TILES = {64: (3, 4, True), 128: (2, 3, False)}  # head dim: consumers, stages
 DKV_TILES = {64: (2, 4, False), 128: (2, 3, True)}
 
 
-def window_backward(q, k, v, out, lse, dout, gate=None, *, window=None, scale=None, starts=None, ends=None,
-                    dq_tiles=None, dkv_tiles=None):  # fmt: skip
-    """dq, dk, dv and dU (B,H,S) fp32 (None without a gate), from what window_forward took and gave. dU: gradient of the
-    sum of log_decay up to each position, in nats; log_decay's own is its reversed cumulative sum."""
+def window_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    gate: tuple[Tensor, ...],
+    *,
+    window: int | None,
+    scale: float,
+    spans: tuple[Tensor, Tensor] | None,
+    dq_tiles: tuple[int, int, bool] | None = None,
+    dkv_tiles: tuple[int, int, bool] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """dq, dk, dv and the gradients of `gate`, as zoo.kernels.window.window_backward. bf16 or fp16, D 64 or 128."""
     B, T, H, D = q.shape
-    S, G = k.shape[1:3]
-    scale = D**-0.5 if scale is None else scale
-    out, dout = out.contiguous(), dout.contiguous()
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    rows = torch.empty(2, B, H, T, dtype=torch.float32, device=q.device)
-    du = None if gate is None else torch.empty(B, H, S, dtype=torch.float32, device=q.device)
-    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
+    N, G = k.shape[1:3]
+    if q.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), tuple(torch.zeros_like(x) for x in gate)
+    q, k, v = (copyable(x) for x in (q, k, v))
+    out, dout, lse = copyable(out.contiguous()), copyable(dout.contiguous()), lse.contiguous()
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    suffix, total = gates.prefix(gate) if gate else (lse, lse)
+    rows = lse.new_empty((3, B, H, T))
+    dprefix = lse.new_empty((B, H, N)) if gate else None
+    starts, ends = (lse, lse) if spans is None else (x.contiguous() for x in spans)
     scales = (scale * LOG2E.value, 1 / (scale * LOG2E.value), scale)
-    gate_or_any = rows if gate is None else gate
-    starts_or_any, ends_or_any = (rows, rows) if starts is None else (starts, ends)
-    sizes = (B, H, H // G, T, S, min(window or S, S))
+    sizes = (B, H, H // G, T, N, min(window or N, N))
 
-    consumers, stages, shared = dq_tiles or DQ_TILES[D]
+    consumers, stages, in_shared = dq_tiles or DQ_TILES[D]
     at_launch, consumer, producer = REGISTERS[consumers]
-    blocks = triton.cdiv(triton.cdiv(S, 64) - (S - T) // 64, consumers)
+    blocks = triton.cdiv(triton.cdiv(N, 64) - (N - T) // 64, consumers)
     items = blocks * B * H
-    dq_kernel[(min(items, programs),)](
-        descriptor(q, 64), descriptor(dout, 64), descriptor(k, 64), descriptor(v, 64), descriptor(dq, 64),
-        out, dout, gate_or_any, starts_or_any, lse, rows, *scales, *sizes, blocks, items,
-        consumers, D, stages, gate is not None, starts is not None, shared, consumer, producer,
+    dq_kernel[(min(items, programs(q)),)](
+        descriptor(q), descriptor(dout), descriptor(k), descriptor(v), descriptor(dq),
+        dq, out, dout, suffix, total, starts, lse, lse if dlse is None else dlse.contiguous(), rows, *scales, *sizes, blocks, items,
+        consumers, D, stages, bool(gate), spans is not None, in_shared, dlse is not None, consumer, producer,
         num_warps=4, maxnreg=at_launch,
     )  # fmt: skip
 
-    consumers, stages, shared = dkv_tiles or DKV_TILES[D]
+    consumers, stages, in_shared = dkv_tiles or DKV_TILES[D]
     at_launch, consumer, producer = REGISTERS[consumers]
-    blocks = triton.cdiv(triton.cdiv(S, 64), consumers)
+    blocks = triton.cdiv(triton.cdiv(N, 64), consumers)
     items = blocks * B * G
-    dkv_kernel[(min(items, programs * (3 - consumers)),)](
-        descriptor(k, 64), descriptor(v, 64), descriptor(q, 64), descriptor(dout, 64), descriptor(dk, 64), descriptor(dv, 64),
-        gate_or_any, starts_or_any, ends_or_any, rows, rows if du is None else du, *scales, *sizes, blocks, items,
-        consumers, D, stages, gate is not None, starts is not None, shared, consumer, producer,
+    dkv_kernel[(min(items, programs(q) * (2 if consumers == 1 else 1)),)](
+        descriptor(k), descriptor(v), descriptor(q), descriptor(dout), descriptor(dk), descriptor(dv),
+        suffix, total, starts, ends, rows, dprefix if gate else rows, *scales, *sizes, blocks, items,
+        consumers, D, stages, bool(gate), spans is not None, in_shared, consumer, producer,
         num_warps=4, maxnreg=at_launch,
     )  # fmt: skip
-    return dq, dk, dv, du
+    if not gate:
+        return dq, dk, dv, ()
+    return dq, dk, dv, gates.prefix_backward(dprefix, gate, None if spans is None else spans[1])

@@ -6,9 +6,8 @@ An item is CONSUMERS x 64 consecutive rows of one head. A persistent grid walks 
 produces (bulk copies of q, k and v, the gate's bias) and CONSUMERS warpgroups of 64 rows consume. Every warpgroup
 passes over the tiles that its own rows don't see. Keys go from the newest tile to the oldest: a row meets itself first.
 
-The bias. Only -U_j matters (SPEC.md 0.1), up to a constant per row. The producer turns the prefix of each chunk into
-the bias relative to the item's newest chunk, by a carry that runs from tile to tile, and leaves it as three bf16
-columns; one more k16 step of q k^T, against ones, adds it on the tensor core.
+The bias. Only the key side matters (SPEC.md 0.1), up to a constant per row. The producer sums it up, with a carry from
+tile to tile, and leaves it as three bf16 columns; one more k16 step of q k^T, against ones, adds it on the tensor core.
 
 The reference of the softmax. A hopeful pass takes each row's maximum over its newest tile and never moves it: no
 maximum, no rescaling in the loop. bf16 and fp32 have range for 64 log2 units and more above it, at full precision. A
@@ -18,6 +17,7 @@ usual online softmax. The result is right for any logits; fp16, whose range is s
 
 import torch
 import triton
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -29,8 +29,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from zoo.kernels.hopper import (
-    LN2, LOG2E, NOTHING, TILE, Problem, bias_columns, descriptor, lane_sum, start_ring, visible,
+from zoo.kernels import gate as gates
+from zoo.kernels.hopper_band import (
+    LN2, LOG2E, NOTHING, TILE, TILES_PER_CHUNK, Problem, bias_columns, copyable, descriptor,
+    lane_sum, programs, send, start_ring, visible,
 )  # fmt: skip
 
 OUTGROWN = gl.constexpr(2.0**64)  # sums beyond this are not trusted; products with values up to 2^63 still fit in fp32
@@ -132,8 +134,8 @@ def produce_item(problem, channels, q_desc, k_desc, v_desc, bias_factor, ring, q
     first_row = tile * TILE - (problem.keys - problem.queries)
     newest = problem.newest(tile + CONSUMERS - 1)
     count = newest - problem.oldest(tile, batch) + 1
-    gate_row = problem.gate_row(batch, head)
-    carry = gl.to_tensor(0.0)  # U from the newest chunk back to this one
+    suffix, total = problem.gate_rows(batch, head)
+    carry = gl.to_tensor(0.0)  # the totals of the chunks after this one, up to the newest
 
     for i in range(gl.maximum(count, CONSUMERS)):
         # the consumer of the newest rows starts first: queries go out one consumer per tile
@@ -148,10 +150,10 @@ def produce_item(problem, channels, q_desc, k_desc, v_desc, bias_factor, ring, q
             first = (newest - i) * TILE
             if problem.GATED:
                 key = first + gl.arange(0, TILE, layout=gl.SliceLayout(1, columns_layout))
-                prefix = gl.load(gate_row + key, mask=key < problem.keys, other=0.0)
-                if i > 0:
-                    carry += gl.load(gate_row + first + TILE - 1)  # a chunk's last prefix is its total
-                columns = bias_columns((carry - prefix) * bias_factor, columns_layout)
+                if (i > 0) & ((newest - i + 1) % TILES_PER_CHUNK == 0):
+                    carry += gl.load(total + (newest - i + 1) // TILES_PER_CHUNK)
+                bias = carry + gl.load(suffix + key, mask=key < problem.keys, other=0.0)
+                columns = bias_columns(bias * bias_factor, columns_layout)
             ready = channels.kv_ready.index(ring.slot)
             mbarrier.wait(channels.kv_free.index(ring.slot), ring.parity ^ 1)
             if problem.GATED:
@@ -168,25 +170,25 @@ def produce_item(problem, channels, q_desc, k_desc, v_desc, bias_factor, ring, q
 
 
 @gluon.jit
-def consume(C: gl.constexpr, problem, channels, out_desc, scale_log2, HOPEFUL: gl.constexpr):
+def consume(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, HOPEFUL: gl.constexpr):
     """Warpgroup C: rows 64 C .. 64 C + 63 of every item."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     ring = start_ring(channels.k.shape[0])
     q_parity = gl.to_tensor(0)
     if HOPEFUL:
-        ring, q_parity, outgrown = consume_pass(C, problem, channels, out_desc, scale_log2, ring, q_parity, False, False)
+        ring, q_parity, outgrown = consume_pass(C, problem, channels, out_desc, out, scale_log2, ring, q_parity, False, False)
         channels.spoiled.index(C).store(gl.full([1], gl.max(outgrown, 0), gl.int32, layout))
         gl.thread_barrier()
         mbarrier.arrive(channels.verdict, count=1)
         if channels.anything_spoiled(layout):
-            consume_pass(C, problem, channels, out_desc, scale_log2, ring, q_parity, True, True)
+            consume_pass(C, problem, channels, out_desc, out, scale_log2, ring, q_parity, True, True)
     else:
-        consume_pass(C, problem, channels, out_desc, scale_log2, ring, q_parity, True, False)
+        consume_pass(C, problem, channels, out_desc, out, scale_log2, ring, q_parity, True, False)
     tma.store_wait(0)
 
 
 @gluon.jit
-def consume_pass(C: gl.constexpr, problem, channels, out_desc, scale_log2, ring, q_parity,
+def consume_pass(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, ring, q_parity,
                  CAREFUL: gl.constexpr, AGAIN: gl.constexpr):  # fmt: skip
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -200,14 +202,14 @@ def consume_pass(C: gl.constexpr, problem, channels, out_desc, scale_log2, ring,
             channels.agree(parity)
             parity = parity ^ 1
         if wanted:
-            ring, bad = consume_item(C, problem, channels, out_desc, scale_log2, ring, q_parity, batch, head, tile, CAREFUL)
+            ring, bad = consume_item(C, problem, channels, out_desc, out, scale_log2, ring, q_parity, batch, head, tile, CAREFUL)
             q_parity = q_parity ^ 1
             outgrown |= bad
     return ring, q_parity, outgrown
 
 
 @gluon.jit
-def consume_item(C: gl.constexpr, problem, channels, out_desc, scale_log2, ring, q_parity, batch, head, block_tile,
+def consume_item(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, ring, q_parity, batch, head, block_tile,
                  CAREFUL: gl.constexpr):  # fmt: skip
     D: gl.constexpr = problem.D
     dtype: gl.constexpr = out_desc.dtype
@@ -229,7 +231,7 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, scale_log2, ring,
     first_visible, latest_start = problem.first_visible(batch, position)
     own_bias = gl.zeros([TILE], gl.float32, row_layout)
     if problem.GATED:
-        own_bias = problem.own_bias(tile, block_newest, batch, head, position, problem.CONSUMERS - 1 - C)
+        own_bias = problem.row_bias(tile, block_newest, batch, head, position, problem.CONSUMERS - 1 - C)
 
     for _ in range(gl.where(inside, block_newest - newest, block_newest - block_oldest + 1)):
         ring = pass_on(channels, ring)
@@ -293,11 +295,8 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, scale_log2, ring,
         store_lse(problem, channels, lse, position, batch, head)
         inverse = gl.convert_layout(gl.where(total > 0.0, 1.0 / total, 0.0), gl.SliceLayout(1, o_layout))
         o = (o * gl.expand_dims(inverse, 1)).to(dtype)
-        tma.store_wait(0)
-        channels.out.index(C).reshape([TILE, D]).store(o)
-        fence_async_shared()
         first_row = tile * TILE - (problem.keys - problem.queries)
-        tma.async_copy_shared_to_global(out_desc, [batch, first_row, head, 0], channels.out.index(C))
+        send(o, channels.out.index(C), out_desc, out, problem, batch, first_row, head)
         for _ in range(oldest - block_oldest):
             ring = pass_on(channels, ring)
     else:
@@ -347,15 +346,15 @@ def store_lse(problem, channels, lse, position, batch, head):
 
 @gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, gate, starts, lse, scale_log2, bias_factor,
+    q_desc, k_desc, v_desc, out_desc, out, suffix, total, starts, lse, scale_log2, bias_factor,
     batches, heads, group, queries, keys, window, blocks, items,
-    CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, STARTS: gl.constexpr,
+    CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, BOUNDED: gl.constexpr,
     A_SHARED: gl.constexpr, HOPEFUL: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, gate,
-                      CONSUMERS, D, GATED, STARTS, A_SHARED)  # fmt: skip
+    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
+                      CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
     channels = Channels(
         gl.allocate_shared_memory(dtype, [CONSUMERS, 1, TILE, 1, D], q_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, 1, TILE, 1, D], k_desc.layout),
@@ -382,16 +381,16 @@ def forward_kernel(
 
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consume, (0, problem, channels, out_desc, scale_log2, HOPEFUL)),
-            (consume, (1, problem, channels, out_desc, scale_log2, HOPEFUL)),
+            (consume, (0, problem, channels, out_desc, out, scale_log2, HOPEFUL)),
+            (consume, (1, problem, channels, out_desc, out, scale_log2, HOPEFUL)),
             (produce, (problem, channels, q_desc, k_desc, v_desc, bias_factor, HOPEFUL)),
         ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 3)
         gl.warp_specialize([
-            (consume, (0, problem, channels, out_desc, scale_log2, HOPEFUL)),
-            (consume, (1, problem, channels, out_desc, scale_log2, HOPEFUL)),
-            (consume, (2, problem, channels, out_desc, scale_log2, HOPEFUL)),
+            (consume, (0, problem, channels, out_desc, out, scale_log2, HOPEFUL)),
+            (consume, (1, problem, channels, out_desc, out, scale_log2, HOPEFUL)),
+            (consume, (2, problem, channels, out_desc, out, scale_log2, HOPEFUL)),
             (produce, (problem, channels, q_desc, k_desc, v_desc, bias_factor, HOPEFUL)),
         ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
@@ -401,28 +400,40 @@ REGISTERS = {2: (168, 240, 24), 3: (128, 160, 32)}
 TILES = {64: (3, 4, False), 128: (2, 4, False)}  # head dim: consumers, stages, q in shared memory
 
 
-def window_forward(q, k, v, gate=None, *, window=None, scale=None, starts=None, tiles=None, hopeful=None, out=None, lse=None):
-    """out (B,T,H,D) and lse (B,T,H) fp32 in nats, of q (B,T,H,D) over k, v (B,S,G,D), S >= T, bf16 or fp16, D 64 or 128.
+def window_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: tuple[Tensor, ...],
+    *,
+    window: int | None,
+    scale: float,
+    spans: tuple[Tensor, Tensor] | None,
+    tiles: tuple[int, int, bool] | None = None,
+    hopeful: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """out like q and natural-log lse (B,T,H) float32, as zoo.kernels.window.window_forward. bf16 or fp16, D 64 or 128.
 
-    gate: (B,H,S) fp32, prefixes of log_decay that restart at every 64th key, in log2 units; None: no gate.
-    starts: (B,S) int32, each position's first valid key, nowhere decreasing in S; None: 0.
+    `tiles` overrides the table, `hopeful` the choice of the first pass.
     """
     B, T, H, D = q.shape
-    S, G = k.shape[1:3]
-    scale = D**-0.5 if scale is None else scale
-    out = torch.empty_like(q) if out is None else out
-    lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device) if lse is None else lse
-    consumers, stages, q_shared = tiles or TILES[D]
+    N, G = k.shape[1:3]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((B, T, H), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    q, k, v = (copyable(x) for x in (q, k, v))
+    suffix, total = gates.prefix(gate) if gate else (lse, lse)
+    starts = lse if spans is None else spans[0].contiguous()
+    consumers, stages, in_shared = tiles or TILES[D]
     at_launch, consumer, producer = REGISTERS[consumers]
-    row_tiles = triton.cdiv(S, 64) - (S - T) // 64
-    blocks = triton.cdiv(row_tiles, consumers)
+    blocks = triton.cdiv(triton.cdiv(N, 64) - (N - T) // 64, consumers)
     items = blocks * B * H
-    programs = min(items, torch.cuda.get_device_properties(q.device).multi_processor_count)
-    forward_kernel[(programs,)](
-        descriptor(q, 64), descriptor(k, 64), descriptor(v, 64), descriptor(out, 64),
-        lse if gate is None else gate, lse if starts is None else starts, lse,
-        scale * LOG2E.value, 1 / (scale * LOG2E.value), B, H, H // G, T, S, min(window or S, S), blocks, items,
-        consumers, D, stages, gate is not None, starts is not None, q_shared,
+    scale_log2 = scale * LOG2E.value
+    forward_kernel[(min(items, programs(q)),)](
+        descriptor(q), descriptor(k), descriptor(v), descriptor(out), out, suffix, total, starts, lse,
+        scale_log2, 1 / scale_log2, B, H, H // G, T, N, min(window or N, N), blocks, items,
+        consumers, D, stages, bool(gate), spans is not None, in_shared,
         q.dtype == torch.bfloat16 if hopeful is None else hopeful, consumer, producer,
         num_warps=4, maxnreg=at_launch,
     )  # fmt: skip

@@ -1,17 +1,25 @@
 """What the Hopper kernels share: rings of buffers, who works on which rows, the gate's bias for the tensor core.
 
-Gluon, sm_90 only. Letters as everywhere: B batch, T queries, S keys (the queries are the last T positions), H query
-heads, G key heads, D head dim. A tile is 64 positions; tiles start at multiples of 64 of the key axis, so a tile is
-also a chunk of the gate's prefix and row blocks start at a tile even where T != S or T is no multiple of 64.
+Gluon, sm_90 only. Shapes as in zoo/kernels/window.py: B batch, T queries, N keys (the queries are the last T of them), H
+query heads, G key heads, D head dim. Positions are absolute. A tile is 64 of them and starts at a multiple of 64, for
+queries too, so that a tile of rows meets itself on the diagonal and lies in one chunk of the gate's prefix.
+
+The gate is what zoo/kernels/gate.py leaves: suffix_j, the sum over (j, end of j's chunk], and each chunk's total, both in
+log2 units. The bias of key j for all rows of an item is suffix_j plus the totals of the chunks after j's, up to an
+anchor chunk. It is off by a constant per row, which `row_bias` gives back.
 """
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
-TILE = gl.constexpr(64)  # rows of a warpgroup, keys of a step, keys between two restarts of the gate's prefix
+from zoo.kernels.tiles import CHUNK
+
+TILE = gl.constexpr(64)  # rows of a warpgroup, keys of a step
+TILES_PER_CHUNK = gl.constexpr(CHUNK // 64)
 NOTHING = gl.constexpr(-1.0e30)  # the maximum of no logits; finite, so that a masked logit minus it is still -inf
 LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -55,17 +63,18 @@ class Problem:
     window: gl.tensor
     blocks: gl.tensor  # items per head
     items: gl.tensor
-    starts: gl.tensor  # (B, S) int32: first valid key of each position; read where STARTS
-    gate: gl.tensor  # (B, H, S) fp32, log2 units, restarting every 64 keys; read where GATED
+    starts: gl.tensor  # (B, N) int32: first valid key of each position; read where BOUNDED
+    suffix: gl.tensor  # (B, H, N) fp32; read where GATED
+    total: gl.tensor  # (B, H, chunks) fp32; read where GATED
     CONSUMERS: gl.constexpr
     D: gl.constexpr
     GATED: gl.constexpr
-    STARTS: gl.constexpr
+    BOUNDED: gl.constexpr
     A_SHARED: gl.constexpr  # the resident operands stay in shared memory instead of registers
 
     @gluon.constexpr_function
-    def __init__(self, batches, heads, group, queries, keys, window, blocks, items, starts, gate,
-                 CONSUMERS, D, GATED, STARTS, A_SHARED):  # fmt: skip
+    def __init__(self, batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
+                 CONSUMERS, D, GATED, BOUNDED, A_SHARED):  # fmt: skip
         self.batches = batches
         self.heads = heads
         self.group = group
@@ -75,11 +84,12 @@ class Problem:
         self.blocks = blocks
         self.items = items
         self.starts = starts
-        self.gate = gate
+        self.suffix = suffix
+        self.total = total
         self.CONSUMERS = gl.constexpr(CONSUMERS)
         self.D = gl.constexpr(D)
         self.GATED = gl.constexpr(GATED)
-        self.STARTS = gl.constexpr(STARTS)
+        self.BOUNDED = gl.constexpr(BOUNDED)
         self.A_SHARED = gl.constexpr(A_SHARED)
 
     @gluon.jit
@@ -99,27 +109,31 @@ class Problem:
         """The oldest key tile that the first row of `tile` sees."""
         position = tile * TILE
         first = gl.maximum(position - self.window + 1, 0)
-        if self.STARTS:
+        if self.BOUNDED:
             start = gl.load(self.starts + batch.to(gl.int64) * self.keys + gl.minimum(position, self.keys - 1))
             first = gl.minimum(gl.maximum(first, start), position)  # rows before their own start still take one tile
         return gl.minimum(first // TILE, self.newest(tile))
 
     @gluon.jit
-    def gate_row(self, batch, head):
-        return self.gate + (batch * self.heads + head).to(gl.int64) * self.keys
+    def gate_rows(self, batch, head):
+        """Where a head's suffixes and totals begin."""
+        row = (batch * self.heads + head).to(gl.int64)
+        chunks = (self.keys + TILE * TILES_PER_CHUNK - 1) // (TILE * TILES_PER_CHUNK)
+        return self.suffix + row * self.keys, self.total + row * chunks
 
     @gluon.jit
     def rows_stride(self):
-        """Between the two planes of the backward's per-row scratch (2, B, H, T)."""
+        """Between the planes of the backward's per-row scratch (3, B, H, T)."""
         return (self.batches * self.heads).to(gl.int64) * self.queries
 
     @gluon.jit
-    def own_bias(self, tile, newest, batch, head, position, AHEAD: gl.constexpr):
-        """What a key at each row's own position would get as bias: -U there, from the start of chunk `newest`."""
-        row = self.gate_row(batch, head)
-        bias = -gl.load(row + position, mask=position < self.keys, other=0.0)
-        for i in gl.static_range(AHEAD):
-            bias += gl.load(row + (tile + i) * TILE + TILE - 1, mask=tile + i < newest, other=0.0)
+    def row_bias(self, tile, newest, batch, head, position, AHEAD: gl.constexpr):
+        """What a key at each row's own position gets as bias when the anchor is the chunk of tile `newest`."""
+        suffix, total = self.gate_rows(batch, head)
+        bias = gl.load(suffix + position, mask=position < self.keys, other=0.0)
+        chunk = tile // TILES_PER_CHUNK
+        for i in gl.static_range((AHEAD + TILES_PER_CHUNK - 1) // TILES_PER_CHUNK):
+            bias += gl.load(total + chunk + 1 + i, mask=chunk + 1 + i <= newest // TILES_PER_CHUNK, other=0.0)
         return bias
 
     @gluon.jit
@@ -127,7 +141,7 @@ class Problem:
         """The oldest key that each row sees, and the latest of the rows' starts."""
         first = position - self.window + 1
         latest = gl.to_tensor(0)
-        if self.STARTS:
+        if self.BOUNDED:
             at = self.starts + batch.to(gl.int64) * self.keys + position
             start = gl.load(at, mask=position < self.keys, other=0)
             first = gl.maximum(first, start)
@@ -168,8 +182,37 @@ def lane_sum(x, N: gl.constexpr):
     return gl.sum(gl.sum(gl.reshape(x, [TILE, N // 8, 4, 2]), 3), 1)
 
 
-def descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Bulk copies of (1, rows, 1, D) boxes of (B, T, H, D). Reads outside give zeros, writes outside are dropped."""
-    block = [1, rows, 1, x.shape[3]]
+@gluon.jit
+def send(value, tile, desc, base, problem, batch, first_row, head):
+    """Rows first_row .. first_row + 63 of a head of a contiguous (B, T, H, D), by way of `tile`, which the copy reads
+    until tma.store_wait. Rows outside 0 .. T - 1 are dropped."""
+    D: gl.constexpr = value.shape[1]
+    if first_row >= 0:
+        tma.store_wait(0)
+        tile.reshape([TILE, D]).store(value)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(desc, [batch, first_row, head, 0], tile)
+    else:  # a copy may end outside its tensor, but when it writes it may not begin there
+        row = first_row + gl.arange(0, TILE, layout=gl.SliceLayout(1, value.type.layout))
+        column = gl.arange(0, D, layout=gl.SliceLayout(0, value.type.layout))
+        at = ((batch.to(gl.int64) * problem.queries + row) * problem.heads + head) * D
+        inside = gl.expand_dims((row >= 0) & (row < problem.queries), 1)
+        gl.store(base + gl.expand_dims(at, 1) + gl.expand_dims(column, 0), value, mask=inside)
+
+
+def descriptor(x: torch.Tensor) -> TensorDescriptor:
+    """Bulk copies of (1, 64, 1, D) boxes of (B, T, H, D). Reads outside give zeros."""
+    block = [1, 64, 1, x.shape[3]]
     layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[x.dtype])
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+
+
+def copyable(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy where the copy engine can't read it: rows must be contiguous, everything else at 16 bytes."""
+    fits = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:3])
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def programs(x: torch.Tensor) -> int:
+    """One persistent program per multiprocessor."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
