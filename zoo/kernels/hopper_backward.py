@@ -242,12 +242,15 @@ def dq_consume(C: gl.constexpr, problem, channels, dq_tiles, dq_desc, dq_ptr, ou
                 if first < clear:
                     s = gl.where(visible(first, position, first_visible, s_layout), s, float("-inf"))
                 p = gl.exp2(s * scale_log2 - gl.expand_dims(shift, 1))
-                dq, dp = warpgroup_mma_wait(0, deps=(dq, dp))
+                if problem.A_SHARED:
+                    dq, dp, ds = warpgroup_mma_wait(0, deps=(dq, dp, ds))
+                else:
+                    dq, dp, ds, q, do = warpgroup_mma_wait(0, deps=(dq, dp, ds, q, do))
                 mbarrier.arrive(channels.free.index(slot), count=1)
-                ds = p * (dp - gl.expand_dims(delta, 1))
+                e = p * (dp - gl.expand_dims(delta, 1))
                 if problem.GATED:
-                    gathered += lane_sum(ds, 64)
-                ds = gl.convert_layout(ds.to(dtype), ds_layout)
+                    gathered += lane_sum(e, 64)
+                ds = gl.convert_layout(e.to(dtype), ds_layout)
 
             if problem.A_SHARED:
                 mbarrier.arrive(channels.held_free.index(C), count=1)
@@ -459,17 +462,18 @@ def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, dk_desc,
                     query = first + gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, s_layout)), 0)
                     seen = (query >= gl.expand_dims(key, 1)) & (query <= gl.expand_dims(last, 1))
                     s = gl.where(seen, s, float("-inf"))
-                p = gl.exp2(s * scale_log2 + gl.expand_dims(own, 1))
-                dv = warpgroup_mma(
-                    gl.convert_layout(p.to(dtype), p_layout), channels.passing_too.index(ring.slot).reshape([TILE, D]), dv, is_async=True
-                )
-                dp = warpgroup_mma_wait(1, deps=(dp,))
-                ds = p * dp
-                gathered += lane_sum(ds, 64)
-                dk = warpgroup_mma(
-                    gl.convert_layout(ds.to(dtype), p_layout), channels.passing.index(ring.slot).reshape([TILE, D]), dk, is_async=True
-                )
-                dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+                e = gl.exp2(s * scale_log2 + gl.expand_dims(own, 1))
+                p = gl.convert_layout(e.to(dtype), p_layout)
+                dv = warpgroup_mma(p, channels.passing_too.index(ring.slot).reshape([TILE, D]), dv, is_async=True)
+                if problem.A_SHARED:
+                    dp = warpgroup_mma_wait(1, deps=(dp,))
+                else:  # a left side in registers is listed too: ptxas has been seen to overwrite one that was still wanted
+                    dp, k, v = warpgroup_mma_wait(1, deps=(dp, k, v))
+                e *= dp
+                gathered += lane_sum(e, 64)
+                ds = gl.convert_layout(e.to(dtype), p_layout)
+                dk = warpgroup_mma(ds, channels.passing.index(ring.slot).reshape([TILE, D]), dk, is_async=True)
+                dk, dv, p, ds = warpgroup_mma_wait(0, deps=(dk, dv, p, ds))
                 mbarrier.arrive(channels.free.index(ring.slot), count=1)
                 ring = ring.next()
             for _ in range(block_newest - gl.maximum(newest, oldest - 1)):

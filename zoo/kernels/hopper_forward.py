@@ -271,10 +271,14 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, 
                 alpha = gl.exp2(m - m_new)
                 m = m_new
                 total *= gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, total.type.layout)), 1)
-            p = gl.exp2(s * scale_log2 - gl.expand_dims(m, 1))
-            total += lane_sum(p, 64)
-            p = gl.convert_layout(p.to(dtype), p_layout)
-            o = warpgroup_mma_wait(0, deps=(o,))
+            e = gl.exp2(s * scale_log2 - gl.expand_dims(m, 1))
+            total += lane_sum(e, 64)
+            # a left side in registers is listed too: ptxas has been seen to overwrite one that was still wanted
+            if problem.A_SHARED:
+                o, p = warpgroup_mma_wait(0, deps=(o, p))
+            else:
+                o, p, q = warpgroup_mma_wait(0, deps=(o, p, q))
+            p = gl.convert_layout(e.to(dtype), p_layout)
             mbarrier.arrive(channels.kv_free.index(slot), count=1)
             if CAREFUL:
                 o *= gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)), 1)
