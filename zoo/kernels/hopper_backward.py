@@ -26,7 +26,7 @@ from triton.language.core import _aggregate as aggregate
 
 from zoo.kernels import gate as gates
 from zoo.kernels.hopper_band import (
-    LOG2E, NOTHING, TILE, TILES_PER_CHUNK, Problem, bias_columns, copyable, descriptor, lane_sum, programs, send, split_in_three, start_ring, visible,
+    LOG2E, NOTHING, TILE, TILES_PER_CHUNK, Problem, Schedule, bias_columns, copyable, descriptor, lane_sum, programs, send, split_in_three, start_ring, visible,
 )  # fmt: skip
 
 
@@ -104,11 +104,18 @@ def load_held(channels, c: gl.constexpr, desc, desc_too, where, parity):
 
 @gluon.jit
 def load_passing(channels, ring, desc, desc_too, where):
-    nbytes: gl.constexpr = 2 * desc.block_type.nbytes
+    """Once the slot is free. `announce` must follow."""
     ready = channels.ready.index(ring.slot)
-    mbarrier.expect(ready, nbytes)
+    mbarrier.wait(channels.free.index(ring.slot), ring.parity ^ 1)
     tma.async_copy_global_to_shared(desc, where, ready, channels.passing.index(ring.slot))
     tma.async_copy_global_to_shared(desc_too, where, ready, channels.passing_too.index(ring.slot))
+
+
+@gluon.jit
+def announce(channels, ring, desc):
+    """The slot is ready when the bytes of both tiles have come; what was written to it before this call, at once."""
+    nbytes: gl.constexpr = 2 * desc.block_type.nbytes
+    mbarrier.expect(channels.ready.index(ring.slot), nbytes)
 
 
 @gluon.jit
@@ -139,6 +146,7 @@ def score(a, tile, D: gl.constexpr, ones, columns, ADD: gl.constexpr, layout: gl
 def dq_produce(problem, channels, q_desc, dout_desc, k_desc, v_desc, bias_factor):
     CONSUMERS: gl.constexpr = problem.CONSUMERS
     columns_layout: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [1, 1], [1, 0])
+    vector_layout: gl.constexpr = gl.SliceLayout(1, columns_layout)
     ring = start_ring(channels.passing.shape[0])
     parity = gl.to_tensor(0)
     for item in range(gl.program_id(0), problem.items, gl.num_programs(0)):
@@ -146,25 +154,25 @@ def dq_produce(problem, channels, q_desc, dout_desc, k_desc, v_desc, bias_factor
         first_row = tile * TILE - (problem.keys - problem.queries)
         newest = problem.newest(tile + CONSUMERS - 1)
         count = newest - problem.oldest(tile, batch) + 1
-        suffix, total = problem.gate_rows(batch, head)
-        carry = gl.to_tensor(0.0)  # the totals of the chunks after this one, up to the newest
+        carry = gl.to_tensor(0.0)  # the totals of the chunks after this tile's, up to the newest
+        gain = gl.to_tensor(0.0)
+        suffix = gl.zeros([TILE], gl.float32, vector_layout)
+        if problem.GATED:
+            suffix, _ = problem.load_suffix(batch, head, newest, vector_layout)
         for i in range(gl.maximum(count, CONSUMERS)):
             for c in gl.static_range(CONSUMERS):
                 if i == CONSUMERS - 1 - c:
                     load_held(channels, c, q_desc, dout_desc, [batch, first_row + TILE * c, head, 0], parity)
             if i < count:
-                first = (newest - i) * TILE
+                key = newest - i
+                load_passing(channels, ring, k_desc, v_desc, [batch, key * TILE, head // problem.group, 0])
                 if problem.GATED:
-                    key = first + gl.arange(0, TILE, layout=gl.SliceLayout(1, columns_layout))
-                    if (i > 0) & ((newest - i + 1) % TILES_PER_CHUNK == 0):
-                        carry += gl.load(total + (newest - i + 1) // TILES_PER_CHUNK)
-                    bias = carry + gl.load(suffix + key, mask=key < problem.keys, other=0.0)
-                    columns = bias_columns(bias * bias_factor, columns_layout)
-                mbarrier.wait(channels.free.index(ring.slot), ring.parity ^ 1)
-                if problem.GATED:
-                    channels.columns.index(ring.slot).store(columns)
+                    carry += gain
+                    bias = (carry + suffix) * bias_factor
+                    suffix, gain = problem.load_suffix(batch, head, key - 1, vector_layout)  # on its way during the rest
+                    channels.columns.index(ring.slot).store(bias_columns(bias, columns_layout))
                     fence_async_shared()
-                load_passing(channels, ring, k_desc, v_desc, [batch, first, head // problem.group, 0])
+                announce(channels, ring, k_desc)
                 ring = ring.next()
         parity = parity ^ 1
 
@@ -349,36 +357,48 @@ def dkv_produce(problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows
         count = gl.maximum(newest_query(problem, ends, batch, last_tile) - oldest + 1, 1)
         for member in range(problem.group):
             head = kv_head * problem.group + member
-            suffix, total = problem.gate_rows(batch, head)
-            at = rows + (batch * problem.heads + head).to(gl.int64) * problem.queries
-            carry = gl.to_tensor(0.0)  # the totals of the chunks after the item's first, up to this one
+            carry = gl.to_tensor(0.0)  # the totals of the chunks after the item's first, up to this tile's
             if problem.GATED:
+                _, total = problem.gate_rows(batch, head)
                 for chunk in range(tile // TILES_PER_CHUNK, oldest // TILES_PER_CHUNK):
                     carry += gl.load(total + chunk + 1)
+            lse, suffix, delta, gain = load_rows(problem, rows, batch, head, oldest, gl.SliceLayout(1, layout))
             for i in range(gl.maximum(count, CONSUMERS)):
                 if member == 0:
                     for c in gl.static_range(CONSUMERS):
                         if i == c:
                             load_held(channels, c, k_desc, v_desc, [batch, (tile + c) * TILE, kv_head, 0], parity)
                 if i < count:
-                    first = (oldest + i) * TILE
-                    position = first + gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
-                    row = position - offset
-                    mine = (row >= 0) & (row < problem.queries)
-                    reference = -gl.load(at + row, mask=mine, other=0.0)
-                    delta = gl.load(at + problem.rows_stride() + row, mask=mine, other=0.0)
-                    if problem.GATED:
-                        if (i > 0) & ((oldest + i) % TILES_PER_CHUNK == 0):
-                            carry += gl.load(total + (oldest + i) // TILES_PER_CHUNK)
-                        reference += carry - gl.load(suffix + position, mask=position < problem.keys, other=0.0)
-                    reference = gl.where(mine, reference, NOTHING)
-                    columns = query_columns(reference * bias_factor, -delta, layout)
-                    mbarrier.wait(channels.free.index(ring.slot), ring.parity ^ 1)
+                    query = oldest + i
+                    load_passing(channels, ring, q_desc, dout_desc, [batch, query * TILE - offset, head, 0])
+                    columns = query_columns((carry - suffix - lse) * bias_factor, -delta, layout)
+                    carry += gain
+                    lse, suffix, delta, gain = load_rows(problem, rows, batch, head, query + 1, gl.SliceLayout(1, layout))
                     channels.columns.index(ring.slot).store(columns)
                     fence_async_shared()
-                    load_passing(channels, ring, q_desc, dout_desc, [batch, first - offset, head, 0])
+                    announce(channels, ring, q_desc)
                     ring = ring.next()
         parity = parity ^ 1
+
+
+@gluon.jit
+def load_rows(problem, rows, batch, head, tile, layout: gl.constexpr):
+    """Of a tile's queries: lse, suffix, delta, and what the carry gains from this tile to the next. Where there is no
+    query, an lse so high that no key has weight."""
+    position = tile * TILE + gl.arange(0, TILE, layout=layout)
+    row = position - (problem.keys - problem.queries)
+    mine = (row >= 0) & (row < problem.queries)
+    at = rows + (batch * problem.heads + head).to(gl.int64) * problem.queries + row
+    lse = gl.load(at, mask=mine, other=-NOTHING)
+    delta = gl.load(at + problem.rows_stride(), mask=mine, other=0.0)
+    suffix = gl.zeros([TILE], gl.float32, layout)
+    gain = gl.to_tensor(0.0)
+    if problem.GATED:
+        suffixes, total = problem.gate_rows(batch, head)
+        suffix = gl.load(suffixes + position, mask=mine, other=0.0)
+        entering = ((tile + 1) % TILES_PER_CHUNK == 0) & ((tile + 1) * TILE < problem.keys)
+        gain = gl.load(total + (tile + 1) // TILES_PER_CHUNK, mask=entering, other=0.0)
+    return lse, suffix, delta, gain
 
 
 @gluon.jit
@@ -531,10 +551,9 @@ def dkv_kernel(
 
 # ------------------------------------------------------------------------------------------------ the launcher
 
-# consumers: registers a thread at launch, of a consumer, of the producer
-REGISTERS = {1: (128, 0, 32), 2: (168, 232, 40), 3: (128, 160, 32)}
-DQ_TILES = {64: (3, 4, True), 128: (2, 3, False)}  # head dim: consumers, stages, resident operands in shared memory
-DKV_TILES = {64: (2, 4, False), 128: (2, 3, True)}
+# by head dim
+DQ_TABLE = {64: Schedule(3, 4, True, 160, 32), 128: Schedule(2, 3, True, 224, 56)}
+DKV_TABLE = {64: Schedule(2, 4, False, 232, 40), 128: Schedule(2, 3, True, 232, 40)}
 
 
 def window_backward(
@@ -550,8 +569,8 @@ def window_backward(
     window: int | None,
     scale: float,
     spans: tuple[Tensor, Tensor] | None,
-    dq_tiles: tuple[int, int, bool] | None = None,
-    dkv_tiles: tuple[int, int, bool] | None = None,
+    dq_schedule: Schedule | None = None,
+    dkv_schedule: Schedule | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """dq, dk, dv and the gradients of `gate`, as zoo.kernels.window.window_backward. bf16 or fp16, D 64 or 128."""
     B, T, H, D = q.shape
@@ -568,26 +587,24 @@ def window_backward(
     scales = (scale * LOG2E.value, 1 / (scale * LOG2E.value), scale)
     sizes = (B, H, H // G, T, N, min(window or N, N))
 
-    consumers, stages, in_shared = dq_tiles or DQ_TILES[D]
-    at_launch, consumer, producer = REGISTERS[consumers]
-    blocks = triton.cdiv(triton.cdiv(N, 64) - (N - T) // 64, consumers)
+    plan = dq_schedule or DQ_TABLE[D]
+    blocks = triton.cdiv(triton.cdiv(N, 64) - (N - T) // 64, plan.consumers)
     items = blocks * B * H
     dq_kernel[(min(items, programs(q)),)](
         descriptor(q), descriptor(dout), descriptor(k), descriptor(v), descriptor(dq),
         dq, out, dout, suffix, total, starts, lse, lse if dlse is None else dlse.contiguous(), rows, *scales, *sizes, blocks, items,
-        consumers, D, stages, bool(gate), spans is not None, in_shared, dlse is not None, consumer, producer,
-        num_warps=4, maxnreg=at_launch,
+        plan.consumers, D, plan.stages, bool(gate), spans is not None, plan.in_shared, dlse is not None,
+        plan.consumer_registers, plan.producer_registers, num_warps=4, maxnreg=plan.registers_at_launch,
     )  # fmt: skip
 
-    consumers, stages, in_shared = dkv_tiles or DKV_TILES[D]
-    at_launch, consumer, producer = REGISTERS[consumers]
-    blocks = triton.cdiv(triton.cdiv(N, 64), consumers)
+    plan = dkv_schedule or DKV_TABLE[D]
+    blocks = triton.cdiv(triton.cdiv(N, 64), plan.consumers)
     items = blocks * B * G
-    dkv_kernel[(min(items, programs(q) * (2 if consumers == 1 else 1)),)](
+    dkv_kernel[(min(items, programs(q) * (2 if plan.consumers == 1 else 1)),)](
         descriptor(k), descriptor(v), descriptor(q), descriptor(dout), descriptor(dk), descriptor(dv),
         suffix, total, starts, ends, rows, dprefix if gate else rows, *scales, *sizes, blocks, items,
-        consumers, D, stages, bool(gate), spans is not None, in_shared, consumer, producer,
-        num_warps=4, maxnreg=at_launch,
+        plan.consumers, D, plan.stages, bool(gate), spans is not None, plan.in_shared,
+        plan.consumer_registers, plan.producer_registers, num_warps=4, maxnreg=plan.registers_at_launch,
     )  # fmt: skip
     if not gate:
         return dq, dk, dv, ()

@@ -9,6 +9,8 @@ log2 units. The bias of key j for all rows of an item is suffix_j plus the total
 anchor chunk. It is off by a constant per row, which `row_bias` gives back.
 """
 
+from dataclasses import dataclass
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -122,6 +124,15 @@ class Problem:
         return self.suffix + row * self.keys, self.total + row * chunks
 
     @gluon.jit
+    def load_suffix(self, batch, head, tile, layout: gl.constexpr):
+        """(64,) suffixes of a tile, 0 outside the keys; and what the carry gains from the tile after it to this one."""
+        suffix, total = self.gate_rows(batch, head)
+        position = tile * TILE + gl.arange(0, TILE, layout=layout)
+        inside = (position >= 0) & (position < self.keys)
+        gain = gl.load(total + (tile + 1) // TILES_PER_CHUNK, mask=(tile + 1) % TILES_PER_CHUNK == 0, other=0.0)
+        return gl.load(suffix + position, mask=inside, other=0.0), gain
+
+    @gluon.jit
     def rows_stride(self):
         """Between the planes of the backward's per-row scratch (3, B, H, T)."""
         return (self.batches * self.heads).to(gl.int64) * self.queries
@@ -198,6 +209,22 @@ def send(value, tile, desc, base, problem, batch, first_row, head):
         at = ((batch.to(gl.int64) * problem.queries + row) * problem.heads + head) * D
         inside = gl.expand_dims((row >= 0) & (row < problem.queries), 1)
         gl.store(base + gl.expand_dims(at, 1) + gl.expand_dims(column, 0), value, mask=inside)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a kernel's work is spread: warpgroups of 64 rows, slots in the ring of passing tiles, and whether what stays
+    with a consumer for an item is read from shared memory or held in registers. Registers are a thread's."""
+
+    consumers: int
+    stages: int
+    in_shared: bool
+    consumer_registers: int
+    producer_registers: int
+
+    @property
+    def registers_at_launch(self) -> int:
+        return (self.consumers * self.consumer_registers + self.producer_registers) // (self.consumers + 1)
 
 
 def descriptor(x: torch.Tensor) -> TensorDescriptor:

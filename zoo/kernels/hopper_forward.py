@@ -31,7 +31,7 @@ from triton.language.core import _aggregate as aggregate
 
 from zoo.kernels import gate as gates
 from zoo.kernels.hopper_band import (
-    LN2, LOG2E, NOTHING, TILE, TILES_PER_CHUNK, Problem, bias_columns, copyable, descriptor,
+    LN2, LOG2E, NOTHING, TILE, Problem, Schedule, bias_columns, copyable, descriptor,
     lane_sum, programs, send, start_ring, visible,
 )  # fmt: skip
 
@@ -134,8 +134,12 @@ def produce_item(problem, channels, q_desc, k_desc, v_desc, bias_factor, ring, q
     first_row = tile * TILE - (problem.keys - problem.queries)
     newest = problem.newest(tile + CONSUMERS - 1)
     count = newest - problem.oldest(tile, batch) + 1
-    suffix, total = problem.gate_rows(batch, head)
-    carry = gl.to_tensor(0.0)  # the totals of the chunks after this one, up to the newest
+    vector_layout: gl.constexpr = gl.SliceLayout(1, columns_layout)
+    carry = gl.to_tensor(0.0)  # the totals of the chunks after this tile's, up to the newest
+    gain = gl.to_tensor(0.0)
+    suffix = gl.zeros([TILE], gl.float32, vector_layout)
+    if problem.GATED:
+        suffix, _ = problem.load_suffix(batch, head, newest, vector_layout)
 
     for i in range(gl.maximum(count, CONSUMERS)):
         # the consumer of the newest rows starts first: queries go out one consumer per tile
@@ -147,21 +151,18 @@ def produce_item(problem, channels, q_desc, k_desc, v_desc, bias_factor, ring, q
                     q_desc, [batch, first_row + TILE * c, head, 0], channels.q_ready.index(c), channels.q.index(c)
                 )
         if i < count:
-            first = (newest - i) * TILE
-            if problem.GATED:
-                key = first + gl.arange(0, TILE, layout=gl.SliceLayout(1, columns_layout))
-                if (i > 0) & ((newest - i + 1) % TILES_PER_CHUNK == 0):
-                    carry += gl.load(total + (newest - i + 1) // TILES_PER_CHUNK)
-                bias = carry + gl.load(suffix + key, mask=key < problem.keys, other=0.0)
-                columns = bias_columns(bias * bias_factor, columns_layout)
+            key = newest - i
             ready = channels.kv_ready.index(ring.slot)
             mbarrier.wait(channels.kv_free.index(ring.slot), ring.parity ^ 1)
+            tma.async_copy_global_to_shared(k_desc, [batch, key * TILE, kv_head, 0], ready, channels.k.index(ring.slot))
+            tma.async_copy_global_to_shared(v_desc, [batch, key * TILE, kv_head, 0], ready, channels.v.index(ring.slot))
             if problem.GATED:
-                channels.bias.index(ring.slot).store(columns)
+                carry += gain
+                bias = (carry + suffix) * bias_factor
+                suffix, gain = problem.load_suffix(batch, head, key - 1, vector_layout)  # on its way during the rest
+                channels.bias.index(ring.slot).store(bias_columns(bias, columns_layout))
                 fence_async_shared()
-            mbarrier.expect(ready, kv_bytes)
-            tma.async_copy_global_to_shared(k_desc, [batch, first, kv_head, 0], ready, channels.k.index(ring.slot))
-            tma.async_copy_global_to_shared(v_desc, [batch, first, kv_head, 0], ready, channels.v.index(ring.slot))
+            mbarrier.expect(ready, kv_bytes)  # also says that the bias is written
             ring = ring.next()
     return ring
 
@@ -399,9 +400,8 @@ def forward_kernel(
         ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
-# consumers: registers a thread at launch, of a consumer, of the producer
-REGISTERS = {2: (168, 240, 24), 3: (128, 160, 32)}
-TILES = {64: (3, 4, False), 128: (2, 4, False)}  # head dim: consumers, stages, q in shared memory
+# by head dim
+TABLE = {64: Schedule(3, 4, False, 160, 32), 128: Schedule(3, 3, True, 160, 32)}
 
 
 def window_forward(
@@ -413,12 +413,12 @@ def window_forward(
     window: int | None,
     scale: float,
     spans: tuple[Tensor, Tensor] | None,
-    tiles: tuple[int, int, bool] | None = None,
+    schedule: Schedule | None = None,
     hopeful: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out like q and natural-log lse (B,T,H) float32, as zoo.kernels.window.window_forward. bf16 or fp16, D 64 or 128.
 
-    `tiles` overrides the table, `hopeful` the choice of the first pass.
+    `schedule` overrides the table, `hopeful` the choice of the first pass.
     """
     B, T, H, D = q.shape
     N, G = k.shape[1:3]
@@ -429,16 +429,15 @@ def window_forward(
     q, k, v = (copyable(x) for x in (q, k, v))
     suffix, total = gates.prefix(gate) if gate else (lse, lse)
     starts = lse if spans is None else spans[0].contiguous()
-    consumers, stages, in_shared = tiles or TILES[D]
-    at_launch, consumer, producer = REGISTERS[consumers]
-    blocks = triton.cdiv(triton.cdiv(N, 64) - (N - T) // 64, consumers)
+    plan = schedule or TABLE[D]
+    blocks = triton.cdiv(triton.cdiv(N, 64) - (N - T) // 64, plan.consumers)
     items = blocks * B * H
     scale_log2 = scale * LOG2E.value
     forward_kernel[(min(items, programs(q)),)](
         descriptor(q), descriptor(k), descriptor(v), descriptor(out), out, suffix, total, starts, lse,
         scale_log2, 1 / scale_log2, B, H, H // G, T, N, min(window or N, N), blocks, items,
-        consumers, D, stages, bool(gate), spans is not None, in_shared,
-        q.dtype == torch.bfloat16 if hopeful is None else hopeful, consumer, producer,
-        num_warps=4, maxnreg=at_launch,
+        plan.consumers, D, plan.stages, bool(gate), spans is not None, plan.in_shared,
+        q.dtype == torch.bfloat16 if hopeful is None else hopeful, plan.consumer_registers, plan.producer_registers,
+        num_warps=4, maxnreg=plan.registers_at_launch,
     )  # fmt: skip
     return out, lse
