@@ -421,6 +421,25 @@ def query_columns(reference, negative_delta, layout: gl.constexpr):
 
 
 @gluon.jit
+def load_keys(C: gl.constexpr, problem, rows, batch, head, block_tile, key, layout: gl.constexpr):
+    """Of a consumer's keys, for one query head: the bias, with the item's first chunk as anchor, and the query side of dU."""
+    own = gl.zeros([TILE], gl.float32, layout)
+    side = gl.zeros([TILE], gl.float32, layout)
+    if problem.GATED:
+        suffix, total = problem.gate_rows(batch, head)
+        inside = key < problem.keys
+        own += gl.load(suffix + key, mask=inside, other=0.0)
+        chunk = block_tile // TILES_PER_CHUNK
+        last = gl.minimum(block_tile + C, (problem.keys - 1) // TILE) // TILES_PER_CHUNK
+        for newer in gl.static_range((C + TILES_PER_CHUNK - 1) // TILES_PER_CHUNK):
+            own -= gl.load(total + chunk + 1 + newer, mask=chunk + 1 + newer <= last, other=0.0)
+        row = key - (problem.keys - problem.queries)
+        at = rows + 2 * problem.rows_stride() + (batch * problem.heads + head).to(gl.int64) * problem.queries + row
+        side += gl.load(at, mask=inside & (row >= 0), other=0.0)
+    return own, side
+
+
+@gluon.jit
 def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, rows, dprefix, scale_log2, scale):
     """Warpgroup C: 64 keys of every item. dprefix (B,H,N) fp32, nats: the key side, and the query side from `rows`."""
     D: gl.constexpr = problem.D
@@ -449,6 +468,7 @@ def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, dk_desc,
         last = last_queries(problem, ends, batch, key)
         clear = gl.min(last, 0)  # a query tile up to here has no far edge
 
+        own, side = load_keys(C, problem, rows, batch, kv_head * problem.group, block_tile, key, row_layout)
         mbarrier.wait(channels.held_ready.index(C), parity)
         k = as_operand(channels.held.index(C), D, problem.A_SHARED, a_layout)
         v = as_operand(channels.held_too.index(C), D, problem.A_SHARED, a_layout)
@@ -459,14 +479,6 @@ def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, dk_desc,
         dv = gl.zeros([TILE, D], gl.float32, o_layout)
         for member in range(problem.group):
             head = kv_head * problem.group + member
-            own = gl.zeros([TILE], gl.float32, row_layout)  # the key's bias, from the item's first chunk
-            if problem.GATED:
-                suffix, total = problem.gate_rows(batch, head)
-                own += gl.load(suffix + key, mask=key < problem.keys, other=0.0)
-                chunk = block_tile // TILES_PER_CHUNK
-                for before in gl.static_range((C + TILES_PER_CHUNK - 1) // TILES_PER_CHUNK):
-                    at = chunk + 1 + before
-                    own -= gl.load(total + at, mask=(at <= tile // TILES_PER_CHUNK) & (tile <= last_tile), other=0.0)
             gathered = gl.zeros([TILE, TILE], gl.float32, s_layout)
             gathered = lane_sum(gathered, 64)
             for _ in range(oldest - block_oldest):
@@ -499,11 +511,11 @@ def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, dk_desc,
             for _ in range(block_newest - gl.maximum(newest, oldest - 1)):
                 ring = channels.pass_on(ring)
             if problem.GATED:
-                row = (batch * problem.heads + head).to(gl.int64)
-                at = rows + 2 * problem.rows_stride() + row * problem.queries + key - offset
-                side = gl.load(at, mask=(key >= offset) & (key < problem.keys), other=0.0)
                 side -= gl.convert_layout(gl.sum(gathered, 1), row_layout)
-                gl.store(dprefix + row * problem.keys + key, side, mask=key < problem.keys)
+                at = dprefix + (batch * problem.heads + head).to(gl.int64) * problem.keys + key
+                gl.store(at, side, mask=key < problem.keys)
+                if member + 1 < problem.group:
+                    own, side = load_keys(C, problem, rows, batch, head + 1, block_tile, key, row_layout)
 
         if not problem.A_SHARED:
             tma.store_wait(0)
