@@ -8,17 +8,6 @@ from torch import Tensor
 
 from zoo.kernels import hopper_backward, hopper_forward, window as portable
 
-HEAD_DIMS = (64, 128)
-
-
-def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why these kernels can't run such a call, or None."""
-    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
-        return "the Hopper kernels need a device of compute capability 9.0"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"the Hopper kernels take float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    return None if head_dim in HEAD_DIMS else f"the Hopper kernels take a head_dim of 64 or 128, not {head_dim}"
-
 
 def window_forward(
     q: Tensor,
