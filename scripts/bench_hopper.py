@@ -1,7 +1,7 @@
 """prep P N | work START | main BUDGET : hopper forward/backward, correctness then speed. JSON rows in $OUT/results.csv"""
 import json, os, subprocess, sys, time
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, HERE)
+sys.path[:0] = [os.path.dirname(HERE), HERE]  # the repository's root for zoo, this folder for plan.py
 OUT = os.environ.get("OUT", "/tmp")
 SHAPES = [(4, 16, 16384, 512), (4, 16, 16384, 2048)]
 from plan import jobs

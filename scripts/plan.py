@@ -1,5 +1,18 @@
+"""What bench_hopper.py checks and times: a list of jobs, the most important first. Edit freely.
+
+kind fwd | bwd | gate; D; tiles (fwd), dq_plan, dkv_plan (bwd): Schedule fields or None for the table's; gated, bounded, dt,
+hopeful; check, time; shapes [(B, H, T, W)]; G key heads; docs: tokens per document; window_py: the portable kernels.
+"""
+
+
 def jobs():
-    J = []
-    b = lambda D, dq=None, dkv=None, **k: J.append(dict(kind="bwd", D=D, dq_plan=dq, dkv_plan=dkv, **k))
-    b(64); b(128); b(64, gated=False, check=False); b(128, gated=False, check=False); b(64, check=False); b(128, check=False)
-    return J
+    run = []
+    for dim in (64, 128):
+        run.append({"kind": "fwd", "D": dim, "tiles": None})
+        run.append({"kind": "bwd", "D": dim, "dq_plan": None, "dkv_plan": None})
+    for dim in (64, 128):
+        run.append({"kind": "fwd", "D": dim, "tiles": None, "bounded": True, "time": False})
+        run.append({"kind": "bwd", "D": dim, "dq_plan": None, "dkv_plan": None, "bounded": True, "time": False})
+        run.append({"kind": "fwd", "D": dim, "tiles": None, "gated": False})
+        run.append({"kind": "bwd", "D": dim, "dq_plan": None, "dkv_plan": None, "gated": False})
+    return run
