@@ -47,7 +47,8 @@ def test_falling_back_on_a_gpu_warns_once(old_gpu):
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float64, 64), (torch.bfloat16, 320)])
 def test_what_the_kernels_do_not_take(old_gpu, monkeypatch, dtype, head_dim):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert backend.explain(CUDA, torch.bfloat16, 96) == ("triton", "first choice for cuda, bfloat16, head_dim 96")
+    assert backend.explain(CUDA, torch.bfloat16, 64) == ("hopper", "first choice for cuda, bfloat16, head_dim 64")
+    assert backend.explain(CUDA, torch.bfloat16, 96)[0] == "triton"
     name, reason = backend.explain(CUDA, dtype, head_dim)
     assert name == "reference"
     assert "the kernels take" in reason
@@ -55,7 +56,7 @@ def test_what_the_kernels_do_not_take(old_gpu, monkeypatch, dtype, head_dim):
 
 def test_without_triton(old_gpu, monkeypatch):
     monkeypatch.setattr(backend, "_installed", lambda package: False)
-    assert backend.explain(CUDA, torch.bfloat16, 64) == ("reference", "triton is not installed")
+    assert backend.explain(CUDA, torch.bfloat16, 64) == ("reference", "triton is not installed; triton is not installed")
 
 
 def test_a_forced_back_end_runs_or_raises(monkeypatch):
@@ -68,7 +69,7 @@ def test_a_forced_back_end_runs_or_raises(monkeypatch):
         window_attention(x, x, x)
     assert backend.explain("cpu", torch.float32, 8)[0] == "none"
     monkeypatch.setenv("ZOO_BACKEND", "cudnn")
-    with pytest.raises(ValueError, match="'cudnn' is not one of triton, reference"):
+    with pytest.raises(ValueError, match="'cudnn' is not one of hopper, triton, reference"):
         window_attention(x, x, x)
     assert backend.explain("cpu", torch.float32, 8)[0] == "none"
 

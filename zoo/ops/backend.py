@@ -47,7 +47,7 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
             raise RuntimeError(f"ZOO_BACKEND={forced} can't run this call: {reason}. Unset it to fall back")
         return backend
     backend, reasons = _first_willing(device, dtype, head_dim)
-    if device.type == "cuda" and reasons:
+    if device.type == "cuda" and backend is BACKENDS[-1]:
         _warn_once(f"zoo.ops falls back to its {backend.name} path on a CUDA device: {'; '.join(reasons)}")
     return backend
 
@@ -91,7 +91,18 @@ def _refuses_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     return "Triton's interpreter multiplies bfloat16 wrongly" if dtype == torch.bfloat16 else None
 
 
+def _refuses_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if not _installed("triton"):
+        return "triton is not installed"
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
+        return "the Hopper kernels need a device of compute capability 9.0"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the Hopper kernels take float16 and bfloat16, not {_short(dtype)}"
+    return None if head_dim in (64, 128) else f"the Hopper kernels take a head_dim of 64 or 128, not {head_dim}"
+
+
 BACKENDS = (
+    Backend("hopper", "zoo.kernels.hopper", _refuses_hopper),
     Backend("triton", "zoo.kernels.window", _refuses_triton),
     Backend("reference", "zoo.ops.reference", lambda device, dtype, head_dim: None),
 )
