@@ -56,7 +56,10 @@ def test_what_the_kernels_do_not_take(old_gpu, monkeypatch, dtype, head_dim):
 
 def test_without_triton(old_gpu, monkeypatch):
     monkeypatch.setattr(backend, "_installed", lambda package: False)
-    assert backend.explain(CUDA, torch.bfloat16, 64) == ("reference", "triton is not installed; triton is not installed")
+    assert backend.explain(CUDA, torch.bfloat16, 64) == (
+        "reference",
+        "triton is not installed; triton is not installed",
+    )
 
 
 def test_a_forced_back_end_runs_or_raises(monkeypatch):

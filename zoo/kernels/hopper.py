@@ -1,4 +1,4 @@
-"""Gated sliding-window attention on Hopper: the back end's two functions (zoo/ops/backend.py), as in zoo/kernels/window.py.
+"""Gated sliding-window attention on Hopper: the two functions of a back end, as in zoo/kernels/window.py.
 
 bf16 and fp16, head dims 64 and 128, sm_90 only. Importing this imports Gluon, an experimental part of triton 3.6.
 """
@@ -6,7 +6,8 @@ bf16 and fp16, head dims 64 and 128, sm_90 only. Importing this imports Gluon, a
 import torch
 from torch import Tensor
 
-from zoo.kernels import hopper_backward, hopper_forward, window as portable
+from zoo.kernels import hopper_backward, hopper_forward
+from zoo.kernels import window as portable
 
 
 def window_forward(

@@ -58,7 +58,8 @@ def window_backward(
     items = blocks * B * H
     dq_kernel[(min(items, programs(q)),)](
         descriptor(q), descriptor(dout), descriptor(k), descriptor(v), descriptor(dq),
-        dq, out, dout, suffix, total, starts, lse, lse if dlse is None else dlse.contiguous(), rows, *scales, *sizes, blocks, items,
+        dq, out, dout, suffix, total, starts, lse,
+        lse if dlse is None else dlse.contiguous(), rows, *scales, *sizes, blocks, items,
         plan.consumers, D, plan.stages, bool(gate), spans is not None, plan.in_shared, dlse is not None,
         plan.consumer_registers, plan.producer_registers, num_warps=4, maxnreg=plan.registers_at_launch,
     )  # fmt: skip
@@ -72,6 +73,6 @@ def window_backward(
         plan.consumers, D, plan.stages, bool(gate), spans is not None, plan.in_shared,
         plan.consumer_registers, plan.producer_registers, num_warps=4, maxnreg=plan.registers_at_launch,
     )  # fmt: skip
-    if not gate:
+    if dprefix is None:
         return dq, dk, dv, ()
     return dq, dk, dv, gates.prefix_backward(dprefix, gate, None if spans is None else spans[1])

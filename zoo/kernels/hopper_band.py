@@ -1,11 +1,11 @@
 """What the Hopper kernels share: rings of buffers, who works on which rows, the gate's bias for the tensor core.
 
-Gluon, sm_90 only. Shapes as in zoo/kernels/window.py: B batch, T queries, N keys (the queries are the last T of them), H
-query heads, G key heads, D head dim. Positions are absolute. A tile is 64 of them and starts at a multiple of 64, for
+Gluon, sm_90 only. Shapes as in zoo/kernels/window.py: B batch, T queries, N keys (the queries are the last T of them),
+H query heads, G key heads, D head dim. Positions are absolute. A tile is 64 of them and starts at a multiple of 64, for
 queries too, so that a tile of rows meets itself on the diagonal and lies in one chunk of the gate's prefix.
 
-The gate is what zoo/kernels/gate.py leaves: suffix_j, the sum over (j, end of j's chunk], and each chunk's total, both in
-log2 units. The bias of key j for all rows of an item is suffix_j plus the totals of the chunks after j's, up to an
+The gate is what zoo/kernels/gate.py leaves: suffix_j, the sum over (j, end of j's chunk], and each chunk's total, both
+in log2 units. The bias of key j for all rows of an item is suffix_j plus the totals of the chunks after j's, up to an
 anchor chunk. It is off by a constant per row, which `row_bias` gives back.
 """
 

@@ -98,7 +98,7 @@ def announce(channels, ring, desc):
 
 @gluon.jit
 def as_operand(tile, D: gl.constexpr, A_SHARED: gl.constexpr, layout: gl.constexpr):
-    """A resident left-hand side: in registers where they suffice, which halves what a product reads from shared memory."""
+    """A resident left-hand side: in registers where they suffice, which halves the reads from shared memory."""
     if A_SHARED:
         return tile.reshape([TILE, D])
     else:

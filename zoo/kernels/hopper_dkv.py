@@ -1,4 +1,4 @@
-"""dk, dv and dU for Hopper, in Gluon: rows are keys, queries pass by (zoo/kernels/hopper_backward.py has the equations).
+"""dk, dv and dU for Hopper, in Gluon: rows are keys, queries pass by (equations: zoo/kernels/hopper_backward.py).
 
 The queries of all heads of a group pass by, so K and V are never repeated. What belongs to a query, U_t - lse_t and
 -delta_t, is added on the tensor core like the forward's bias: three bf16 columns each.
@@ -14,7 +14,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from zoo.kernels.hopper_band import NOTHING, TILE, TILES_PER_CHUNK, Problem, bias_columns, lane_sum, split_in_three, start_ring
+from zoo.kernels.hopper_band import (
+    NOTHING,
+    TILE,
+    TILES_PER_CHUNK,
+    Problem,
+    bias_columns,
+    lane_sum,
+    split_in_three,
+    start_ring,
+)
 from zoo.kernels.hopper_channels import announce, as_operand, load_held, load_passing, open_channels, score
 
 
@@ -69,7 +78,9 @@ def dkv_produce(problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows
                     load_passing(channels, ring, q_desc, dout_desc, [batch, query * TILE - offset, head, 0])
                     columns = query_columns((carry - suffix - lse) * bias_factor, -delta, layout)
                     carry += gain
-                    lse, suffix, delta, gain = load_rows(problem, rows, batch, head, query + 1, gl.SliceLayout(1, layout))
+                    lse, suffix, delta, gain = load_rows(
+                        problem, rows, batch, head, query + 1, gl.SliceLayout(1, layout)
+                    )
                     channels.columns.index(ring.slot).store(columns)
                     fence_async_shared()
                     announce(channels, ring, q_desc)
@@ -118,7 +129,7 @@ def query_columns(reference, negative_delta, layout: gl.constexpr):
 
 @gluon.jit
 def load_keys(C: gl.constexpr, problem, rows, batch, head, block_tile, key, layout: gl.constexpr):
-    """Of a consumer's keys, for one query head: the bias, with the item's first chunk as anchor, and the query side of dU."""
+    """For one query head: the bias of a consumer's keys, anchored at the item's first chunk, and dU's query side."""
     own = gl.zeros([TILE], gl.float32, layout)
     side = gl.zeros([TILE], gl.float32, layout)
     if problem.GATED:
@@ -136,7 +147,9 @@ def load_keys(C: gl.constexpr, problem, rows, batch, head, block_tile, key, layo
 
 
 @gluon.jit
-def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, rows, dprefix, scale_log2, scale):
+def dkv_consume(
+    C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, rows, dprefix, scale_log2, scale
+):
     """Warpgroup C: 64 keys of every item. dprefix (B,H,N) fp32, nats: the key side, and the query side from `rows`."""
     D: gl.constexpr = problem.D
     dtype: gl.constexpr = dk_desc.dtype
@@ -195,7 +208,7 @@ def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, dk_desc,
                 dv = warpgroup_mma(p, channels.passing_too.index(ring.slot).reshape([TILE, D]), dv, is_async=True)
                 if problem.A_SHARED:
                     dp = warpgroup_mma_wait(1, deps=(dp,))
-                else:  # a left side in registers is listed too: ptxas has been seen to overwrite one that was still wanted
+                else:  # a left side in registers is listed too: ptxas has overwritten one that was still wanted
                     dp, k, v = warpgroup_mma_wait(1, deps=(dp, k, v))
                 e *= dp
                 gathered += lane_sum(e, 64)
@@ -229,7 +242,8 @@ def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, dk_desc,
 
 @gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
 def dkv_kernel(
-    k_desc, v_desc, q_desc, dout_desc, dk_desc, dv_desc, suffix, total, starts, ends, rows, dprefix, scale_log2, bias_factor, scale,
+    k_desc, v_desc, q_desc, dout_desc, dk_desc, dv_desc, suffix, total, starts, ends, rows, dprefix,
+    scale_log2, bias_factor, scale,
     batches, heads, group, queries, keys, window, blocks, items,
     CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, BOUNDED: gl.constexpr,
     A_SHARED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -245,13 +259,16 @@ def dkv_kernel(
         dv_tiles = gl.allocate_shared_memory(dv_desc.dtype, [CONSUMERS, 1, TILE, 1, D], dv_desc.layout)
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, rows, dprefix, scale_log2, scale)),
+            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, rows,
+                dprefix, scale_log2, scale)),
             (dkv_produce, (problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows, bias_factor)),
         ], [1], [PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 2)
         gl.warp_specialize([
-            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, rows, dprefix, scale_log2, scale)),
-            (dkv_consume, (1, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, rows, dprefix, scale_log2, scale)),
+            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, rows,
+                dprefix, scale_log2, scale)),
+            (dkv_consume, (1, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, rows,
+                dprefix, scale_log2, scale)),
             (dkv_produce, (problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows, bias_factor)),
         ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

@@ -44,7 +44,9 @@ def dq_produce(problem, channels, q_desc, dout_desc, k_desc, v_desc, bias_factor
                 if problem.GATED:
                     carry += gain
                     bias = (carry + suffix) * bias_factor
-                    suffix, gain = problem.load_suffix(batch, head, key - 1, vector_layout)  # on its way during the rest
+                    suffix, gain = problem.load_suffix(
+                        batch, head, key - 1, vector_layout
+                    )  # on its way during the rest
                     channels.columns.index(ring.slot).store(bias_columns(bias, columns_layout))
                     fence_async_shared()
                 announce(channels, ring, k_desc)
@@ -53,7 +55,10 @@ def dq_produce(problem, channels, q_desc, dout_desc, k_desc, v_desc, bias_factor
 
 
 @gluon.jit
-def dq_consume(C: gl.constexpr, problem, channels, dq_tiles, dq_desc, dq_ptr, out, dout, lse, dlse, rows, scale_log2, scale, WITH_DLSE: gl.constexpr):  # fmt: skip
+def dq_consume(
+    C: gl.constexpr, problem, channels, dq_tiles, dq_desc, dq_ptr, out, dout, lse, dlse, rows, scale_log2, scale,
+    WITH_DLSE: gl.constexpr,
+):  # fmt: skip
     """Warpgroup C: 64 queries of every item. rows (3,B,H,T) fp32 gets lse in log2 units, delta, and sum_j dS_tj."""
     D: gl.constexpr = problem.D
     dtype: gl.constexpr = dq_desc.dtype
@@ -104,8 +109,18 @@ def dq_consume(C: gl.constexpr, problem, channels, dq_tiles, dq_desc, dq_ptr, ou
             clear = gl.maximum(tile * TILE + TILE - problem.window, latest_start)
 
             mbarrier.wait(channels.ready.index(ring.slot), ring.parity)
-            s = score(q, channels.passing.index(ring.slot), D, ones, channels.columns.index(ring.slot), problem.GATED, s_layout)
-            dp = score(do, channels.passing_too.index(ring.slot), D, ones, channels.columns.index(ring.slot), False, s_layout)
+            s = score(
+                q,
+                channels.passing.index(ring.slot),
+                D,
+                ones,
+                channels.columns.index(ring.slot),
+                problem.GATED,
+                s_layout,
+            )
+            dp = score(
+                do, channels.passing_too.index(ring.slot), D, ones, channels.columns.index(ring.slot), False, s_layout
+            )
             s = warpgroup_mma_wait(1, deps=(s,))
             s = gl.where(visible(newest * TILE, position, first_visible, s_layout), s, float("-inf"))
             p = gl.exp2(s * scale_log2 - gl.expand_dims(shift, 1))
@@ -117,9 +132,25 @@ def dq_consume(C: gl.constexpr, problem, channels, dq_tiles, dq_desc, dq_ptr, ou
                 slot = ring.slot
                 ring = ring.next()
                 mbarrier.wait(channels.ready.index(ring.slot), ring.parity)
-                s = score(q, channels.passing.index(ring.slot), D, ones, channels.columns.index(ring.slot), problem.GATED, s_layout)
+                s = score(
+                    q,
+                    channels.passing.index(ring.slot),
+                    D,
+                    ones,
+                    channels.columns.index(ring.slot),
+                    problem.GATED,
+                    s_layout,
+                )
                 dq = warpgroup_mma(ds, channels.passing.index(slot).reshape([TILE, D]), dq, is_async=True)
-                dp = score(do, channels.passing_too.index(ring.slot), D, ones, channels.columns.index(ring.slot), False, s_layout)
+                dp = score(
+                    do,
+                    channels.passing_too.index(ring.slot),
+                    D,
+                    ones,
+                    channels.columns.index(ring.slot),
+                    False,
+                    s_layout,
+                )
                 s = warpgroup_mma_wait(2, deps=(s,))
                 first = (newest - 1 - i) * TILE
                 if first < clear:
@@ -169,7 +200,8 @@ def row_products(problem, out, dout, batch, head, tile, layout: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
 def dq_kernel(
-    q_desc, dout_desc, k_desc, v_desc, dq_desc, dq_ptr, out, dout, suffix, total, starts, lse, dlse, rows, scale_log2, bias_factor, scale,
+    q_desc, dout_desc, k_desc, v_desc, dq_desc, dq_ptr, out, dout, suffix, total, starts, lse, dlse, rows,
+    scale_log2, bias_factor, scale,
     batches, heads, group, queries, keys, window, blocks, items,
     CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, BOUNDED: gl.constexpr,
     A_SHARED: gl.constexpr, WITH_DLSE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -180,15 +212,20 @@ def dq_kernel(
     dq_tiles = gl.allocate_shared_memory(dq_desc.dtype, [CONSUMERS, 1, TILE, 1, D], dq_desc.layout)
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (dq_consume, (0, problem, channels, dq_tiles, dq_desc, dq_ptr, out, dout, lse, dlse, rows, scale_log2, scale, WITH_DLSE)),
-            (dq_consume, (1, problem, channels, dq_tiles, dq_desc, dq_ptr, out, dout, lse, dlse, rows, scale_log2, scale, WITH_DLSE)),
+            (dq_consume, (0, problem, channels, dq_tiles, dq_desc, dq_ptr, out, dout, lse, dlse, rows,
+                scale_log2, scale, WITH_DLSE)),
+            (dq_consume, (1, problem, channels, dq_tiles, dq_desc, dq_ptr, out, dout, lse, dlse, rows,
+                scale_log2, scale, WITH_DLSE)),
             (dq_produce, (problem, channels, q_desc, dout_desc, k_desc, v_desc, bias_factor)),
         ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 3)
         gl.warp_specialize([
-            (dq_consume, (0, problem, channels, dq_tiles, dq_desc, dq_ptr, out, dout, lse, dlse, rows, scale_log2, scale, WITH_DLSE)),
-            (dq_consume, (1, problem, channels, dq_tiles, dq_desc, dq_ptr, out, dout, lse, dlse, rows, scale_log2, scale, WITH_DLSE)),
-            (dq_consume, (2, problem, channels, dq_tiles, dq_desc, dq_ptr, out, dout, lse, dlse, rows, scale_log2, scale, WITH_DLSE)),
+            (dq_consume, (0, problem, channels, dq_tiles, dq_desc, dq_ptr, out, dout, lse, dlse, rows,
+                scale_log2, scale, WITH_DLSE)),
+            (dq_consume, (1, problem, channels, dq_tiles, dq_desc, dq_ptr, out, dout, lse, dlse, rows,
+                scale_log2, scale, WITH_DLSE)),
+            (dq_consume, (2, problem, channels, dq_tiles, dq_desc, dq_ptr, out, dout, lse, dlse, rows,
+                scale_log2, scale, WITH_DLSE)),
             (dq_produce, (problem, channels, q_desc, dout_desc, k_desc, v_desc, bias_factor)),
         ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

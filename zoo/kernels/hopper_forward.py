@@ -31,8 +31,20 @@ from triton.language.core import _aggregate as aggregate
 
 from zoo.kernels import gate as gates
 from zoo.kernels.hopper_band import (
-    LN2, LOG2E, NOTHING, TILE, Problem, Schedule, bias_columns, copyable, descriptor,
-    lane_sum, programs, send, start_ring, visible,
+    LN2,
+    LOG2E,
+    NOTHING,
+    TILE,
+    Problem,
+    Schedule,
+    bias_columns,
+    copyable,
+    descriptor,
+    lane_sum,
+    programs,
+    send,
+    start_ring,
+    visible,
 )  # fmt: skip
 
 OUTGROWN = gl.constexpr(2.0**64)  # sums beyond this are not trusted; products with values up to 2^63 still fit in fp32
@@ -119,7 +131,9 @@ def produce_pass(problem, channels, q_desc, k_desc, v_desc, bias_factor, ring, q
             channels.agree(parity)
             parity = parity ^ 1
         if wanted:
-            ring = produce_item(problem, channels, q_desc, k_desc, v_desc, bias_factor, ring, q_parity, batch, head, tile)
+            ring = produce_item(
+                problem, channels, q_desc, k_desc, v_desc, bias_factor, ring, q_parity, batch, head, tile
+            )
             q_parity = q_parity ^ 1
     return ring, q_parity
 
@@ -177,7 +191,9 @@ def consume(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, HOPEF
     ring = start_ring(channels.k.shape[0])
     q_parity = gl.to_tensor(0)
     if HOPEFUL:
-        ring, q_parity, outgrown = consume_pass(C, problem, channels, out_desc, out, scale_log2, ring, q_parity, False, False)
+        ring, q_parity, outgrown = consume_pass(
+            C, problem, channels, out_desc, out, scale_log2, ring, q_parity, False, False
+        )
         channels.spoiled.index(C).store(gl.full([1], gl.max(outgrown, 0), gl.int32, layout))
         gl.thread_barrier()
         mbarrier.arrive(channels.verdict, count=1)
@@ -203,7 +219,9 @@ def consume_pass(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, 
             channels.agree(parity)
             parity = parity ^ 1
         if wanted:
-            ring, bad = consume_item(C, problem, channels, out_desc, out, scale_log2, ring, q_parity, batch, head, tile, CAREFUL)
+            ring, bad = consume_item(
+                C, problem, channels, out_desc, out, scale_log2, ring, q_parity, batch, head, tile, CAREFUL
+            )
             q_parity = q_parity ^ 1
             outgrown |= bad
     return ring, q_parity, outgrown
@@ -321,7 +339,7 @@ def is_spoiled(problem, lse, batch, head, tile, layout: gl.constexpr):
 
 @gluon.jit
 def pass_on(channels, ring):
-    """Hands the tile in this slot back, seen or not. Waits for it first: an early arrival would count for its predecessor."""
+    """Hands the tile in this slot back, seen or not. Waits for it: an early arrival would count for its predecessor."""
     mbarrier.wait(channels.kv_ready.index(ring.slot), ring.parity)
     mbarrier.arrive(channels.kv_free.index(ring.slot), count=1)
     return ring.next()
