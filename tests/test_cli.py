@@ -37,6 +37,7 @@ def test_the_public_options_are_these():
             *("--temperature", "--top-k", "--top-p"),
         ],
         "list": ["--help", "--kind"],
+        "bench": ["--help", "--out", "--rounds"],
         "doctor": ["--help"],
     }
 

@@ -97,6 +97,12 @@ def build_parser() -> argparse.ArgumentParser:
     listing.add_argument("--kind", choices=["models", "recipes", "mixers", "tasks", "datasets"], default="models")
     listing.set_defaults(run=run_list)
 
+    bench = commands.add_parser("bench", allow_abbrev=False, help="measure the kernels beside their peers, on a GPU")
+    bench.add_argument("what", choices=["kernels"])
+    bench.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for bench.csv and bench.png")
+    bench.add_argument("--rounds", type=int, default=3, help="processes to measure in (default 3)")
+    bench.set_defaults(run=run_bench)
+
     commands.add_parser(
         "doctor", allow_abbrev=False, help="device, versions, and which back end each op takes"
     ).set_defaults(run=run_doctor)
@@ -163,6 +169,13 @@ def run_list(args: argparse.Namespace) -> int:
         return 1
     for name in names:
         print(name)
+    return 0
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    from zoo import bench
+
+    print(bench.run(args.out, args.rounds))
     return 0
 
 
