@@ -77,6 +77,7 @@ class Head(nn.Module):
     """The domain's parameters. `__init__(config: Config, width: int)`."""
 
     Config: ClassVar[type]
+    tokenwise: ClassVar[bool] = False  # embed and loss look at each token alone: rows may be split between ranks
 
     def init_state(self, inputs: Any, condition: Any = None, lengths: Tensor | None = None) -> State:
         """What sampling must remember between steps (history, scaling, place in a pattern); {} if nothing. `lengths`
@@ -125,6 +126,8 @@ class Model(nn.Module):
         self.head: Head = heads.get(config.head.name)(config.head.config, config.backbone.width)
 
     def forward(self, batch: Batch) -> Output:
+        if batch.ctx.halo is not None and not self.head.tokenwise:
+            raise ValueError(f"rows cannot be split between ranks: {type(self.head).__name__} is not tokenwise")
         h, _ = self.head.embed(batch.inputs, batch.ctx)
         h, _ = self.backbone(h, batch.ctx)
         return self.head.loss(h, batch)

@@ -5,11 +5,12 @@ run/recipe.yaml  assets/  provenance.json        written at the start
 """
 
 import json
+import os
 import platform
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +24,13 @@ from zoo.model import ModelConfig
 from zoo.task import Task
 from zoo.train import checkpoint
 from zoo.train.optim import OptimizerConfig, ScheduleConfig
+from zoo.train.parallel import ParallelConfig
 
 
 @dataclass
 class TrainConfig:
     """batch_size        examples a step, over all ranks and micro-batches
-    micro_batch_size  examples at once; None: batch_size
+    micro_batch_size  examples at once on a rank; None: all that a step gives it
     precision         of the forward pass (autocast); weights and their updates are float32 always
     ema               decay of the moving average of the weights that is evaluated and sampled; 0: none
     eval_every        steps; 0 never (so for save_every and sample_every). A run always saves at its end
@@ -56,6 +58,7 @@ class TrainConfig:
     max_skipped: int = 3
     prefetch: int = 2
     compile: bool = False
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -95,7 +98,8 @@ HARMLESS = frozenset(
     f"train.{name}"
     for name in (
         *("steps", "micro_batch_size", "log_every", "eval_every", "eval_batches", "sample_every", "save_every", "keep"),
-        *("max_skipped", "prefetch", "device"),
+        *("max_skipped", "prefetch", "device", "parallel"),
+        *(f"parallel.{f.name}" for f in fields(ParallelConfig)),
     )
 )
 
@@ -176,9 +180,13 @@ def write_run_files(recipe: Recipe, task: Task, run: Path, device: torch.device,
 
 
 def pick_device(name: str) -> torch.device:
+    """auto: the GPU, of several processes on a machine each its own; the CPU where there is none."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if name == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"train.device = {name!r}, but there is no CUDA device here; it takes auto or cpu")
     return device
