@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from zoo import config as configs
 from zoo.task import run_metrics
-from zoo.train import git_commit, load_run
+from zoo.train import ParallelConfig, git_commit, load_run
+from zoo.train.parallel import start
+from zoo.train.recipe import pick_device
 
 
 @dataclass(frozen=True)
@@ -41,20 +43,28 @@ def evaluate_run(
     device: str | None = None,
     ema: bool = True,
     overrides: Sequence[str] = (),
-) -> Scores:
+) -> Scores | None:
     """All metrics of a run's task over one split, in one pass; appends a row a number to <run>/results.jsonl.
 
-    overrides  fields of the recipe's task to change for this evaluation ("task.stride=64")
+    batch_size  of each process: under torchrun or `--nproc` they share the split, with the same numbers as one alone
+    overrides   fields of the recipe's task to change for this evaluation ("task.stride=64")
+    Returns None on all ranks but the first.
     Raises FileNotFoundError when the folder holds no run, ValueError for an unknown split.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    recipe, task, model = load_run(folder, ema=ema, device=device, overrides=configs.dotted(tuple(overrides)))
-    stream = task.stream(split, batch_size=batch_size)
+    place = pick_device(device or "auto")
+    ranks = start(ParallelConfig(), place)
+    recipe, task, model = ranks.in_turn(
+        lambda: load_run(folder, ema=ema, device=place, overrides=configs.dotted(tuple(overrides)))
+    )
+    stream = task.stream(split, batch_size=batch_size, rank=ranks.rank, world=ranks.world)
     began = time.perf_counter()
-    values = run_metrics(model, task.metrics(split), stream, device=device, progress=progress_bar(split))
+    values = run_metrics(model, task.metrics(split), stream, device=place, ranks=ranks, progress=progress_bar(split))
     seconds = time.perf_counter() - began
+    ranks.close()
+    if ranks.rank > 0:
+        return None
     baselines = task.baselines(split)
-    rows = list(rows_of(values, baselines, recipe, task, split, device, seconds))
+    rows = list(rows_of(values, baselines, recipe, task, split, str(place), seconds))
     with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     return Scores(f"{folder}, {split} split, {task.describe(split)}", values, baselines)

@@ -190,8 +190,8 @@ def guarded_step(
     """Divide the summed gradients by `count`, clip, and step unless something is not finite.
 
     loss_sum, count: () over everything that the gradients were summed over. A batch that scores nothing (count 0) is
-    left out, too, without counting as a fault. All ranks take the step, or none. Returns (gradient norm before clipping, whether the step was taken), on
-    the device.
+    left out, too, without counting as a fault. All ranks take the step, or none. Returns (gradient norm before
+    clipping, whether the step was taken), on the device.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).to(guard.scale.device)

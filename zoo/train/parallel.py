@@ -12,7 +12,7 @@ any number of ranks gives the gradients of one process, up to rounding.
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -136,17 +136,19 @@ class Ranks:
         dist.all_gather_object(everyone, mine)
         if mine[1] is not None:
             raise mine[1]
-        if error := next((error for _, error in everyone if error is not None), None):
-            raise error
+        for _, fault in everyone:
+            if fault is not None:
+                raise fault
         return [result for result, _ in everyone]
 
     def in_turn(self, work: Callable[[], T]) -> T:
         """`work` on the first rank of each machine, then on its others: what one downloads the others find."""
         if self.world == 1:
             return work()
+        made: list[T] = []
         ahead = int(os.environ.get("LOCAL_RANK", self.rank)) == 0
-        done = self.each(lambda: (work(),) if ahead else None)[self.rank]
-        return done[0] if done is not None else work()
+        self.each(lambda: made.append(work()) if ahead else None)
+        return made[0] if made else work()
 
     def mark(self, doing: str) -> None:
         """What this rank is about to do, for the watchdog's message."""
@@ -219,9 +221,10 @@ def start(config: ParallelConfig, device: torch.device) -> Ranks:
         return Ranks(config, device=device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, world = next(iter(dist.rendezvous("env://")))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    session = (store.add("zoo/started", 1) - 1) // world  # one process may train more than once
+    dist.init_process_group(backend, store=dist.PrefixStore(f"zoo/{session}", store), rank=rank, world_size=world)
     ranks = Ranks(config, rank=rank, world=world, device=device)
-    ranks.watchdog = Watchdog(store.clone(), rank, world, dead=config.dead, stall=config.stall)
+    ranks.watchdog = Watchdog(store.clone(), rank, world, dead=config.dead, stall=config.stall, session=session)
     return ranks
 
 
@@ -285,7 +288,7 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in module.state_dict().items() if not isinstance(t, DTensor)}
 
 
-def slices_of(ranks: Ranks, parameters: dict[str, Tensor], optimizer: dict[str, Tensor]) -> dict[str, Tensor]:
+def slices_of(ranks: Ranks, parameters: Mapping[str, Tensor], optimizer: dict[str, Tensor]) -> dict[str, Tensor]:
     """This rank's part of the optimizer's whole tensors `moment/parameter`."""
     if not ranks.sharded:
         return optimizer

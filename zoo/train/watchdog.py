@@ -22,7 +22,10 @@ VERDICT = "zoo/verdict"
 class Watchdog:
     """Starts at once. `store` is torch's key-value store, of this thread alone."""
 
-    def __init__(self, store: Any, rank: int, world: int, *, dead: float, stall: float, end: Any = None):
+    def __init__(
+        self, store: Any, rank: int, world: int, *, dead: float, stall: float, session: int = 0, end: Any = None
+    ):
+        self.keys = [f"zoo/beat/{session}/{rank}" for rank in range(world)]
         self.store, self.rank, self.world, self.dead, self.stall = store, rank, world, dead, stall
         self.end = end or _end_process
         self.marks, self.doing, self.since = 0, "starting", time.monotonic()
@@ -69,15 +72,14 @@ class Watchdog:
 
     def _beat(self, beats: int) -> None:
         told = {"beat": beats, "marks": self.marks, "doing": self.doing, "for": time.monotonic() - self.since}
-        self.store.set(f"zoo/beat/{self.rank}", json.dumps({**told, "ended": self.ended}))
+        self.store.set(self.keys[self.rank], json.dumps({**told, "ended": self.ended}))
 
     def _verdict(self) -> str:
         """Why the job has to end, or nothing."""
         if self.store.check([VERDICT]):
             return self.store.get(VERDICT).decode()
         now, told = time.monotonic(), {}
-        for rank in range(self.world):
-            key = f"zoo/beat/{rank}"
+        for rank, key in enumerate(self.keys):
             beat = self.store.get(key).decode() if self.store.check([key]) else ""
             if beat != self.heard.get(rank, (None, 0.0))[0]:
                 self.heard[rank] = (beat, now)
