@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import toytask
 from torch import nn
 
@@ -49,7 +50,10 @@ class RowHead(Head):
 
     def loss(self, h, batch):
         weight = self._modules["embed"].weight
-        return Output(*linear_cross_entropy(h, weight, batch.targets), {"norm": (h.pow(2).sum(), h.new_tensor(1.0))})
+        return Output(
+            *linear_cross_entropy(h, weight, batch.targets),
+            {"norm": (h.pow(2).sum(), h.new_tensor(float(batch.targets.numel())))},
+        )
 
 
 class RowModel(models.Model):
@@ -102,8 +106,8 @@ def install():
 
 
 def rows_recipe(model=None, parallel_to=None, **settings):
-    settings = {"steps": 4, "batch_size": 12, "micro_batch_size": 3, "log_every": 1, "save_every": 2, **settings}
-    made = toytask.recipe(task=toytask.ToyConfig(length=LENGTH), keep=0, eval_every=4, **settings)
+    settings = {"steps": 4, "batch_size": 12, "micro_batch_size": 3, "log_every": 1, "eval_every": 4, **settings}
+    made = toytask.recipe(task=toytask.ToyConfig(length=LENGTH), **{"save_every": 2, "keep": 0, **settings})
     made.model = Choice("toy_rows", RowModelConfig(**(model or {})))
     made.train.optimizer.lr = 0.01
     made.train.parallel = ParallelConfig(**(parallel_to or {}))
@@ -118,6 +122,8 @@ def run(folder, resume=False, faults=None, expect="", **settings):
         if not expect:
             raise
         Path(f"{folder}-error-{os.environ['RANK']}").write_text(f"{type(error).__name__}: {error}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
     else:
         assert not expect, "nothing was raised"
 
@@ -159,7 +165,10 @@ def agreement(into):
         "each": ranks.each(lambda: here),
         "in_turn": ranks.in_turn(lambda: here),
     }
-    for name, work in {"each_error": lambda: ranks.each(odd), "first_error": lambda: ranks.first(lambda: 1 // 0)}.items():
+    for name, work in {
+        "each_error": lambda: ranks.each(odd),
+        "first_error": lambda: ranks.first(lambda: 1 // 0),
+    }.items():
         try:
             work()
         except (ValueError, ZeroDivisionError) as error:

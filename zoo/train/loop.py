@@ -171,7 +171,7 @@ def _step(state: Run, forward: Any, batches: Iterator[Any], signals: Signals) ->
     optim.set_lr(state.optimizer, lr)
     position = state.stream.state_dict()
     sums: dict[str, tuple[Tensor, Tensor]] = {}
-    report = [torch.full((), float(signals.received or 0), dtype=torch.float64, device=device)]
+    report: list[Tensor] = []
     state.model.train()
     for part in range(state.parts):
         ranks.mark(f"step {state.step + 1}, data")
@@ -192,6 +192,7 @@ def _step(state: Run, forward: Any, batches: Iterator[Any], signals: Signals) ->
             sums[name] = (old[0] + total.detach().double(), old[1] + count.detach().double())
 
     ranks.mark(f"step {state.step + 1}, update")
+    report.append(torch.full((), float(signals.received or 0), dtype=torch.float64, device=device))
     everyone = ranks.gather(torch.stack([t for pair in sums.values() for t in pair] + report))
     reports, flat = everyone[:, 2 * len(sums) :], everyone[:, : 2 * len(sums)].sum(dim=0)
     totals = {name: (flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(sums)}

@@ -33,7 +33,7 @@ class Diverged(RuntimeError):
 class Reading:
     """Numbers of a step, on their way from the device; `after` tells when they have arrived.
 
-    reports  (ranks, 1 + micro-batches): the signal that each rank got, and 1 where its loss was not finite
+    reports  (ranks, micro-batches + 1): 1 where a rank's loss was not finite, and the signal that it got
     """
 
     step: int
@@ -96,8 +96,8 @@ class Run:
             self._restore(found)
 
     def _stream(self, split: str, prefetch: int) -> Prefetch:
-        """Training: a micro-batch for each rank that reads. Others: whole rows for every rank, in batches of a size that
-        does not depend on their number, so that evaluation adds up the same numbers on any number of ranks."""
+        """Training: a micro-batch for each rank that reads. Others: whole rows for every rank, in batches whose size
+        does not depend on the number of ranks, so that evaluation adds up the same numbers on any number."""
         config, ranks = self.recipe.train, self.ranks
         if split == "train":
             size, rank, world = self.micro, ranks.data_rank, ranks.data_world
@@ -135,7 +135,7 @@ class Run:
     def read(self, reading: Reading, log: RunLog) -> None:
         """Take in the numbers of an earlier step. Raises Diverged."""
         row = reading.rows()
-        self.signal = self.signal or int(reading.reports[:, 0].max().item())
+        self.signal = self.signal or int(reading.reports[:, -1].max().item())
         log.count(row["count/loss"], reading.seconds, self.flops)
         self.meters.add("train/lr", reading.lr, 1.0)
         self.meters.add("train/skipped", 1.0 - row["taken"], 1.0)
@@ -171,7 +171,7 @@ class Run:
     def _guilty(self, reading: Reading) -> str:
         """Which ranks' losses were not finite, and on which examples, where there are several ranks."""
         ranks, told = self.ranks, []
-        for rank, part in reading.reports[:, 1:].nonzero().tolist() if ranks.world > 1 else []:
+        for rank, part in reading.reports[:, :-1].nonzero().tolist() if ranks.world > 1 else []:
             place = f"rank {rank}, micro-batch {part}"
             if isinstance(first := reading.data.get("position"), int):
                 first += (part * ranks.data_world + rank // ranks.config.context) * self.micro
