@@ -131,7 +131,7 @@ def run(folder, resume=False, faults=None, expect="", **settings):
 def resave(folder, into, **settings):
     """Take up the newest checkpoint and write it again elsewhere: it has to come out as it was."""
     recipe = rows_recipe(**settings)
-    ranks = parallel.start(recipe.train.parallel, pick_device("cpu"))
+    ranks = parallel.start_ranks(recipe.train.parallel, pick_device("cpu"))
     task = make_task(recipe)
     found, _ = ranks.first(lambda: find_start(recipe, Path(folder), True))
     model = make_model(recipe, task)
@@ -150,7 +150,7 @@ def score(folder, into):
 
 def agreement(into):
     """What the small words of Ranks do."""
-    ranks = parallel.start(ParallelConfig(), torch.device("cpu"))
+    ranks = parallel.start_ranks(ParallelConfig(), torch.device("cpu"))
     here = ranks.rank
 
     def odd():

@@ -1,9 +1,17 @@
 """Training: one loop for everything that has `forward(batch) -> Output`."""
 
-from zoo.train.checkpoint import CheckpointError, DiskFull, NonFinite, git_commit
+from zoo.train.checkpoint import (
+    CheckpointError,
+    DiskFull,
+    NonFinite,
+    git_commit,
+    read_manifest,
+    versions,
+    weights_digest,
+)
 from zoo.train.loop import Result, train
-from zoo.train.parallel import ParallelConfig
-from zoo.train.recipe import Recipe, ResumeError, TrainConfig, load_run
+from zoo.train.parallel import ParallelConfig, start_ranks
+from zoo.train.recipe import Recipe, ResumeError, TrainConfig, load_run, newest_checkpoint, pick_device
 from zoo.train.run import Diverged
 
 __all__ = [
@@ -18,5 +26,11 @@ __all__ = [
     "TrainConfig",
     "git_commit",
     "load_run",
+    "newest_checkpoint",
+    "pick_device",
+    "read_manifest",
+    "start_ranks",
     "train",
+    "versions",
+    "weights_digest",
 ]

@@ -266,18 +266,28 @@ def _read_file(path: Path, name: str, expected: Mapping[str, Any]) -> bytes:
 
 def read_tensors(path: Path, stem: str) -> dict[str, Tensor] | None:
     """The tensors `stem` of a checkpoint on the CPU, whole, checked against the manifest; None if the run kept none."""
-    files = read_manifest(path)["files"]
-    pattern = re.compile(re.escape(stem) + r"(\.\d+-of-\d+)?\.safetensors")
+    manifest = read_manifest(path)
     slices: dict[str, list[Tensor]] = {}
-    found = sorted(filter(pattern.fullmatch, files))
+    found = _files_of(manifest, stem)
     for name in found:
         try:
-            tensors = weights.read(path / name, sha256=files[name]["sha256"])
+            tensors = weights.read(path / name, sha256=manifest["files"][name]["sha256"])
         except (weights.WeightsError, FileNotFoundError) as error:
             raise CheckpointError(str(error)) from error
         for key, tensor in tensors.items():
             slices.setdefault(key, []).append(tensor)
     return {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in slices.items()} if found else None
+
+
+def weights_digest(manifest: Mapping[str, Any], stem: str = "model") -> str:
+    """What names a checkpoint's weights: the sha256 of their file, or of its slices' own ones, one after the other."""
+    found = [manifest["files"][name]["sha256"] for name in _files_of(manifest, stem)]
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+
+
+def _files_of(manifest: Mapping[str, Any], stem: str) -> list[str]:
+    pattern = re.compile(re.escape(stem) + r"(\.\d+-of-\d+)?\.safetensors")
+    return sorted(filter(pattern.fullmatch, manifest["files"]))
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def train(
     Raises ResumeError, Diverged, checkpoint.NonFinite, checkpoint.DiskFull, and Interrupted after Ctrl-C or SIGTERM.
     """
     device = pick_device(recipe.train.device)
-    ranks = parallel.start(recipe.train.parallel, device)
+    ranks = parallel.start_ranks(recipe.train.parallel, device)
     try:
         result = _train(recipe, Path(run), ranks, device, resume, allow_changes, command, profile)
     except Interrupted:
@@ -95,7 +95,8 @@ def _train(
     config = recipe.train
     found, notes = ranks.first(lambda: find_start(recipe, run, resume))
     checkpoint.seed_everything(config.seed)
-    task = ranks.in_turn(lambda: make_task(recipe))
+    kept = run / "assets" if found is not None else None  # a tokenizer that was fitted is read back, not fitted again
+    task = ranks.in_turn(lambda: make_task(recipe, kept))
     model = make_model(recipe, task)
     facts = what_a_number_carries(recipe, task)
     notes += check_same(found, recipe, facts, allow_changes)

@@ -214,11 +214,13 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def start(config: ParallelConfig, device: torch.device) -> Ranks:
+def start_ranks(config: ParallelConfig, device: torch.device) -> Ranks:
     """The ranks of this job, from torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR, …)."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Ranks(config, device=device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, world = next(iter(dist.rendezvous("env://")))
     session = (store.add("zoo/started", 1) - 1) // world  # one process may train more than once
