@@ -30,7 +30,7 @@ def test_the_public_options_are_these():
         for name, parser in action.choices.items()
     }
     assert options == {
-        "train": ["--allow-changes", "--help", "--resume", "--run"],
+        "train": ["--allow-changes", "--help", "--nproc", "--profile", "--resume", "--run"],
         "evaluate": ["--batch-size", "--device", "--help", "--no-ema", "--split"],
         "sample": [
             *("--device", "--help", "--max-new", "--min-p", "--prompt", "--repetition-penalty", "--seed", "--stop"),

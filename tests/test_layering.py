@@ -203,7 +203,11 @@ PLANTED = {
         "import torch\ny = torch.nn.functional.silu",
         "kernels never import torch.nn",
     ),
-    "a kernel from a mixer": ("zoo/mixers/swa.py", "from zoo.kernels import window", "only ops and bench may import kernels"),
+    "a kernel from a mixer": (
+        "zoo/mixers/swa.py",
+        "from zoo.kernels import window",
+        "only ops and bench may import kernels",
+    ),
     "a concrete mixer": ("zoo/train/loop.py", "from zoo.mixers.swa import ops", "no concrete mixer"),
     "all concrete mixers": ("zoo/generation.py", "from zoo import mixers", "no concrete mixer"),
     "an unplaced module": ("zoo/helpers.py", "", "no place in the order"),

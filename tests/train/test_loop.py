@@ -13,8 +13,8 @@ from toytask import Faults, FaultyModel, FaultyModelConfig, ToyModel, ToyModelCo
 from zoo import config as configs
 from zoo.config import ConfigError
 from zoo.train import Recipe, TrainConfig, checkpoint, optim, train
-from zoo.train.loop import Diverged
 from zoo.train.optim import Ema, Guard, OptimizerConfig, ScheduleConfig
+from zoo.train.run import Diverged
 
 
 def rows(run):
