@@ -11,7 +11,7 @@ import torch
 import zoo
 from zoo import registry
 from zoo.config import configs_root, list_recipes
-from zoo.data import cache_folder
+from zoo.files import cache_folder
 from zoo.ops import backend
 
 PACKAGES = (
