@@ -54,7 +54,7 @@ WAYS = {  # name -> ranks, parallel, model
     "context, checkpointed": (2, {"name": "ddp", "context": 2}, {"checkpoint": True}),
     "fsdp on 4": (4, {"name": "fsdp", "reshard": False}, {}),
     "context 4": (4, {"name": "ddp", "context": 4}, {}),
-    "fsdp and context": (4, {"name": "fsdp", "context": 2}, {}),
+    "fsdp and context": (4, {"name": "fsdp", "context": 2}, {"checkpoint": True}),
 }
 
 
@@ -355,6 +355,24 @@ def test_watchdog_names_the_rank_furthest_behind(watch):
     wait_for(verdicts, 3)
     assert "no progress for 0 s; rank 1 hangs" in verdicts[0]
     assert "rank 2 at 'step 1, update' for" in verdicts[0]
+
+
+@pytest.mark.slow
+def test_the_command_line_on_two_ranks(tmp_path):
+    """train and evaluate with --nproc; the scores are those of one process."""
+    zoo = [sys.executable, "-P", "-m", "zoo.cli"]
+    env = {**os.environ, "PYTHONPATH": str(HERE.parent.parent)}
+    folder = tmp_path / "run"
+    for words in (
+        ["train", "text/smoke", "--run", str(folder), "--nproc", "2", "train.parallel.name=fsdp"],
+        ["evaluate", str(folder), "--split", "valid", "--nproc", "2"],
+        ["evaluate", str(folder), "--split", "valid"],
+    ):
+        done = subprocess.run([*zoo, *words], env=env, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    half = len(rows) // 2
+    assert [(row["name"], row["value"]) for row in rows[:half]] == [(row["name"], row["value"]) for row in rows[half:]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
