@@ -21,7 +21,7 @@ from zoo.config import Choice, ConfigError
 from zoo.evaluate import evaluate_run
 from zoo.mixers.base import Context
 from zoo.mixers.softmax import Softmax
-from zoo.train import ParallelConfig, checkpoint, optim, parallel, train
+from zoo.train import ParallelConfig, checkpoint, optim, parallel, train, watchdog
 from zoo.train.parallel import Halo, Ranks
 from zoo.train.watchdog import EXIT
 
@@ -54,7 +54,7 @@ WAYS = {  # name -> ranks, parallel, model
     "context, checkpointed": (2, {"name": "ddp", "context": 2}, {"checkpoint": True}),
     "fsdp on 4": (4, {"name": "fsdp", "reshard": False}, {}),
     "context 4": (4, {"name": "ddp", "context": 4}, {}),
-    "fsdp and context": (4, {"name": "fsdp", "context": 2}, {}),
+    "fsdp and context": (4, {"name": "fsdp", "context": 2}, {"checkpoint": True}),
 }
 
 
@@ -275,7 +275,7 @@ def test_a_rank_that_hangs_is_named(tmp_path):
 def test_an_error_on_one_rank_ends_the_others(tmp_path):
     done = ended(tmp_path, {"raise": 27}, ranks=3, batch_size=18)
     assert "RuntimeError: injected" in done.stderr
-    assert "rank 0: rank 1 ended with" in done.stderr
+    assert "rank 1: rank 0 ended with" in done.stderr  # with 18 examples a step, 27 is of rank 0
 
 
 @pytest.mark.slow
@@ -283,6 +283,96 @@ def test_plain_torchrun(tmp_path, single):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     start(2, tmp_path, [job("run", tmp_path / "run", parallel_to={"name": "fsdp"})], launcher=launcher)
     assert_same(tmp_path / "run", single())
+
+
+class Store(dict):
+    """torch's store, as far as the watchdog asks it."""
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    def set(self, key, value):
+        self[key] = value.encode()
+
+    def get(self, key):
+        return self[key]
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """Watchdogs of one store in this process; they put their verdicts into a list instead of ending it."""
+    monkeypatch.setattr(watchdog, "INTERVAL", 0.02)
+    monkeypatch.setattr(watchdog, "AGREED", 0.1)
+    store, verdicts, made = Store(), {}, []
+
+    def begin(rank, **limits):
+        limits = {"dead": 60.0, "stall": 60.0, **limits}
+        made.append(watchdog.Watchdog(store, rank, 3, **limits, end=lambda text: verdicts.setdefault(rank, text)))
+        return made[-1]
+
+    yield begin, verdicts
+    for one in made:
+        one.close()
+
+
+def wait_for(verdicts, count):
+    deadline = time.monotonic() + 10
+    while len(verdicts) < count:
+        assert time.monotonic() < deadline, verdicts
+        time.sleep(0.01)
+
+
+def test_watchdog_names_a_dead_rank(watch):
+    begin, verdicts = watch
+    first, second, third = (begin(rank, dead=0.5) for rank in range(3))
+    second.mark("step 7, data")
+    time.sleep(0.1)
+    second._stop.set()  # no more heartbeats, and no word
+    wait_for(verdicts, 2)
+    for rank, dog in ((0, first), (2, third)):
+        assert f"rank {rank}: rank 1 is dead: no heartbeat for" in verdicts[rank]
+        assert "(last at: step 7, data)" in verdicts[rank]
+        assert "This rank was at: starting" in verdicts[rank]
+        assert not dog._thread.is_alive() or dog._thread.join(1) is None
+
+
+def test_watchdog_tells_of_an_error_and_not_of_an_end(watch):
+    begin, verdicts = watch
+    dogs = [begin(rank) for rank in range(3)]
+    dogs[0].close()
+    time.sleep(0.3)
+    assert not verdicts
+    dogs[1].close(RuntimeError("injected"))
+    wait_for(verdicts, 1)
+    assert "rank 2: rank 1 ended with RuntimeError: injected (at: starting)" in verdicts[2]
+
+
+def test_watchdog_names_the_rank_furthest_behind(watch):
+    begin, verdicts = watch
+    dogs = [begin(rank, stall=0.5) for rank in range(3)]
+    for rank in (0, 2):
+        dogs[rank].mark("step 1, update")
+    wait_for(verdicts, 3)
+    assert "no progress for 0 s; rank 1 hangs" in verdicts[0]
+    assert "rank 2 at 'step 1, update' for" in verdicts[0]
+
+
+@pytest.mark.slow
+def test_the_command_line_on_two_ranks(tmp_path):
+    """train and evaluate with --nproc; the scores are those of one process."""
+    zoo = [sys.executable, "-P", "-m", "zoo.cli"]
+    env = {**os.environ, "PYTHONPATH": str(HERE.parent.parent)}
+    folder = tmp_path / "run"
+    for words in (
+        ["train", "text/smoke", "--run", str(folder), "--nproc", "2", "train.parallel.name=fsdp"],
+        ["evaluate", str(folder), "--split", "valid", "--nproc", "2"],
+        ["evaluate", str(folder), "--split", "valid"],
+    ):
+        done = subprocess.run([*zoo, *words], env=env, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    half = len(rows) // 2
+    assert [(row["name"], row["value"]) for row in rows[:half]] == [(row["name"], row["value"]) for row in rows[half:]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

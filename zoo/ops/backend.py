@@ -1,8 +1,9 @@
 """Which back end runs a call, and why.
 
 A back end offers one module per op family, with the functions of `zoo.ops.reference` of the same names and arguments:
-`window` (window_forward, window_backward) and `ring` (ring_attention). Back ends are tried in the order of `BACKENDS`;
-the first that has the op and does not refuse runs. Another one (a kernel for one architecture, say) is one more row.
+`window` (window_forward, window_backward), `ring` (ring_attention) and `loss` (cross_entropy_rows). Back ends are tried
+in the order of `BACKENDS`; the first that has the op and does not refuse runs. Another one (a kernel for one
+architecture, say) is one more row.
 
 Environment, read at every call:
     ZOO_BACKEND       a name of `BACKENDS`: that one or an error, never a fallback
@@ -35,7 +36,8 @@ class BackendError(ValueError):
     """ZOO_BACKEND names none, or one that can't run the call."""
 
 
-OPS = ("window", "ring")
+OPS = ("window", "ring", "loss")
+NO_HEADS = 0  # the head_dim of an op without heads
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType:
@@ -106,12 +108,18 @@ def _refuses_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         return "the Hopper kernels need a device of compute capability 9.0"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the Hopper kernels take float16 and bfloat16, not {_short(dtype)}"
-    return None if head_dim in (64, 128) else f"the Hopper kernels take a head_dim of 64 or 128, not {head_dim}"
+    return (
+        None if head_dim in (NO_HEADS, 64, 128) else f"the Hopper kernels take a head_dim of 64 or 128, not {head_dim}"
+    )
 
 
 BACKENDS = (
-    Backend("hopper", {"window": "zoo.kernels.hopper"}, _refuses_hopper),
-    Backend("triton", {"window": "zoo.kernels.window", "ring": "zoo.kernels.decode"}, _refuses_triton),
+    Backend("hopper", {"window": "zoo.kernels.hopper", "loss": "zoo.kernels.loss"}, _refuses_hopper),
+    Backend(
+        "triton",
+        {"window": "zoo.kernels.window", "ring": "zoo.kernels.decode", "loss": "zoo.kernels.loss"},
+        _refuses_triton,
+    ),
     Backend("reference", dict.fromkeys(OPS, "zoo.ops.reference"), lambda device, dtype, head_dim: None),
 )
 

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -105,8 +106,7 @@ class Ranks:
     # -- agreement -----------------------------------------------------------------------------------------------------
 
     def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
+        self.each(lambda: None)
 
     def first(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0, on all; what it raises there, all raise."""
@@ -224,7 +224,13 @@ def start_ranks(config: ParallelConfig, device: torch.device) -> Ranks:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, world = next(iter(dist.rendezvous("env://")))
     session = (store.add("zoo/started", 1) - 1) // world  # one process may train more than once
-    dist.init_process_group(backend, store=dist.PrefixStore(f"zoo/{session}", store), rank=rank, world_size=world)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"zoo/{session}", store),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=config.stall + config.dead),  # the watchdog knows more, and comes first
+    )
     ranks = Ranks(config, rank=rank, world=world, device=device)
     ranks.watchdog = Watchdog(store.clone(), rank, world, dead=config.dead, stall=config.stall, session=session)
     return ranks

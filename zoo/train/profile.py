@@ -55,6 +55,7 @@ class Profile:
             activities=activities,
             schedule=schedule(wait=WARM - 1, warmup=1, active=ACTIVE, repeat=1),
             on_trace_ready=self._write,
+            acc_events=True,
         )
         self._profile.start()
         self._open = True
