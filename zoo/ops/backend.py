@@ -1,6 +1,7 @@
 """Which back end runs a call, and why.
 
-A back end is a module with two functions of `zoo.ops.reference`, window_forward and window_backward, same arguments.
+A back end is a module with two functions of `zoo.ops.reference`, window_forward and window_backward, same arguments,
+and one with the four of `zoo.ops.reference_nsa`.
 They are tried in the order of `BACKENDS`; the first that does not refuse runs. Another one (a kernel for one
 architecture, say) is one more row, in front.
 
@@ -18,6 +19,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal
 
 import torch
 
@@ -29,9 +31,10 @@ class Backend:
     name: str
     module: str
     refuses: Callable[[torch.device, torch.dtype, int], str | None]
+    nsa: str = "zoo.ops.reference_nsa"  # its module of compressed and selected attention
 
-    def load(self) -> ModuleType:
-        return importlib.import_module(self.module)
+    def load(self, family: Literal["window", "nsa"] = "window") -> ModuleType:
+        return importlib.import_module(self.nsa if family == "nsa" else self.module)
 
 
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
@@ -92,7 +95,7 @@ def _refuses_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 
 BACKENDS = (
-    Backend("triton", "zoo.kernels.window", _refuses_triton),
+    Backend("triton", "zoo.kernels.window", _refuses_triton, "zoo.kernels.nsa"),
     Backend("reference", "zoo.ops.reference", lambda device, dtype, head_dim: None),
 )
 
