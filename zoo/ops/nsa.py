@@ -201,7 +201,8 @@ def _places(q: Tensor, select: int, limit: int, cu_seqlens: Tensor | None, query
         document = torch.searchsorted(cu_seqlens, token, right=True) - 1
         first = cu_seqlens[document]
         block = torch.div(first, select, rounding_mode="floor") + document
-        return Places(*(x[None].int() for x in (token - first, first, block)))
+        tensors = (x[None].int() for x in (token - first, first, block))
+        return Places(*tensors, documents=cu_seqlens.shape[0] - 1)
     place = token[None].expand(q.shape[0], -1)
     if query_start is not None:
         place = place + query_start[:, None]

@@ -27,14 +27,17 @@ class Places:
     first_key    where that document begins among the keys
     first_block  where its blocks begin among the places of blocks: block j of the document has place first_block + j,
                  its compressed blocks begin at first_block * (select // stride)
+    documents    how many are packed; 0: they are not
     """
 
     place: Tensor
     first_key: Tensor
     first_block: Tensor
+    documents: int = 0
 
     def slice(self, first: int, last: int) -> "Places":
-        return Places(*(x[:, first:last] for x in (self.place, self.first_key, self.first_block)))
+        tensors = (x[:, first:last] for x in (self.place, self.first_key, self.first_block))
+        return Places(*tensors, documents=self.documents)
 
 
 @dataclass(frozen=True)
