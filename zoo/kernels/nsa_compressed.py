@@ -427,9 +427,9 @@ def _dkdv(
         q = load_rows(q_ptr, token, member, stride_qt, stride_qh, inside, D, BLOCK_D)
         at = numbers + tl.cast(token, tl.int64) * heads + member
         row_lse = tl.load(row_lse_ptr + at, mask=inside, other=float("inf"))
+        low, high = _bounds(place_ptr, first_ptr, token, inside, M, BLOCK, STRIDE, RATIO)
         s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
         p = tl.exp2(s - row_lse[None, :])
-        low, high = _bounds(place_ptr, first_ptr, token, inside, M, BLOCK, STRIDE, RATIO)
         p = tl.where((slot[:, None] >= low[None, :]) & (slot[:, None] < high[None, :]), p, 0.0)
         dout = load_rows(dout_ptr, token, member, stride_dt, stride_dh, inside, D, BLOCK_D)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
