@@ -31,7 +31,7 @@ ORDER = (
     ("task",),
     ("train",),
     ("evaluate", "pipelines"),  # both open a run that train has left
-    ("doctor",),
+    ("doctor", "bench"),
     ("cli",),
 )
 ROW = {part: row for row, parts in enumerate(ORDER) for part in parts}
@@ -39,7 +39,9 @@ ROW = {part: row for row, parts in enumerate(ORDER) for part in parts}
 BESIDE = {("config", "registry")}
 # Arrows upwards, inside a function alone: create_model(pretrained=True) opens weights, which build models.
 DEFERRED = {("model", "weights")}
-ONLY_IMPORTER = {"kernels": "ops"}  # ops choose the back end; nobody passes them by
+# ops choose the back end and nobody passes them by; a bench measures the parts one by one
+IMPORTERS = {"kernels": ("ops", "bench")}
+PEERS = {"fla", "flash-attn"}  # what a bench measures beside us, where it is installed
 KNOWS_MIXERS_BY_NAME = {"train", "evaluate", "generation"}  # they see zoo.mixers.base, no concrete mixer
 TASKS_STOP_AT = ROW["task"]
 
@@ -104,8 +106,8 @@ def objection_in_zoo(part: str, found: Import) -> str | None:
         return None
     if other not in ROW:
         return f"{other!r} has no place in the order (ORDER in this test)"
-    if ONLY_IMPORTER.get(other, part) != part:
-        return f"only {ONLY_IMPORTER[other]} may import {other}"
+    if other in IMPORTERS and part not in IMPORTERS[other]:
+        return f"only {' and '.join(IMPORTERS[other])} may import {other}"
     if part in KNOWS_MIXERS_BY_NAME and other == "mixers" and found.target != "zoo.mixers.base":
         return f"{part} knows no concrete mixer, only zoo.mixers.base"
     if ROW[other] < ROW[part] or (part, other) in BESIDE or (found.deferred and (part, other) in DEFERRED):
@@ -121,7 +123,7 @@ def objection_in_tasks(domain: str, found: Import) -> str | None:
         return None
     if other not in ROW:
         return f"{other!r} has no place in the order (ORDER in this test)"
-    if other in ONLY_IMPORTER or ROW[other] > TASKS_STOP_AT:
+    if other in IMPORTERS or ROW[other] > TASKS_STOP_AT:
         return f"a domain may not import {other}"
     return None
 
@@ -201,7 +203,11 @@ PLANTED = {
         "import torch\ny = torch.nn.functional.silu",
         "kernels never import torch.nn",
     ),
-    "a kernel from a mixer": ("zoo/mixers/swa.py", "from zoo.kernels import window", "only ops may import kernels"),
+    "a kernel from a mixer": (
+        "zoo/mixers/swa.py",
+        "from zoo.kernels import window",
+        "only ops and bench may import kernels",
+    ),
     "a concrete mixer": ("zoo/train/loop.py", "from zoo.mixers.swa import ops", "no concrete mixer"),
     "all concrete mixers": ("zoo/generation.py", "from zoo import mixers", "no concrete mixer"),
     "an unplaced module": ("zoo/helpers.py", "", "no place in the order"),
@@ -287,7 +293,9 @@ def test_dependencies_are_what_is_imported():
         top = target.split(".")[0].split(":")[0]
         if top not in sys.stdlib_module_names and top not in ("zoo", "tasks"):
             imported |= {canonical(name) for name in distributions.get(top, [top])}
-    optional = {canonical(re.split(r"[^\w.-]", row)[0]) for row in project["optional-dependencies"].get("eval", [])}
+    optional = PEERS | {
+        canonical(re.split(r"[^\w.-]", row)[0]) for row in project["optional-dependencies"].get("eval", [])
+    }
     assert imported - declared - optional == set(), "imported, but not declared in pyproject.toml"
     assert declared - imported == set(), "declared in pyproject.toml, but imported nowhere"
 

@@ -4,6 +4,7 @@ Pre-norm residual blocks: h + mixer(norm(h)), then h + mlp(norm(h)); a norm at t
 mixer each layer uses: "gatedfwa*3, softmax" tiled over the depth.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -54,11 +55,22 @@ class BackboneConfig:
         for name in ("width", "depth", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; it takes 1 or more")
+        for name in ("kv_heads", "head_dim", "mlp_width", "max_len", "init_std"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}; it takes 0 or more")
+        for name in ("rope_base", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)}; it takes a number above 0")
+        parse_pattern(self.pattern)
         kv_heads = self.kv_heads or self.heads
         if self.heads % kv_heads:
             raise ValueError(f"heads = {self.heads} is not a multiple of kv_heads = {kv_heads}")
         if not self.head_dim and self.width % self.heads:
             raise ValueError(f"width = {self.width} is not a multiple of heads = {self.heads}; or set head_dim")
+        if self.positions == "rotary" and self.dims.head_dim % 2:
+            raise ValueError(
+                f"head_dim = {self.dims.head_dim}; rotary positions turn pairs, so it takes an even number"
+            )
         if self.positions == "learned" and self.max_len < 1:
             raise ValueError(f"positions = 'learned' needs max_len, the longest sequence; got {self.max_len}")
         for name in ("dropout", "drop_path"):
@@ -159,6 +171,11 @@ class Backbone(nn.Module):
     def _place(self, h: Tensor, ctx: Context, cache: Any) -> Context:
         """The context with positions, start and rotary table filled in."""
         tokens = h.shape[1]
+        if cache is not None and ctx.cu_seqlens is not None:
+            raise ValueError(
+                "cu_seqlens and a cache cannot be given together: a state continues one document a row; "
+                "give the documents as rows, with ctx.lengths"
+            )
         start = None if cache is None else cache["position"]
         positions = ctx.positions
         if positions is None:
@@ -177,6 +194,8 @@ class Backbone(nn.Module):
 
     def init_cache(self, batch: int, max_len: int, *, device: Any = None, dtype: Any = None) -> dict[str, Any]:
         """The state of `batch` rows before their first token: {"position": (B,) int64, "blocks": [State, …]}."""
+        if self.positions is not None and max_len > self.config.max_len:
+            raise ValueError(f"{max_len} tokens exceed max_len = {self.config.max_len} of the learned positions")
         weight = self.norm.weight
         device, dtype = device or weight.device, dtype or weight.dtype
         return {

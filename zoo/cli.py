@@ -5,6 +5,7 @@ instant. Errors that a user can mend are one line, no traceback; ZOO_DEBUG=1 sho
 """
 
 import argparse
+import fnmatch
 import os
 import sys
 from collections.abc import Sequence
@@ -12,9 +13,9 @@ from pathlib import Path
 
 EXAMPLES = """examples:
   zoo doctor                                        what this machine will run, and why
-  zoo list "text_*"                                 model sizes
+  zoo list "text_*"                                 names of model sizes
   zoo train text/demo                               train a recipe into runs/text-demo
-  zoo train text/demo train.steps=50 --resume       go on, with a field changed
+  zoo train text/demo train.steps=600 --resume      go on, for longer
   zoo evaluate runs/text-demo                       score the held-out split
   zoo sample runs/text-demo --prompt "def "         write text, as it is drawn
 """
@@ -44,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def is_users_to_mend(error: Exception) -> bool:
     """Wrong words, files and fields, rather than a fault of the program."""
-    from zoo.registry import UnknownName
+    from zoo.registry import Shadowed, UnknownName
     from zoo.train import Diverged, NonFinite
 
-    return isinstance(error, (UnknownName, OSError, ValueError, Diverged, NonFinite))
+    return isinstance(error, (UnknownName, Shadowed, OSError, ValueError, Diverged, NonFinite))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,25 +57,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train a recipe")
+    train = commands.add_parser("train", allow_abbrev=False, help="train a recipe")
     train.add_argument("recipe", help="a name under configs/, such as text/demo, or a path to a YAML file")
-    train.add_argument("override", nargs="*", help="field=value, such as train.steps=100 or model.backbone.depth=2")
+    train.add_argument(
+        "override", nargs="*", default=[], help="field=value, such as train.steps=100 or model.backbone.depth=2"
+    )
     train.add_argument("--run", dest="folder", type=Path, help="where the run lives (default: runs/<recipe>)")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of that folder")
     train.add_argument("--allow-changes", action="store_true", help="resume although the recipe has changed")
     train.set_defaults(run=run_train)
 
-    evaluate = commands.add_parser("evaluate", help="score a run on held-out data")
+    evaluate = commands.add_parser("evaluate", allow_abbrev=False, help="score a run on held-out data")
     evaluate.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
-    evaluate.add_argument("--split", default="test", help="test (default), valid")
+    evaluate.add_argument("--split", default="test", choices=["test", "valid"], help="test (default), valid")
     evaluate.add_argument("--batch-size", type=int, default=16)
     evaluate.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
     evaluate.add_argument("--no-ema", action="store_true", help="take the raw weights, not their average")
     evaluate.add_argument("override", nargs="*", help="fields of the recipe to change, such as task.stride=64")
     evaluate.set_defaults(run=run_evaluate)
 
-    sample = commands.add_parser("sample", help="generate from a run or from pretrained weights")
-    sample.add_argument("model", help="a run folder, or the name of pretrained weights")
+    sample = commands.add_parser("sample", allow_abbrev=False, help="generate from a run")
+    sample.add_argument("model", metavar="RUN", help="a run folder")
     sample.add_argument("--prompt", action="append", required=True, help="given more than once: a batch")
     sample.add_argument("--max-new", type=int, default=256, help="elements to add (default 256)")
     sample.add_argument("--temperature", type=float, default=0.8)
@@ -89,14 +92,20 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
     sample.set_defaults(run=run_sample)
 
-    listing = commands.add_parser("list", help="names that zoo knows")
+    listing = commands.add_parser("list", allow_abbrev=False, help="names that zoo knows")
     listing.add_argument("pattern", nargs="?", default="*", help='shell pattern, such as "text_*"')
     listing.add_argument("--kind", choices=["models", "recipes", "mixers", "tasks", "datasets"], default="models")
     listing.set_defaults(run=run_list)
 
-    commands.add_parser("doctor", help="device, versions, and which back end each op takes").set_defaults(
-        run=run_doctor
-    )
+    bench = commands.add_parser("bench", allow_abbrev=False, help="measure the kernels beside their peers, on a GPU")
+    bench.add_argument("what", choices=["kernels"])
+    bench.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for bench.csv and bench.png")
+    bench.add_argument("--rounds", type=int, default=3, help="processes to measure in (default 3)")
+    bench.set_defaults(run=run_bench)
+
+    commands.add_parser(
+        "doctor", allow_abbrev=False, help="device, versions, and which back end each op takes"
+    ).set_defaults(run=run_doctor)
     return parser
 
 
@@ -108,7 +117,8 @@ def run_train(args: argparse.Namespace) -> int:
     from zoo.train import Recipe, train
 
     recipe = build(Recipe, *recipe_layers(args.recipe, args.override))
-    folder = args.folder or Path("runs") / args.recipe.removesuffix(".yaml").replace("/", "-")
+    is_file = args.recipe.endswith((".yaml", ".yml"))
+    folder = args.folder or Path("runs") / (Path(args.recipe).stem if is_file else args.recipe.replace("/", "-"))
     train(recipe, folder, resume=args.resume, allow_changes=args.allow_changes)
     return 0
 
@@ -135,10 +145,9 @@ def run_sample(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     pipe = pipeline(args.model, device=args.device)
     if len(args.prompt) == 1:
-        print(args.prompt[0], end="", flush=True)
         pieces = pipe.stream(args.prompt[0], max_new=args.max_new, sampling=sampling, seed=args.seed, stop=args.stop)
-        for piece in pieces:
-            print(piece, end="", flush=True)
+        for number, piece in enumerate(pieces):
+            print(piece if number else args.prompt[0] + piece, end="", flush=True)
         print()
         return 0
     texts = pipe.sample(args.prompt, max_new=args.max_new, sampling=sampling, seed=args.seed, stop=args.stop)
@@ -152,7 +161,7 @@ def run_list(args: argparse.Namespace) -> int:
     from zoo.config import list_recipes
 
     if args.kind == "recipes":
-        names = [name for name in list_recipes() if registry.fnmatch.fnmatch(name, args.pattern)]
+        names = [name for name in list_recipes() if fnmatch.fnmatch(name, args.pattern)]
     else:
         names = getattr(registry, args.kind).names(args.pattern)
     if not names:
@@ -160,6 +169,13 @@ def run_list(args: argparse.Namespace) -> int:
         return 1
     for name in names:
         print(name)
+    return 0
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    from zoo import bench
+
+    print(bench.run(args.out, args.rounds))
     return 0
 
 

@@ -125,7 +125,7 @@ def _refuse_interpolation(text: str, origin: str) -> None:
 # Filling schemas
 
 
-def build(schema: type[T], *layers: Any, path: str = "") -> T:
+def build(schema: type[T], *layers: Any, path: str = "", belongs: str = "") -> T:
     """An instance of the dataclass `schema` from mappings or instances, later layers winning. Raises ConfigError."""
     mappings = [to_dict(layer) if dataclasses.is_dataclass(layer) else layer for layer in layers]
     for mapping in mappings:
@@ -135,7 +135,7 @@ def build(schema: type[T], *layers: Any, path: str = "") -> T:
     for mapping in mappings:
         for key in mapping:
             if key not in fields and not isinstance(mapping, _Former):
-                raise ConfigError(f"unknown field {_join(path, key)!r}{nearest(str(key), fields)}")
+                raise ConfigError(f"unknown field {_join(path, key)!r}{belongs}{nearest(str(key), fields)}")
 
     hints = typing.get_type_hints(schema)
     values: dict[str, Any] = {}
@@ -180,7 +180,7 @@ def _build_choice(f: dataclasses.Field, layers: list[Any], path: str) -> Choice 
     for node, in_force in zip(nodes, named, strict=True):
         kind = type(node) if in_force == name else _Former
         parts.append(kind({key: value for key, value in node.items() if key != "name"}))
-    return Choice(name, build(schema, *parts, path=path))
+    return Choice(name, build(schema, *parts, path=path, belongs=f" of {registry.kind} {name!r}"))
 
 
 class _Former(dict):

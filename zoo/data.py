@@ -63,7 +63,7 @@ class SourceStream:
 
     endless   training: batches of one size for ever, each batch of all ranks together the next batch_size * world
               positions. Otherwise one pass: nothing dropped, the last batch smaller, ranks disjoint and complete.
-    max_bad   samples that raise BadSample, OSError or ValueError are skipped and listed in `bad`; one more than this
+    max_bad   samples that raise BadSample or OSError are skipped and listed in `bad`; one more than this
               raises. Training takes the next readable sample instead, so that shapes stay; evaluation goes without.
     """
 
@@ -102,7 +102,7 @@ class SourceStream:
         while True:
             try:
                 return self.source.item(position)
-            except (OSError, ValueError) as error:
+            except (OSError, BadSample) as error:
                 self.bad[position] = f"{type(error).__name__}: {error}"
                 if len(self.bad) > self.max_bad:
                     first = "; ".join(f"{place}: {why}" for place, why in list(self.bad.items())[:3])

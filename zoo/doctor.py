@@ -47,12 +47,19 @@ def _machine() -> list[str]:
 
 def _back_ends() -> list[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lines = ["attention back ends (ZOO_BACKEND overrides):"]
-    for dtype in (torch.bfloat16, torch.float32):
-        for head_dim in (64, 128):
-            name, reason = backend.explain(device, dtype, head_dim)
-            lines.append(f"  {device.type} {str(dtype).removeprefix('torch.')} head_dim {head_dim}: {name} ({reason})")
-    return lines
+    lines = [f"back ends on {device.type} (ZOO_BACKEND overrides):"]
+    what = {"window": "window_attention, gated_window_attention", "ring": "ring_attention (decoding)"}
+    for op in backend.OPS:
+        lines.append(f"  {what[op]}")
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            chosen: dict[tuple[str, str], list[str]] = {}
+            for head_dim in (32, 64, 128, 256):
+                name, reason = backend.explain(op, device, dtype, head_dim)
+                chosen.setdefault((name, reason.replace(f", head_dim {head_dim}", "")), []).append(str(head_dim))
+            for (name, reason), dims in chosen.items():
+                kind = str(dtype).removeprefix("torch.")
+                lines.append(f"    {kind:<9} head_dim {', '.join(dims)}: {name} ({reason})")
+    return [*lines, "  log_decay, linear_cross_entropy: plain PyTorch everywhere"]
 
 
 def _places() -> list[str]:

@@ -5,7 +5,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from zoo import config as configs
 from zoo.task import run_metrics
-from zoo.train import git_commit, load_run
+from zoo.train import git_commit, load_run, newest_checkpoint, pick_device, read_manifest, versions
 
 
 @dataclass(frozen=True)
@@ -47,49 +47,58 @@ def evaluate_run(
     overrides  fields of the recipe's task to change for this evaluation ("task.stride=64")
     Raises FileNotFoundError when the folder holds no run, ValueError for an unknown split.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    recipe, task, model = load_run(folder, ema=ema, device=device, overrides=configs.dotted(tuple(overrides)))
+    if split == "train":
+        raise ValueError("split 'train' is endless and shuffled; accepted: valid, test")
+    place = pick_device(device)
+    recipe, task, model = load_run(folder, ema=ema, device=place, overrides=configs.dotted(tuple(overrides)))
     stream = task.stream(split, batch_size=batch_size)
     began = time.perf_counter()
-    values = run_metrics(model, task.metrics(split), stream, device=device, progress=progress_bar(split))
+    values = run_metrics(model, task.metrics(split), stream, device=place, progress=progress_bar(split))
     seconds = time.perf_counter() - began
     baselines = task.baselines(split)
-    rows = list(rows_of(values, baselines, recipe, task, split, device, seconds))
-    with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    return Scores(f"{folder}, {split} split, {task.describe(split)}", values, baselines)
-
-
-def rows_of(
-    values: dict[str, float],
-    baselines: dict[str, float],
-    recipe: Any,
-    task: Any,
-    split: str,
-    device: str,
-    seconds: float,
-) -> Iterable[dict[str, Any]]:
-    """DESIGN.md section 8: fingerprint, commit, seed, data, hardware and command beside each number."""
-    common = {
+    measured = {
         "split": split,
-        "model": recipe.model.name,
-        "task": recipe.task.name,
         "protocol": task.describe(split),
-        "fingerprint": configs.fingerprint(recipe),
-        "commit": git_commit(),
-        "seed": recipe.train.seed,
-        "data": task.provenance(),
-        "hardware": hardware(device),
-        "command": shlex.join(["zoo", *sys.argv[1:]]),
+        "batch_size": batch_size,
+        "weights": "ema" if ema and recipe.train.ema else "raw",
+        "overrides": list(overrides),
+        "evaluated_on": task.provenance(),
         "seconds": round(seconds, 2),
     }
-    for kind, numbers in (("metric", values), ("baseline", baselines)):
-        for name, value in numbers.items():
-            yield {"name": name, "value": value, "kind": kind, **common}
+    common = {**origin(folder), **measured, **circumstances(place)}
+    rows = [
+        {"name": name, "value": value, "kind": kind, **common}
+        for kind, numbers in (("metric", values), ("baseline", baselines))
+        for name, value in numbers.items()
+    ]
+    with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return Scores(f"{folder} at step {common['step']}, {split} split, {task.describe(split)}", values, baselines)
 
 
-def hardware(device: str) -> str:
-    return torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU {platform.machine()}"
+# DESIGN.md section 8: what stands beside every number.
+
+
+def origin(run: Path) -> dict[str, Any]:
+    """Of the model: recipe, seed, data, commit and checkpoint that it was trained with."""
+    path = newest_checkpoint(run)
+    manifest = read_manifest(path)
+    recipe = manifest["recipe"]
+    return {
+        "run": str(run),
+        "model": recipe["model"]["name"],
+        "task": recipe["task"]["name"],
+        "step": manifest["step"],
+        "sha256": manifest["files"]["model.safetensors"]["sha256"],
+        **{name: manifest[name] for name in ("fingerprint", "seed", "data", "commit")},
+    }
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """Of the measurement: hardware, command, and the code and versions that measured."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
+    command = shlex.join(["zoo", *sys.argv[1:]])
+    return {"hardware": card, "command": command, "evaluated_with": {"commit": git_commit(), "versions": versions()}}
 
 
 def progress_bar(split: str) -> Any:

@@ -141,8 +141,23 @@ def generate(
     if chunk < 1:
         raise ValueError(f"chunk = {chunk}; it takes 1 or more")
     batch = inputs if isinstance(inputs, Batch) else Batch(inputs)
+    _check_prompt(batch)
     steps = _steps(model, batch, max_new, sampling, seed, chunk)
     return steps if stream else torch.cat(list(steps), dim=1)
+
+
+def _check_prompt(batch: Batch) -> None:
+    """What would fail late or silently; before the first step a look at values costs nothing."""
+    tokens = batch.inputs.shape[1]
+    if tokens < 1:
+        raise ValueError("the prompt is empty; a model needs at least one element to continue from")
+    if batch.ctx.positions is not None or batch.ctx.cu_seqlens is not None:
+        raise ValueError(
+            "a prompt takes no ctx.positions and no ctx.cu_seqlens: steps count on from the prompt's length"
+        )
+    lengths = batch.ctx.lengths
+    if lengths is not None and not (int(lengths.min()) >= 1 and int(lengths.max()) <= tokens):
+        raise ValueError(f"ctx.lengths = {lengths.tolist()}; with {tokens} tokens a row they take 1 to {tokens}")
 
 
 @torch.inference_mode()
@@ -175,15 +190,12 @@ def _steps(
 def prefill(model: Model, batch: Batch, cache: Any, head_state: Any, chunk: int) -> tuple[Tensor, Any, Any]:
     """Feed the prompt in chunks; returns the hidden state (B, C) after each row's last token, and the states."""
     rows, tokens = batch.inputs.shape[:2]
-    if tokens < 1:
-        raise ValueError("the prompt is empty; a model needs at least one element to continue from")
     lengths = batch.ctx.lengths
     h_last: Tensor | None = None
     for begin in range(0, tokens, chunk):
         piece = batch.inputs[:, begin : begin + chunk]
         here = None if lengths is None else (lengths - begin).clamp(min=0, max=piece.shape[1])
-        positions = None if batch.ctx.positions is None else batch.ctx.positions[:, begin : begin + chunk]
-        ctx = replace(batch.ctx, lengths=here, positions=positions)
+        ctx = replace(batch.ctx, lengths=here)
         h, head_state = model.head.embed(piece, ctx, head_state)
         h, cache = model.backbone(h, ctx, cache)
         if here is None:

@@ -4,6 +4,7 @@ A head is the domain's parameters on both ends of the backbone: it embeds inputs
 and turns the last hidden state into the distribution of the next element and a sample of it.
 """
 
+import fnmatch
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -125,6 +126,10 @@ class Model(nn.Module):
         self.head: Head = heads.get(config.head.name)(config.head.config, config.backbone.width)
 
     def forward(self, batch: Batch) -> Output:
+        if not isinstance(batch, Batch):
+            raise TypeError(
+                f"a model takes a Batch (inputs, targets, …), not {type(batch).__name__}: Batch(inputs, targets)"
+            )
         h, _ = self.head.embed(batch.inputs, batch.ctx)
         h, _ = self.backbone(h, batch.ctx)
         return self.head.loss(h, batch)
@@ -154,7 +159,7 @@ def list_models(pattern: str = "*", pretrained: bool | None = None) -> list[str]
         listed = [name for name in names if not tags_of(name)]
     else:
         listed = names
-    return [name for name in listed if registry.fnmatch.fnmatch(name, pattern)]
+    return [name for name in listed if fnmatch.fnmatch(name, pattern)]
 
 
 def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> nn.Module:

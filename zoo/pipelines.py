@@ -14,7 +14,6 @@ from zoo.generation import Sampling, generate
 from zoo.model import Model
 from zoo.task import Task
 from zoo.train import load_run
-from zoo.weights import weights
 
 
 @dataclass
@@ -92,9 +91,9 @@ def cut(text: str, stop: Sequence[str]) -> str | None:
 
 def held_back(text: str, stop: Sequence[str]) -> int:
     """How many characters at the end may still change or begin a stop string."""
-    unfinished = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
-    begun = (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))
-    return max(unfinished, *begun, 0)
+    settled = text.rstrip("\N{REPLACEMENT CHARACTER}")  # behind it stands the beginning of a character
+    begun = max((n for s in stop for n in range(1, len(s)) if settled.endswith(s[:n])), default=0)
+    return len(text) - len(settled) + begun
 
 
 def pipeline(name: str | Path, *, device: str | None = None, ema: bool = True) -> Pipeline:
@@ -104,10 +103,6 @@ def pipeline(name: str | Path, *, device: str | None = None, ema: bool = True) -
     ema     take the averaged weights where the run kept them
     Raises FileNotFoundError when `name` is no run folder.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not Path(name).is_dir():
-        known = ", ".join(weights.names()) or "none yet"
-        raise FileNotFoundError(f"{str(name)!r} is neither a run folder nor pretrained weights. Weights: {known}")
     _, task, model = load_run(Path(name), ema=ema, device=device)
     if not isinstance(model, Model):
         raise TypeError(f"{name} holds a {type(model).__name__}; only models with a head can be sampled from")

@@ -15,6 +15,10 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+class Shadowed(ImportError):
+    """Another package named `tasks` is found before ours."""
+
+
 class UnknownName(LookupError):
     """A name that a registry does not hold; the message names the nearest ones."""
 
@@ -70,8 +74,12 @@ class Registry:
 
     def _fill(self) -> None:
         if self._load is not None:
-            load, self._load = self._load, None
-            load(self)
+            load, self._load = self._load, None  # first, for what it loads may look names up here
+            try:
+                load(self)
+            except BaseException:
+                self._load = load  # or the next look-up would say that nothing of that name exists
+                raise
 
     @staticmethod
     def _stands_for(old: Any, new: Any) -> bool:
@@ -88,7 +96,8 @@ def nearest(name: str, accepted: Any) -> str:
     accepted = sorted(map(str, accepted), key=natural_key)
     close = difflib.get_close_matches(str(name), accepted, n=1, cutoff=0.5)
     listed = ", ".join(accepted[:24]) + (", …" if len(accepted) > 24 else "")
-    return (f"; did you mean {close[0]!r}?" if close else "") + (f" accepted: {listed}" if listed else "")
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    return f"{hint} accepted: {listed}" if listed else ""
 
 
 def import_entry(target: str, what: str) -> Any:
@@ -107,13 +116,13 @@ def import_entry(target: str, what: str) -> Any:
 # task, models and datasets. zoo itself never imports a domain by name.
 
 TASK_GROUP = "zoo.tasks"
-OWN_DOMAINS = ("text",)
 
 
 def domain_modules() -> dict[str, str]:
-    """Domain name -> module, from installed entry points; from a bare source tree, the project's own."""
-    found = {point.name: point.value for point in metadata.entry_points(group=TASK_GROUP)}
-    return found or {name: f"tasks.{name}" for name in OWN_DOMAINS}
+    """Domain name -> module: the folders of `tasks` beside zoo, and every installed entry point."""
+    own = Path(__file__).resolve().parents[1] / "tasks"
+    beside = {path.parent.name: f"tasks.{path.parent.name}" for path in sorted(own.glob("*/__init__.py"))}
+    return beside | {point.name: point.value for point in metadata.entry_points(group=TASK_GROUP)}
 
 
 def _load_domains(_: Registry) -> None:
@@ -134,7 +143,7 @@ def import_module_unshadowed(name: str, module: str) -> Any:
             hiding = import_module("tasks") if _importable("tasks") else None
             if hiding is not None and getattr(hiding, "DISTRIBUTION", None) != "gatedfwa-zoo":
                 origin = getattr(hiding, "__file__", None) or list(getattr(hiding, "__path__", ["?"]))[0]
-                raise ImportError(
+                raise Shadowed(
                     f"another package named 'tasks' at {Path(origin)} hides gatedfwa-zoo's. "
                     "Start with the `zoo` script (or `python -P -m zoo.cli`), or from another folder."
                 ) from error

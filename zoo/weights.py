@@ -45,6 +45,16 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write beside and rename: whoever reads `path` finds the old bytes or the new ones, whenever the writer dies."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write_file(beside, data)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def sync_folder(path: Path) -> None:
     """Flush a folder's entries to the disk, so that a rename in it outlives a power cut."""
     if os.name == "nt":  # a folder cannot be opened there

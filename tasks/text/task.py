@@ -112,7 +112,12 @@ class TextTask(Task):
         if self.config.rows == "documents":
             documents = [self.tokenizer.encode(text) for text in self.corpus.documents("train")]
             return PackedDocuments(documents, self.config.context, seed=seed)
-        cut = Windows if self.config.rows == "windows" else Crops
+        cut, have = Windows if self.config.rows == "windows" else Crops, len(self.tokens("train"))
+        if have <= self.config.context:
+            raise ValueError(
+                f"split train has {have} tokens, and rows of task.context = {self.config.context} need one more than "
+                "that: give more text, or a smaller task.context"
+            )
         return cut(self.tokens("train"), self.config.context, seed=seed)
 
     def _evaluation_source(self, split: str) -> Any:

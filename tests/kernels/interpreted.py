@@ -9,6 +9,7 @@ from tests.kernels.interpreter import repair
 from tests.ops.cases import CASES
 from tests.ops.definition import Case, relative_error
 from tests.ops.run_case import run
+from zoo.kernels import decode
 from zoo.kernels import gate as gates
 from zoo.kernels import window as kernels
 from zoo.kernels.tiles import CHUNK, Tile, Tiles
@@ -32,7 +33,7 @@ def errors(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, float]:
 
 
 def test_the_kernels_run_here():
-    assert backend.choose(torch.device("cpu"), torch.float32, 16).name == "triton"
+    assert backend.choose_backend("window", torch.device("cpu"), torch.float32, 16).name == "triton"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -124,3 +125,23 @@ def test_chunk_prefix(length):
     bias = suffix[0].double() - suffix[0, :, t:].double() + carry[:, chunk[t]][:, None] - carry[:, chunk]
     expected = (prefix[:, t:] - prefix) / math.log(2)
     torch.testing.assert_close(bias, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "dim", "slots"),
+    [(2, 4, 2, 32, 70), (3, 4, 4, 64, 300), (1, 16, 1, 80, 1000), (2, 2, 2, 16, 1)],
+)
+@pytest.mark.parametrize("gated", [True, False])
+def test_one_token_over_a_ring(batch, heads, kv_heads, dim, slots, gated):
+    """Several shares and one; rows full, partly live and empty; whatever dead slots hold."""
+    torch.manual_seed(0)
+    q = torch.randn(batch, 1, heads, dim)
+    k, v = torch.randn(2, batch, slots, kv_heads, dim)
+    live = torch.tensor([slots, 0, slots // 2 + 1])[:batch].int()
+    dead = torch.arange(slots) >= live[:, None]
+    k[dead], v[dead] = math.nan, math.nan
+    decay = -3 * torch.rand(batch, slots, heads) if gated else None
+    actual = decode.ring_attention(q, k, v, decay, live, 0.3)
+    wide = (x if x is None else x.double() for x in (q, k, v, decay))
+    expected = reference.ring_attention(*wide, live, 0.3)
+    assert relative_error(actual, expected.nan_to_num()) <= 1e-5

@@ -35,7 +35,7 @@ def errors(case: NSACase, dtype: torch.dtype = torch.float32) -> dict[str, float
 
 
 def test_the_kernels_run_here():
-    assert backend.choose(torch.device("cpu"), torch.float32, 16).load("nsa").__name__ == "zoo.kernels.nsa"
+    assert backend.choose("nsa", torch.device("cpu"), torch.float32, 16).__name__ == "zoo.kernels.nsa"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -28,49 +28,56 @@ def old_gpu(monkeypatch):
 
 
 def test_cpu_runs_the_reference_and_says_why():
-    name, reason = backend.explain("cpu", torch.float32, 64)
+    name, reason = backend.explain("window", "cpu", torch.float32, 64)
     assert name == "reference"
     assert reason
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backend.choose(CPU, torch.float32, 64).name == "reference"
+        assert backend.choose_backend("window", CPU, torch.float32, 64).name == "reference"
 
 
 def test_falling_back_on_a_gpu_warns_once(old_gpu):
     with pytest.warns(RuntimeWarning, match=r"falls back to its reference path .* 8\.0, this device has 7\.5"):
-        backend.choose(CUDA, torch.float32, 64)
+        backend.choose_backend("window", CUDA, torch.float32, 64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        backend.choose(CUDA, torch.float32, 64)
+        backend.choose_backend("window", CUDA, torch.float32, 64)
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float64, 64), (torch.bfloat16, 320)])
 def test_what_the_kernels_do_not_take(old_gpu, monkeypatch, dtype, head_dim):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert backend.explain(CUDA, torch.bfloat16, 96) == ("triton", "first choice for cuda, bfloat16, head_dim 96")
-    name, reason = backend.explain(CUDA, dtype, head_dim)
+    assert backend.explain("window", CUDA, torch.bfloat16, 64) == (
+        "hopper",
+        "first choice for cuda, bfloat16, head_dim 64",
+    )
+    assert backend.explain("window", CUDA, torch.bfloat16, 96)[0] == "triton"
+    name, reason = backend.explain("window", CUDA, dtype, head_dim)
     assert name == "reference"
     assert "the kernels take" in reason
 
 
 def test_without_triton(old_gpu, monkeypatch):
     monkeypatch.setattr(backend, "_installed", lambda package: False)
-    assert backend.explain(CUDA, torch.bfloat16, 64) == ("reference", "triton is not installed")
+    assert backend.explain("window", CUDA, torch.bfloat16, 64) == (
+        "reference",
+        "triton is not installed; triton is not installed",
+    )
 
 
 def test_a_forced_back_end_runs_or_raises(monkeypatch):
     x = torch.zeros(1, 4, 1, 8)
     monkeypatch.setenv("ZOO_BACKEND", "reference")
     window_attention(x, x, x)
-    assert backend.explain("cpu", torch.float32, 8) == ("reference", "ZOO_BACKEND asks for it")
+    assert backend.explain("window", "cpu", torch.float32, 8) == ("reference", "ZOO_BACKEND asks for it")
     monkeypatch.setenv("ZOO_BACKEND", "triton")
-    with pytest.raises(RuntimeError, match="ZOO_BACKEND=triton can't run this call"):
+    with pytest.raises(ValueError, match="ZOO_BACKEND=triton can't run this call"):
         window_attention(x, x, x)
-    assert backend.explain("cpu", torch.float32, 8)[0] == "none"
+    assert backend.explain("window", "cpu", torch.float32, 8)[0] == "none"
     monkeypatch.setenv("ZOO_BACKEND", "cudnn")
-    with pytest.raises(ValueError, match="'cudnn' is not one of triton, reference"):
+    with pytest.raises(ValueError, match="'cudnn' is not one of hopper, triton, reference"):
         window_attention(x, x, x)
-    assert backend.explain("cpu", torch.float32, 8)[0] == "none"
+    assert backend.explain("window", "cpu", torch.float32, 8)[0] == "none"
 
 
 def test_values_are_not_looked_at_off_the_cpu(monkeypatch):

@@ -223,7 +223,7 @@ def test_recipe_survives_yaml():
 
 def test_no_cuda_is_said():
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="no CUDA device"):
+        with pytest.raises(ConfigError, match="has 0 CUDA devices"):
             train(recipe(device="cuda"), "nowhere")
 
 

@@ -101,7 +101,9 @@ def _share(
     else:
         row += share * tl.cast(B, tl.int64) * H
         tl.store(partial_ptr + row[:, None] * D + column[None, :], out, mask=mask)
-        tl.store(partial_lse_ptr + row, top + tl.log2(total), mask=is_head)  # -inf where the share held nothing
+        seen = total > 0
+        lse = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), -float("inf"))
+        tl.store(partial_lse_ptr + row, lse, mask=is_head)
 
 
 @triton.jit

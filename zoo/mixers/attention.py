@@ -96,9 +96,10 @@ class Attention(Mixer):
         q, k, v = self._project(x)  # (B, T, H|G|G, D)
         if self.shift is not None:
             k, v = self._shift(x, k, v, ctx, state)
-        q, k = self._normalise(q, self.q_norm).to(v.dtype), self._normalise(k, self.k_norm).to(v.dtype)
+        q, k = self._normalise(q, self.q_norm), self._normalise(k, self.k_norm)
         if self.config.rotary and ctx.rotary is not None:
             q, k = apply_rotary(q, ctx.rotary), apply_rotary(k, ctx.rotary)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # rounded once, after norm and rotation
         y = self._attend(q, k, v, x, ctx) if state is None else self._continue(q, k, v, x, ctx, state)
         return self.out(y.flatten(2)), state
 
@@ -112,7 +113,10 @@ class Attention(Mixer):
 
     def _shift(self, x: Tensor, k: Tensor, v: Tensor, ctx: Context, state: Any) -> tuple[Tensor, Tensor]:
         assert self.shift is not None
-        keep_k, keep_v = torch.sigmoid(self.shift(x)).chunk(2, dim=-1)
+        with torch.autocast(x.device.type, enabled=False):  # float32, as the gate (SPEC.md 3.2)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            shares = torch.sigmoid(F.linear(x.to(wide), self.shift.weight.to(wide)))
+        keep_k, keep_v = shares.chunk(2, dim=-1)
         starts = None if ctx.cu_seqlens is None else document_starts(ctx.cu_seqlens, x.shape[1])
         tails = (None, None) if state is None else (state["tail_k"], state["tail_v"])
         shifted = tuple(
@@ -131,9 +135,10 @@ class Attention(Mixer):
         last = take(y, (ctx.lengths - 1).clamp(min=0).unsqueeze(1))[:, 0].to(before.dtype)
         return torch.where((ctx.lengths > 0)[:, None, None], last, before)
 
-    def _normalise(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+    def _normalise(self, x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
         if norm is None:
             return x
+        x = x.to(norm.weight.dtype)
         return norm(x) if self.config.qk_norm == "head" else norm(x.flatten(2)).view(x.shape)
 
     # -- attention -----------------------------------------------------------------------------------------------------
@@ -150,7 +155,8 @@ class Attention(Mixer):
         log_decay = None if self.gate is None else ops.log_decay(*self.gate(x))
         if tokens == 1 and ctx.lengths is None:
             live = put_token(state, k, v, log_decay, start)
-            return ops.ring_attention(q, state["k"], state["v"], state.get("decay"), live)
+            held = state["k"].dtype  # the cache may be kept in another dtype than the call computes in
+            return ops.ring_attention(q.to(held), state["k"], state["v"], state.get("decay"), live).to(v.dtype)
         slots = state["k"].shape[1]
         past = slots if self.window is None else min(self.window - 1, slots)
         past_k, past_v, past_decay, key_start = past_in_order(state, start, past)

@@ -28,7 +28,9 @@ def init_cache(batch: int, slots: int, dims: Dims, gated: bool, *, device: Any, 
 
 
 def cache_bytes(slots: int, dims: Dims, gated: bool, element_size: int) -> int:
-    return slots * (2 * dims.kv_heads * dims.head_dim * element_size + (4 * dims.heads if gated else 0))
+    return slots * (
+        2 * dims.kv_heads * dims.head_dim * element_size + (max(4, element_size) * dims.heads if gated else 0)
+    )
 
 
 def start_of(ctx: Context, like: Tensor) -> Tensor:

@@ -139,10 +139,11 @@ class NSA(Attention):
             if cache is not None:
                 put(cache, k_sets[i], v_sets[i], None, start, ctx.lengths)
         where = {"query_start": start.to(torch.int32)}
-        gist, chosen = self._gist(q, state["blocks"]["k"], state["blocks"]["v"], self.config.top, **where)
-        selected = state["selected"]
-        detail = ops.selected_attention(q, selected["k"], selected["v"], chosen, block=self.config.block, **where)
-        return ops.mix_branches(self._branch_gates(x), gist, detail, near)
+        selected, blocks = state["selected"], state["blocks"]
+        query = q.to(selected["k"].dtype)  # the cache may be kept in another dtype than the call computes in
+        gist, chosen = self._gist(query, blocks["k"], blocks["v"], self.config.top, **where)
+        detail = ops.selected_attention(query, selected["k"], selected["v"], chosen, block=self.config.block, **where)
+        return ops.mix_branches(self._branch_gates(x), gist.to(v.dtype), detail.to(v.dtype), near)
 
     def _near(
         self,
@@ -170,7 +171,7 @@ class NSA(Attention):
         place = (newest - (newest - torch.arange(slots, device=q.device)) % slots).clamp(min=0)
         k, v = (take(cache[name], place % cache[name].shape[1]) for name in ("k", "v"))
         live = (start + 1).clamp(max=slots).to(torch.int32)
-        return ops.ring_attention(q, k.to(q.dtype), v.to(q.dtype), cache.get("decay"), live)
+        return ops.ring_attention(q.to(k.dtype), k, v, cache.get("decay"), live).to(q.dtype)
 
     def _branch_gates(self, x: Tensor) -> Tensor:
         return torch.sigmoid(self.branch_gates(x)).unflatten(-1, (self.dims.heads, 3))
@@ -189,14 +190,14 @@ class NSA(Attention):
     def _compress(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Blocks of keys and values (B, M, block, G, D) to one each (B, M, G, D)."""
         if self.compress_k is not None and self.compress_v is not None:
-            return self.compress_k(k), self.compress_v(v).to(v.dtype)
+            return self.compress_k(k).to(v.dtype), self.compress_v(v).to(v.dtype)
         wide = torch.promote_types(k.dtype, torch.float32)
         return k.mean(2, dtype=wide).to(k.dtype), v.mean(2, dtype=wide).to(v.dtype)
 
     def _gist(self, q: Tensor, k: Tensor, v: Tensor, top: int, **where: Any) -> tuple[Tensor, Tensor]:
         config = self.config
         out, _, chosen = ops.compressed_attention(
-            q, k.to(q.dtype), v.to(q.dtype), block=config.compressed_length, stride=config.compressed_step,
+            q, k, v, block=config.compressed_length, stride=config.compressed_step,
             select=config.block, top=top, **where,
         )  # fmt: skip
         return out, chosen
@@ -248,7 +249,7 @@ class NSA(Attention):
         slots = tokens + config.compressed_blocks(tokens)
         if config.separate_kv:
             slots += near + config.compressed_length
-        decay = 0 if self.gate is None else 4 * near * self.dims.heads
+        decay = 0 if self.gate is None else max(4, element_size) * near * self.dims.heads
         return (
             2 * slots * self.dims.kv_heads * self.dims.head_dim * element_size + decay + self._tail_bytes(element_size)
         )

@@ -1,9 +1,9 @@
 """Which back end runs a call, and why.
 
-A back end is a module with two functions of `zoo.ops.reference`, window_forward and window_backward, same arguments,
-and one with the four of `zoo.ops.reference_nsa`.
-They are tried in the order of `BACKENDS`; the first that does not refuse runs. Another one (a kernel for one
-architecture, say) is one more row, in front.
+A back end offers one module per op family, with the functions of `zoo.ops.reference` of the same names and arguments:
+`window` (window_forward, window_backward) and `ring` (ring_attention), and of `zoo.ops.reference_nsa`: `nsa`
+(compressed_forward, compressed_backward, selected_forward, selected_backward). Back ends are tried in the order of `BACKENDS`;
+the first that has the op and does not refuse runs. Another one (a kernel for one architecture, say) is one more row.
 
 Environment, read at every call:
     ZOO_BACKEND       a name of `BACKENDS`: that one or an error, never a fallback
@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
 
 import torch
 
@@ -29,45 +28,52 @@ class Backend:
     """`refuses(device, dtype, head_dim)` is the reason why it can't run such a call, or None."""
 
     name: str
-    module: str
+    modules: dict[str, str]  # op family -> module
     refuses: Callable[[torch.device, torch.dtype, int], str | None]
-    nsa: str = "zoo.ops.reference_nsa"  # its module of compressed and selected attention
-
-    def load(self, family: Literal["window", "nsa"] = "window") -> ModuleType:
-        return importlib.import_module(self.nsa if family == "nsa" else self.module)
 
 
-def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-    """The back end for such tensors. Warns once per reason when a CUDA device has to do without a kernel.
+class BackendError(ValueError):
+    """ZOO_BACKEND names none, or one that can't run the call."""
 
-    Raises ValueError for an unknown ZOO_BACKEND, RuntimeError when the one it names can't run the call.
+
+OPS = ("window", "ring", "nsa")
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType:
+    """The module that runs `op` on such tensors. Warns once per reason when a CUDA device has to do without a kernel.
+
+    Raises BackendError for an unknown ZOO_BACKEND, or when the one it names can't run the call.
     """
+    return importlib.import_module(choose_backend(op, device, dtype, head_dim).modules[op])
+
+
+def choose_backend(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     forced = os.environ.get("ZOO_BACKEND")
     if forced:
         backend = _by_name(forced)
-        reason = backend.refuses(device, dtype, head_dim)
+        reason = _objection(backend, op, device, dtype, head_dim)
         if reason is not None:
-            raise RuntimeError(f"ZOO_BACKEND={forced} can't run this call: {reason}. Unset it to fall back")
+            raise BackendError(f"ZOO_BACKEND={forced} can't run this call: {reason}. Unset it to fall back")
         return backend
-    backend, reasons = _first_willing(device, dtype, head_dim)
-    if device.type == "cuda" and reasons:
+    backend, reasons = _first_willing(op, device, dtype, head_dim)
+    if device.type == "cuda" and backend is BACKENDS[-1]:
         _warn_once(f"zoo.ops falls back to its {backend.name} path on a CUDA device: {'; '.join(reasons)}")
     return backend
 
 
-def explain(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """(name, reason) of what `choose` would answer, for people: never raises, never warns."""
+def explain(op: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    """(name, reason) of the back end that `choose` would take, for people: never raises, never warns."""
     device = torch.device(device)
     forced = os.environ.get("ZOO_BACKEND")
     if forced:
         try:
-            reason = _by_name(forced).refuses(device, dtype, head_dim)
-        except ValueError as error:
+            reason = _objection(_by_name(forced), op, device, dtype, head_dim)
+        except BackendError as error:
             return "none", str(error)
         return (
             (forced, "ZOO_BACKEND asks for it") if reason is None else ("none", f"ZOO_BACKEND={forced}, but {reason}")
         )
-    backend, reasons = _first_willing(device, dtype, head_dim)
+    backend, reasons = _first_willing(op, device, dtype, head_dim)
     return backend.name, "; ".join(reasons) or f"first choice for {device.type}, {_short(dtype)}, head_dim {head_dim}"
 
 
@@ -94,17 +100,42 @@ def _refuses_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     return "Triton's interpreter multiplies bfloat16 wrongly" if dtype == torch.bfloat16 else None
 
 
+def _refuses_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if not _installed("triton"):
+        return "triton is not installed"
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
+        return "the Hopper kernels need a device of compute capability 9.0"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the Hopper kernels take float16 and bfloat16, not {_short(dtype)}"
+    return None if head_dim in (64, 128) else f"the Hopper kernels take a head_dim of 64 or 128, not {head_dim}"
+
+
 BACKENDS = (
-    Backend("triton", "zoo.kernels.window", _refuses_triton, "zoo.kernels.nsa"),
-    Backend("reference", "zoo.ops.reference", lambda device, dtype, head_dim: None),
+    Backend("hopper", {"window": "zoo.kernels.hopper"}, _refuses_hopper),
+    Backend(
+        "triton",
+        {"window": "zoo.kernels.window", "ring": "zoo.kernels.decode", "nsa": "zoo.kernels.nsa"},
+        _refuses_triton,
+    ),
+    Backend(
+        "reference",
+        {"window": "zoo.ops.reference", "ring": "zoo.ops.reference", "nsa": "zoo.ops.reference_nsa"},
+        lambda device, dtype, head_dim: None,
+    ),
 )
 
 
-def _first_willing(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Backend, list[str]]:
+def _objection(backend: Backend, op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if op not in backend.modules:
+        return f"{backend.name} has no kernel for op {op!r}"
+    return backend.refuses(device, dtype, head_dim)
+
+
+def _first_willing(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Backend, list[str]]:
     """The first back end that does not refuse, and why those before it did. The last one never refuses."""
     reasons: list[str] = []
     for backend in BACKENDS:
-        reason = backend.refuses(device, dtype, head_dim)
+        reason = _objection(backend, op, device, dtype, head_dim)
         if reason is None:
             return backend, reasons
         reasons.append(reason)
@@ -115,7 +146,7 @@ def _by_name(name: str) -> Backend:
     for backend in BACKENDS:
         if backend.name == name:
             return backend
-    raise ValueError(f"ZOO_BACKEND={name!r} is not one of {', '.join(backend.name for backend in BACKENDS)}")
+    raise BackendError(f"ZOO_BACKEND={name!r} is not one of {', '.join(backend.name for backend in BACKENDS)}")
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from zoo.ops import backend
 from zoo.ops.reference import accumulator
 
 
@@ -30,6 +31,8 @@ def ring_attention(
         raise ValueError(f"ring_attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one dtype is needed")
     if decay is not None and decay.shape != (batch, slots, heads):
         raise ValueError(f"ring_attention: decay has shape {tuple(decay.shape)}, not {(batch, slots, heads)}")
+    if decay is not None and decay.dtype not in {torch.float32, accumulator(q.dtype)}:
+        raise ValueError(f"ring_attention: decay is {decay.dtype}, it takes {accumulator(q.dtype)}")
     if live.shape != (batch,):
         raise ValueError(f"ring_attention: live has shape {tuple(live.shape)}, not {(batch,)}")
     return _ring_attention(q, k, v, decay, live, dim**-0.5 if scale is None else scale)
@@ -37,18 +40,9 @@ def ring_attention(
 
 @torch.library.custom_op("zoo::ring_attention", mutates_args=())
 def _ring_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, live: Tensor, scale: float) -> Tensor:
-    batch, _, heads, dim = q.shape
-    slots, kv_heads = k.shape[1], k.shape[2]
-    wide = accumulator(q.dtype)
-    dead = torch.arange(slots, device=q.device) >= live[:, None]
-    queries = q.to(wide).view(batch, kv_heads, -1, dim)
-    logits = torch.einsum("bgrd,bsgd->bgrs", queries, k.to(wide)) * scale
-    if decay is not None:
-        logits = logits + decay.to(wide).transpose(1, 2).unflatten(1, (kv_heads, -1))
-    logits = logits.masked_fill(dead[:, None, None], -torch.inf)
-    p = logits.softmax(-1).masked_fill((live == 0)[:, None, None, None], 0)
-    values = v.to(wide).masked_fill(dead[..., None, None], 0)  # 0 * NaN of a stale slot is NaN
-    return torch.einsum("bgrs,bsgd->bgrd", p, values).reshape(batch, 1, heads, dim).to(q.dtype)
+    kernels = backend.choose("ring", q.device, q.dtype, q.shape[3])
+    with torch.autocast(q.device.type, enabled=False):
+        return kernels.ring_attention(q, k, v, decay, live, scale)
 
 
 @_ring_attention.register_fake

@@ -228,7 +228,8 @@ def _compressed_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     geometry = Geometry(block, stride, select, top)
     places = _compressed_places(q, k, geometry, cu_seqlens, query_start)
-    return _kernels(q).compressed_forward(q, k, v, places, geometry, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return _kernels(q).compressed_forward(q, k, v, places, geometry, scale)
 
 
 @_compressed_attention.register_fake
@@ -255,7 +256,8 @@ def _compressed_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     geometry = Geometry(block, stride, select, 0)
     places = _compressed_places(q, k, geometry, cu_seqlens, query_start)
-    return _kernels(q).compressed_backward(dout, dlse, q, k, v, out, lse, places, geometry, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return _kernels(q).compressed_backward(dout, dlse, q, k, v, out, lse, places, geometry, scale)
 
 
 @_compressed_attention_backward.register_fake
@@ -294,7 +296,8 @@ def _selected_attention(
     query_start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     places = _places(q, block, k.shape[1], cu_seqlens, query_start)
-    return _kernels(q).selected_forward(q, k, v, block_index, places, block, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return _kernels(q).selected_forward(q, k, v, block_index, places, block, scale)
 
 
 @_selected_attention.register_fake
@@ -318,7 +321,8 @@ def _selected_attention_backward(
     query_start: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     places = _places(q, block, k.shape[1], cu_seqlens, query_start)
-    return _kernels(q).selected_backward(dout, dlse, q, k, v, out, lse, block_index, places, block, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return _kernels(q).selected_backward(dout, dlse, q, k, v, out, lse, block_index, places, block, scale)
 
 
 @_selected_attention_backward.register_fake
@@ -346,7 +350,7 @@ _selected_attention.register_autograd(_backward_selected, setup_context=_save_se
 
 
 def _kernels(q: Tensor) -> Any:
-    return backend.choose(q.device, q.dtype, q.shape[3]).load("nsa")
+    return backend.choose("nsa", q.device, q.dtype, q.shape[3])
 
 
 def _compressed_places(

@@ -280,3 +280,22 @@ def _decay_by_head(gate: tuple[Tensor, ...], kv_heads: int) -> Tensor | None:
     if not gate:
         return None
     return _gate_by_head(gate[0] if len(gate) == 1 else activate(gate[0], gate[1]), kv_heads)
+
+
+# ------------------------------------------------------------------------------------------------ one token over a ring
+
+
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, live: Tensor, scale: float) -> Tensor:
+    """As `zoo.ops.ring_attention`: q (B,1,H,D) over the slots [0, live) of k, v (B,S,G,D), decay (B,S,H)."""
+    batch, _, heads, dim = q.shape
+    slots, kv_heads = k.shape[1], k.shape[2]
+    wide = accumulator(q.dtype)
+    dead = torch.arange(slots, device=q.device) >= live[:, None]
+    queries = q.to(wide).view(batch, kv_heads, -1, dim)
+    logits = torch.einsum("bgrd,bsgd->bgrs", queries, k.to(wide)) * scale
+    if decay is not None:
+        logits = logits + decay.to(wide).transpose(1, 2).unflatten(1, (kv_heads, -1))
+    logits = logits.masked_fill(dead[:, None, None], -torch.inf)
+    p = logits.softmax(-1).masked_fill((live == 0)[:, None, None, None], 0)
+    values = v.to(wide).masked_fill(dead[..., None, None], 0)  # 0 * NaN of a stale slot is NaN
+    return torch.einsum("bgrs,bsgd->bgrd", p, values).reshape(batch, 1, heads, dim).to(q.dtype)

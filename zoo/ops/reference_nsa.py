@@ -36,8 +36,8 @@ class Places:
     documents: int = 0
 
     def slice(self, first: int, last: int) -> "Places":
-        tensors = (x[:, first:last] for x in (self.place, self.first_key, self.first_block))
-        return Places(*tensors, documents=self.documents)
+        place, first_key, first_block = (x[:, first:last] for x in (self.place, self.first_key, self.first_block))
+        return Places(place, first_key, first_block, self.documents)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ def compressed_backward(
         dkeys += torch.einsum("bgrtm,bgrtd->bgmd", ds, queries)
         dq[:, first:last] = torch.einsum("bgrtm,bgmd->btgrd", ds, keys).flatten(2, 3)
     blocks = k.shape[1]
-    return dq, *(x[:, :, :blocks].transpose(1, 2).to(k.dtype).contiguous() for x in (dkeys, dvalues))
+    dk, dv = (x[:, :, :blocks].transpose(1, 2).to(k.dtype).contiguous() for x in (dkeys, dvalues))
+    return dq, dk, dv
 
 
 def _compressed_logits(q: Tensor, keys: Tensor, places: Places, geometry: Geometry, scale: float) -> Tensor:
@@ -212,7 +213,8 @@ def selected_backward(
         dkeys.index_add_(0, place, torch.einsum("btgrn,btgrd->btgnd", ds, queries).flatten(0, 3))
         dvalues.index_add_(0, place, torch.einsum("btgrn,btgrd->btgnd", p, douts).flatten(0, 3))
     shape = (batch, kv_heads, k.shape[1], dim)
-    return dq, *(x.view(shape).transpose(1, 2).to(k.dtype).contiguous() for x in (dkeys, dvalues))
+    dk, dv = (x.view(shape).transpose(1, 2).to(k.dtype).contiguous() for x in (dkeys, dvalues))
+    return dq, dk, dv
 
 
 def _gather_index(block_index: Tensor, places: Places, k: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -93,9 +93,10 @@ def _window_attention(
     key_start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     _check_values(q, k, log_decay, cu_seqlens, key_start)
-    kernels = backend.choose(q.device, q.dtype, q.shape[3]).load()
+    kernels = backend.choose("window", q.device, q.dtype, q.shape[3])
     spans = _spans(k, cu_seqlens, key_start)
-    return kernels.window_forward(q, k, v, _gate(log_decay, z, u), window=window, scale=scale, spans=spans)
+    with torch.autocast(q.device.type, enabled=False):  # the op chooses its own dtypes, accumulators above all
+        return kernels.window_forward(q, k, v, _gate(log_decay, z, u), window=window, scale=scale, spans=spans)
 
 
 @_window_attention.register_fake
@@ -121,11 +122,12 @@ def _window_attention_backward(
     key_start: Tensor | None,
 ) -> list[Tensor]:
     """dq, dk, dv, then the gradients of log_decay, or of z and u."""
-    kernels = backend.choose(q.device, q.dtype, q.shape[3]).load()
+    kernels = backend.choose("window", q.device, q.dtype, q.shape[3])
     spans, gate = _spans(k, cu_seqlens, key_start), _gate(log_decay, z, u)
-    dq, dk, dv, dgate = kernels.window_backward(
-        dout, dlse, q, k, v, out, lse, gate, window=window, scale=scale, spans=spans
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        dq, dk, dv, dgate = kernels.window_backward(
+            dout, dlse, q, k, v, out, lse, gate, window=window, scale=scale, spans=spans
+        )
     return [dq, dk, dv, *dgate]
 
 

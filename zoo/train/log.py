@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from zoo import weights
 from zoo.task import Media
 
 
@@ -149,7 +150,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
             continue
         if row.get("step", 0) <= step:
             kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    weights.replace_file(path, "".join(kept).encode())
 
 
 def _number(value: float) -> float | None:

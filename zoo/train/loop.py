@@ -77,7 +77,8 @@ def train(
     device = pick_device(config.device)
     found, notes = find_start(recipe, run, resume)
     checkpoint.seed_everything(config.seed)
-    task = make_task(recipe)
+    kept = run / "assets" if found is not None else None  # a tokenizer that was fitted is read back, not fitted again
+    task = make_task(recipe, kept)
     model = make_model(recipe, task).to(device)
     facts = what_a_number_carries(recipe, task)
     notes += check_same(found, recipe, facts, allow_changes)

@@ -36,8 +36,16 @@ class OptimizerConfig:
             raise ValueError(
                 f"optimizer.name {self.name!r} is not one of timm's; for example adamw, lion, adafactor, muon"
             )
-        if self.lr <= 0 or self.clip < 0 or self.weight_decay < 0:
-            raise ValueError("optimizer takes lr > 0, clip >= 0 and weight_decay >= 0")
+        accepted = {
+            "lr": (0 < self.lr < math.inf, "a number above 0"),
+            "betas": (all(0 <= beta < 1 for beta in self.betas), "numbers from 0 up to, not including, 1"),
+            "eps": (0 < self.eps < math.inf, "a number above 0"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+            "clip": (0 <= self.clip < math.inf, "0 (no clipping) or more"),
+        }
+        for name, (fine, takes) in accepted.items():
+            if not fine:
+                raise ValueError(f"{name} = {getattr(self, name)}; it takes {takes}")
 
 
 @dataclass
@@ -76,14 +84,14 @@ def lr_share(schedule: ScheduleConfig, step: int, steps: int) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameter groups
 
-NO_DECAY_NAME = re.compile(r"(^|[._])(gates?|norms?\d*|embed(ding)?s?|positions?)([._]|$)")
+NO_DECAY_NAME = re.compile(r"(^|[._])(gates?|shift|norms?\d*|embed(ding)?s?|positions?)([._]|$)")
 
 
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies. Decay pulls towards zero, which is no neutral value for a gain, a gate or an
     embedding: so not for vectors (norms, biases, gate biases and amplitudes), nor for what a part of its name calls a
-    gate, norm, embedding or positions. `parameter_groups` adds the weights of nn.Embedding (tied ones included) and
-    the names in the module's `no_weight_decay()`, timm's convention."""
+    gate, shift, norm, embedding or positions. `parameter_groups` adds the weights of nn.Embedding (tied ones included)
+    and the names in the module's `no_weight_decay()`, timm's convention."""
     return parameter.ndim > 1 and not NO_DECAY_NAME.search(name)
 
 
@@ -96,7 +104,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             decay = decays(name, parameter) and id(parameter) not in embeddings and name not in named
             groups[decay].append(parameter)
     rates = {True: weight_decay, False: 0.0}
-    return [{"params": params, "weight_decay": rates[decay]} for decay, params in groups.items() if params]
+    # timm's Muon hands a group with `use_fallback` to AdamW: gates and embeddings are no matrices to orthogonalise
+    # (SPEC.md section 6, 7). Other optimizers ignore the word.
+    return [
+        {"params": params, "weight_decay": rates[decay], "use_fallback": not decay}
+        for decay, params in groups.items()
+        if params
+    ]
 
 
 FUSED = (

@@ -5,6 +5,7 @@ run/recipe.yaml  assets/  provenance.json        written at the start
 """
 
 import json
+import logging
 import platform
 import shlex
 import sys
@@ -23,6 +24,8 @@ from zoo.model import ModelConfig
 from zoo.task import Task
 from zoo.train import checkpoint
 from zoo.train.optim import OptimizerConfig, ScheduleConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -64,6 +67,8 @@ class TrainConfig:
             raise ValueError("steps, batch_size, log_every and prefetch take 1 or more")
         if micro is not None and (micro < 1 or self.batch_size % micro):
             raise ValueError(f"micro_batch_size = {micro} does not divide batch_size = {self.batch_size}")
+        if self.seed < 0:
+            raise ValueError(f"seed = {self.seed}; it takes 0 or more")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema = {self.ema} is not a decay: it takes 0 (none) or a number below 1")
         cadences = ("eval_every", "eval_batches", "save_every", "sample_every", "keep", "max_skipped")
@@ -142,13 +147,17 @@ def check_same(found: Path | None, recipe: Recipe, facts: dict[str, Any], allow_
     if found is None:
         return []
     manifest = checkpoint.read_manifest(found)
+    if manifest["step"] > recipe.train.steps:
+        raise ResumeError(f"{found} is at step {manifest['step']}, past train.steps = {recipe.train.steps}")
     changes = configs.difference(manifest["recipe"], recipe)
     data = configs.difference(manifest["data"], facts["data"], "data")
     harmful = [line for line in changes if line.split(":")[0] not in HARMLESS] + data
     if harmful and not allow_changes:
+        run = found.parents[1]
         raise ResumeError(
-            f"{found} was made with another recipe or other data:\n  " + "\n  ".join(harmful) + "\nResume with the old "
-            "values, start in a new folder, or pass --allow-changes (allow_changes=True) if you mean it."
+            f"{found} was made with another recipe or other data:\n  " + "\n  ".join(harmful) + "\nResume it as it was "
+            f"(zoo train {run / 'recipe.yaml'} --run {run} --resume), start in a new folder, or pass --allow-changes "
+            "(allow_changes=True) if you mean it."
         )
     return [f"changed since {found.name}: {line}" for line in changes + data]
 
@@ -156,7 +165,7 @@ def check_same(found: Path | None, recipe: Recipe, facts: dict[str, Any], allow_
 def write_run_files(recipe: Recipe, task: Task, run: Path, device: torch.device, facts: dict[str, Any]) -> None:
     """recipe.yaml, assets/ and provenance.json: what evaluating, sampling and citing the run need."""
     run.mkdir(parents=True, exist_ok=True)
-    (run / "recipe.yaml").write_text(configs.to_yaml(recipe), encoding="utf-8")
+    weights.replace_file(run / "recipe.yaml", configs.to_yaml(recipe).encode())
     (run / "assets").mkdir(exist_ok=True)
     task.save_assets(run / "assets")
     path = run / "provenance.json"
@@ -172,15 +181,20 @@ def write_run_files(recipe: Recipe, task: Task, run: Path, device: torch.device,
         "commit": facts["commit"],
         "versions": facts["versions"],
     }
-    path.write_text(json.dumps({**facts, "sessions": [*sessions, session]}, indent=1), encoding="utf-8")
+    weights.replace_file(path, json.dumps({**facts, "sessions": [*sessions, session]}, indent=1).encode())
 
 
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
+def pick_device(name: str | None = "auto") -> torch.device:
+    """auto or None: the GPU where there is one. Raises ConfigError for a device that is not here."""
+    if name in ("auto", None):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"train.device = {name!r}, but there is no CUDA device here; it takes auto or cpu")
+    try:
+        device = torch.device(str(name))
+    except RuntimeError as error:
+        raise ConfigError(f"device = {name!r} is none; accepted: auto, cpu, cuda, cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        have = torch.cuda.device_count()
+        raise ConfigError(f"device = {name!r}, but this machine has {have} CUDA devices that torch can use")
     return device
 
 
@@ -188,22 +202,31 @@ def pick_device(name: str) -> torch.device:
 # Using a run
 
 
+def newest_checkpoint(run: Path) -> Path:
+    """Raises FileNotFoundError where the folder holds no run, or none with a whole checkpoint."""
+    path, notes = checkpoint.latest(run / "checkpoints")
+    if path is None:
+        raise FileNotFoundError(f"{run} is no run with a usable checkpoint" + "".join(f"\n{note}" for note in notes))
+    for note in notes:
+        log.warning("%s: %s; taking %s", run, note, path.name)
+    return path
+
+
 def load_run(
-    run: Path, *, ema: bool = True, device: str | torch.device = "cpu", overrides: dict[str, Any] | None = None
+    run: Path, *, ema: bool = True, device: str | torch.device | None = "cpu", overrides: dict[str, Any] | None = None
 ) -> tuple[Recipe, Task, nn.Module]:
     """The recipe, task and model (eval mode) of a run's newest whole checkpoint: for evaluation and sampling.
 
     ema        the moving average of the weights, where the run kept one
+    device     None or auto: the GPU where there is one
     overrides  a layer over the recipe, such as {"task": {"stride": 64}}
     Raises FileNotFoundError where there is no run.
     """
     run = Path(run)
-    path, notes = checkpoint.latest(run / "checkpoints")
-    if path is None:
-        raise FileNotFoundError(f"{run} is no run with a usable checkpoint" + "".join(f"\n{note}" for note in notes))
+    path = newest_checkpoint(run)
     recipe = configs.build(Recipe, checkpoint.read_manifest(path)["recipe"], overrides or {})
     task = make_task(recipe, run / "assets")
     model = make_model(recipe, task)
     tensors = (checkpoint.read_tensors(path, "ema") if ema else None) or checkpoint.read_tensors(path, "model")
     weights.load_into(model, tensors or {}, origin=str(path))
-    return recipe, task, model.to(device).eval()
+    return recipe, task, model.to(device if isinstance(device, torch.device) else pick_device(device)).eval()

@@ -116,6 +116,15 @@ def test_streaming_stop_strings_and_seeds(folder):
     assert pipe.sample(["line", "x"], max_new=4, seed=3)[0] != ""
 
 
+def test_a_stop_string_of_several_bytes_is_held_back_whole(folder, monkeypatch):
+    task = text_task(folder)
+    pipe = Pipeline(small_model(task), task)
+    pieces = [torch.tensor([[byte]]) for byte in "abé!".encode()]
+    monkeypatch.setattr("zoo.pipelines.generate", lambda *_, **__: iter(pieces))
+    assert "".join(pipe.stream("x", max_new=5, stop=["bé"])) == "a"
+    assert "".join(pipe.stream("x", max_new=5, stop=["bx"])) == "abé!"
+
+
 @pytest.mark.parametrize("prompt", ["", [], ["a", ""]])
 def test_an_empty_prompt_is_refused(folder, prompt):
     with pytest.raises(ValueError, match="prompt is empty"):

@@ -1,0 +1,58 @@
+"""The bench without a GPU: what it counts, how it sums up, and that it refuses to print what it cannot trust."""
+
+import subprocess
+
+import pytest
+import torch
+
+from zoo import bench
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 300])
+@pytest.mark.parametrize("window", [1, 2, 64, 65, 100, 1000])
+def test_tile_pairs_are_counted_one_by_one(tokens, window):
+    i, j = torch.meshgrid(torch.arange(tokens), torch.arange(tokens), indexing="ij")
+    visible = (j <= i) & (i - j < window)
+    tiles = {(int(a) // 64, int(b) // 64) for a, b in visible.nonzero().tolist()}
+    assert bench.tile_pairs(tokens, window) == len(tiles) * 64 * 64
+    assert bench.visible_pairs(tokens, window) == visible.sum()
+
+
+def test_shares_of_the_published_table():
+    """ANCHORS: at T 16k, 88.9% of a window of 512 is visible in 64 x 64 tiles, 97.0% of one of 2048."""
+    for window, share in ((512, 88.9), (2048, 97.0)):
+        shape = bench.Shape(4, 16, 16384, 64, window)
+        assert 100 * shape.exact / shape.tiled == pytest.approx(share, abs=0.1)
+    assert bench.Shape(4, 16, 16384, 64, 512).exact / 1e9 == pytest.approx(135.3, abs=0.1)
+
+
+def rows():
+    sizes = {"batch": 1, "heads": 2, "tokens": 4096, "head_dim": 64, "window": 512}
+    for number, ms in enumerate((1.0, 1.2, 0.9)):
+        for what in ("forward", "backward"):
+            yield {"round": number, "peer": "zoo", "what": what, "ms": ms, "tflops_exact": 100 / ms, **sizes}
+    yield {"round": 0, "peer": "zoo", "what": "decode", "ms": 0.1, "tb_per_s": 3.0, "batch": 1, "slots": 512}
+
+
+def test_medians_and_spread_over_rounds(tmp_path):
+    forward, backward, decode = bench.summarise(list(rows()))
+    assert (forward["ms"], forward["tflops_exact"]) == (1.0, 100.0)
+    assert forward["ms_spread"] == pytest.approx(0.3)
+    assert (backward["what"], decode["tb_per_s"]) == ("backward", 3.0)
+    bench.write_csv(list(rows()), tmp_path / "bench.csv")
+    assert len((tmp_path / "bench.csv").read_text().splitlines()) == 8
+    bench.plot([forward, backward, decode], tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").stat().st_size > 5_000
+
+
+def test_no_gpu_no_bench(tmp_path):
+    if not torch.cuda.is_available():
+        with pytest.raises(bench.BenchError, match="measures a GPU"):
+            bench.run(tmp_path)
+
+
+def test_no_speed_without_green_tests(monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, stdout="2 failed", stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(bench.BenchError, match=r"(?s)no speed without green tests.*2 failed"):
+        bench.check_kernels()

@@ -1,0 +1,158 @@
+"""The command line: exit codes, one-line errors, and the rows that an evaluation leaves."""
+
+import json
+
+import pytest
+import torch
+
+from zoo import cli, config, registry
+from zoo.registry import Registry
+from zoo.train import Recipe, train
+
+SMALL = ["train.steps=2", "train.batch_size=2", "train.eval_every=0", "train.sample_every=0", "task.context=32"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "smoke"
+    train(config.build(Recipe, *config.recipe_layers("text/smoke", [*SMALL, "train.ema=0.9"])), folder)
+    return folder
+
+
+def test_the_public_options_are_these():
+    """A new option is a decision: it is added here on purpose."""
+    options = {
+        name: sorted(
+            option for action in parser._actions for option in action.option_strings if option.startswith("--")
+        )
+        for action in cli.build_parser()._actions
+        if hasattr(action, "choices") and isinstance(action.choices, dict)
+        for name, parser in action.choices.items()
+    }
+    assert options == {
+        "train": ["--allow-changes", "--help", "--resume", "--run"],
+        "evaluate": ["--batch-size", "--device", "--help", "--no-ema", "--split"],
+        "sample": [
+            *("--device", "--help", "--max-new", "--min-p", "--prompt", "--repetition-penalty", "--seed", "--stop"),
+            *("--temperature", "--top-k", "--top-p"),
+        ],
+        "list": ["--help", "--kind"],
+        "bench": ["--help", "--out", "--rounds"],
+        "doctor": ["--help"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "text/dem"], "did you mean 'text/demo'"),
+        (["train", "text/smoke", "train.stps=3"], "did you mean 'steps'"),
+        (["train", "text/smoke", "train.steps=abc"], "train.steps = 'abc'"),
+        (["train", "text/smoke", "train.device=gpu"], "device = 'gpu'"),
+        (["train", "text/smoke", "train.seed=-1"], "seed = -1"),
+        (["train", "text/smoke", "train.optimizer.lr=.nan"], "lr = nan"),
+        (["train", "text/smoke", "model.backbone.kv_heads=-2"], "kv_heads = -2"),
+        (["train", "text/smoke", "model.backbone.pattern=gatedfw"], "'gatedfw'"),
+        (["evaluate", "/nowhere"], "is no run"),
+        (["sample", "/nowhere", "--prompt", "x"], "is no run"),
+    ],
+)
+def test_mendable_errors_are_one_line(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_words_that_are_no_option(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["train", "text/smoke", "--resum"])
+    assert "unrecognized arguments: --resum" in capsys.readouterr().err
+
+
+def test_overrides_before_and_after_options(run, capsys):
+    assert cli.main(["train", "text/smoke", *SMALL, "--run", str(run), "--resume", "train.ema=0.9"]) == 0
+    assert cli.main(["train", "text/smoke", *SMALL, "--run", str(run)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (
+        cli.main(["train", "text/smoke", *SMALL, "train.ema=0.9", "train.steps=1", "--run", str(run), "--resume"]) == 2
+    )
+    assert "past train.steps = 1" in capsys.readouterr().err
+
+
+def test_an_evaluation_says_how_each_number_came_about(run, capsys):
+    assert cli.main(["evaluate", str(run), "--split", "valid", "task.context=16"]) == 0
+    assert cli.main(["evaluate", str(run), "--split", "valid", "task.context=16", "--no-ema"]) == 0
+    assert "bits_per_byte" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    scores = [row for row in rows if row["name"] == "bits_per_byte"]
+    assert [row["weights"] for row in scores] == ["ema", "raw"]
+    assert scores[0]["value"] != scores[1]["value"]
+    manifest = json.loads((run / "checkpoints" / "step-00000002" / "manifest.json").read_text())
+    for row in rows:
+        assert row["fingerprint"] == manifest["fingerprint"]
+        assert row["sha256"] == manifest["files"]["model.safetensors"]["sha256"]
+        assert row["step"] == 2
+        assert row["overrides"] == ["task.context=16"]
+        assert "context 16" in row["protocol"]
+        assert {"seed", "data", "commit", "hardware", "command", "evaluated_with", "split"} <= set(row)
+    assert {row["kind"] for row in rows} == {"metric", "baseline"}
+
+
+def test_sample_prints_prompt_and_continuation(run, capsys):
+    assert cli.main(["sample", str(run), "--prompt", "def ", "--max-new", "5", "--seed", "1"]) == 0
+    assert capsys.readouterr().out.startswith("def ")
+    assert cli.main(["sample", str(run), "--prompt", "a", "--prompt", "bc", "--max-new", "3", "--stop", "\n"]) == 0
+    assert "--- 2\nbc" in capsys.readouterr().out
+    assert cli.main(["sample", str(run), "--prompt", ""]) == 2
+    assert "prompt is empty" in capsys.readouterr().err
+
+
+def test_list_and_doctor(capsys):
+    assert cli.main(["list", "text_gated*"]) == 0
+    assert "text_gatedfwa_125m" in capsys.readouterr().out.splitlines()
+    assert cli.main(["list", "nothing*"]) == 1
+    assert cli.main(["doctor"]) == 0
+    report = capsys.readouterr().out
+    for word in ("torch", "window_attention", "ring_attention", "linear_cross_entropy", "reference", "ZOO_DATA"):
+        assert word in report
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    def broken(_):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(cli, "run_list", broken)
+    with pytest.raises(KeyError):
+        cli.main(["list"])
+
+
+def test_a_registry_that_could_not_load_says_so_again():
+    def fail(_):
+        raise ImportError("a broken domain")
+
+    broken = Registry("task", fail)
+    for _ in range(2):
+        with pytest.raises(ImportError, match="a broken domain"):
+            broken.get("text")
+
+
+def test_gates_and_embeddings_go_to_adamw_under_muon():
+    from zoo.train.optim import parameter_groups
+
+    model = registry.models.get("text_gatedfwa_1m")().build()
+    fallback = {id(p) for group in parameter_groups(model, 0.1) if group["use_fallback"] for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        gate_or_embedding = any(part in name for part in ("gate", "shift", "embed", "norm"))
+        assert (id(parameter) in fallback) == gate_or_embedding, name
+
+
+def test_a_state_and_packed_documents_exclude_each_other():
+    from zoo.model import Context
+
+    model = registry.models.get("text_gatedfwa_1m")().build()
+    cache = model.backbone.init_cache(1, 20)
+    with pytest.raises(ValueError, match="cu_seqlens and a cache"):
+        model.backbone(torch.randn(1, 12, 128), Context(cu_seqlens=torch.tensor([0, 5, 12], dtype=torch.int32)), cache)
