@@ -13,8 +13,8 @@ SIZES = {
     "10m": {"width": 384, "depth": 6, "heads": 6, "window": 128},  # the shape of nanoGPT's tiny Shakespeare model
     "125m": {"width": 768, "depth": 12, "heads": 12, "window": 512},  # the shape of GPT-2 small (SPEC.md 3.1)
 }
-# Of the sparse mixers: key/value heads, which share a choice of blocks among 3 or 4 query heads each; block size, and how
-# many of them a query reads in detail. The sizes for short contexts have smaller and fewer blocks.
+# Of the sparse mixers: key/value heads (the 3 or 4 query heads of each choose their blocks together), tokens a block,
+# and how many blocks a query reads in detail. The sizes for short contexts have smaller and fewer ones.
 SPARSE = {
     "1m": {"kv_heads": 1, "block": 16, "top": 8},
     "8m": {"kv_heads": 1, "block": 32, "top": 8},

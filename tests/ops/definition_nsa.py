@@ -1,4 +1,4 @@
-"""Native Sparse Attention in scalar loops, written from SPEC.md 5.1 and the issue's text; it shares no code with zoo."""
+"""Native Sparse Attention in scalar loops, written from SPEC.md 5.1 and sharing no code with zoo."""
 
 import math
 from dataclasses import dataclass, field
@@ -48,7 +48,7 @@ def nsa_loops(q, k, v, branch_gates, log_decay=None, *, block, top, window, cu_s
     kv_heads = k.shape[2]
     group, scale = heads // kv_heads, 1 / math.sqrt(dim)
     bounds = [0, length] if cu_seqlens is None else list(cu_seqlens)
-    out, choice = torch.zeros_like(q), {}
+    outs, choice = {}, {}
     for b in range(batch):
         for first, last in zip(bounds, bounds[1:], strict=False):
             for t in range(last - first):
@@ -72,11 +72,8 @@ def nsa_loops(q, k, v, branch_gates, log_decay=None, *, block, top, window, cu_s
                         if log_decay is not None:
                             bias = [log_decay[b, first + i + 1 : first + t + 1, h].sum() for i in near]
                         local, _ = softmax_mix(query, [past_k[i] for i in near], [past_v[i] for i in near], scale, bias)
-                        mixed = gates[0] * compressed[h] + gates[1] * detail + gates[2] * local
-                        mask = torch.zeros(batch, length, heads, 1, dtype=q.dtype)
-                        mask[b, first + t, h] = 1
-                        out = out + mask * mixed
-    return out, choice
+                        outs[b, first + t, h] = gates[0] * compressed[h] + gates[1] * detail + gates[2] * local
+    return torch.stack([outs[place] for place in sorted(outs)]).view(q.shape), choice
 
 
 @dataclass(frozen=True)
@@ -128,8 +125,8 @@ class NSACase:
 
 CASES = [
     NSACase("group_1", 37, group=1, kv_heads=2),
-    NSACase("group_4", 45, group=4, batch=2),
-    NSACase("group_16", 41, group=16),
+    NSACase("group_4", 33, group=4, batch=2),
+    NSACase("group_16", 26, group=16, block=3),
     NSACase("group_3", 30, group=3, gated=False),
     NSACase("below_one_block", 3),
     NSACase("one_token", 1, group=2),

@@ -179,7 +179,7 @@ class Attention(Mixer):
         state = init_cache(batch, slots, self.dims, self.gate is not None, device=device, dtype=dtype)
         return state | self._init_tails(batch, device=device, dtype=dtype)
 
-    def _init_tails(self, batch: int, *, device: Any, dtype: Any) -> State:
+    def _init_tails(self, batch: int, *, device: Any, dtype: Any) -> dict[str, Any]:
         """What the token shift remembers: the last token's keys and values as projected."""
         names = () if self.shift is None else ("tail_k", "tail_v")
         shape = (batch, self.kv_heads, self.dims.head_dim)

@@ -74,8 +74,8 @@ def past_in_order(cache: Cache, start: Tensor, count: int) -> tuple[Tensor, Tens
 def put_chunk(
     cache: Cache, k: Tensor | None, v: Tensor | None, log_decay: Tensor | None, start: Tensor, lengths: Tensor
 ) -> None:
-    """Write the first `lengths` (B,) of T tokens (k, v (B, T, G, D), log_decay (B, T, H)) in place, what the cache holds
-    of them."""
+    """Write the first `lengths` (B,) of T tokens (k, v (B, T, G, D), log_decay (B, T, H)) in place, as far as the cache
+    holds them."""
     for name, chunk in (("k", k), ("v", v)):
         if chunk is not None and name in cache:
             fresh, source = _landing(cache[name].shape[1], chunk.shape[1], start, lengths)

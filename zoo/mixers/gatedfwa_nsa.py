@@ -1,4 +1,4 @@
-"""GatedFWA inside Native Sparse Attention (Liu et al., arXiv 2512.07782): NSA's window branch forgets by a learned gate.
+"""GatedFWA in Native Sparse Attention (Liu et al., arXiv 2512.07782): the window branch forgets by a learned gate.
 
     near_t = sum_j softmax_j(q_t.k_j / sqrt(D) - (alpha_{j+1} + ... + alpha_t)) v_j   over the last `window` keys
 

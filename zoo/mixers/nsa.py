@@ -138,7 +138,7 @@ class NSA(Attention):
         for cache, i in ((state["selected"], 1), (state.get("raw"), 0)):
             if cache is not None:
                 put(cache, k_sets[i], v_sets[i], None, start, ctx.lengths)
-        where = {"query_start": start.to(torch.int32)}
+        where: dict[str, Any] = {"query_start": start.to(torch.int32)}
         selected, blocks = state["selected"], state["blocks"]
         query = q.to(selected["k"].dtype)  # the cache may be kept in another dtype than the call computes in
         gist, chosen = self._gist(query, blocks["k"], blocks["v"], self.config.top, **where)
@@ -157,7 +157,7 @@ class NSA(Attention):
     ) -> Tensor:
         """The window branch with a state: shared keys and values are read where the selected branch keeps them."""
         tokens, own = q.shape[1], state.get("window", {})
-        cache = {name: x for name, x in state["selected"].items()} | own
+        cache = state["selected"] | own
         if tokens > 1 or lengths is not None:
             past_k, past_v, past_decay, key_start = past_in_order(cache, start, self.window - 1)
             k, v = torch.cat((past_k.to(k.dtype), k), dim=1), torch.cat((past_v.to(v.dtype), v), dim=1)
@@ -231,11 +231,11 @@ class NSA(Attention):
         config, dims = self.config, self.dims
         near = min(self.window, max_len)
 
-        def pair(slots: int) -> State:
+        def pair(slots: int) -> dict[str, Any]:
             shape = (batch, slots, dims.kv_heads, dims.head_dim)
             return {name: torch.zeros(shape, device=device, dtype=dtype) for name in ("k", "v")}
 
-        state: State = {"selected": pair(max_len), "blocks": pair(config.compressed_blocks(max_len))}
+        state: dict[str, Any] = {"selected": pair(max_len), "blocks": pair(config.compressed_blocks(max_len))}
         if config.separate_kv:
             state |= {"raw": pair(config.compressed_length), "window": pair(near)}
         if self.gate is not None:

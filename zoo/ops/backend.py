@@ -1,9 +1,10 @@
 """Which back end runs a call, and why.
 
-A back end offers one module per op family, with the functions of `zoo.ops.reference` of the same names and arguments:
-`window` (window_forward, window_backward) and `ring` (ring_attention), and of `zoo.ops.reference_nsa`: `nsa`
-(compressed_forward, compressed_backward, selected_forward, selected_backward). Back ends are tried in the order of `BACKENDS`;
-the first that has the op and does not refuse runs. Another one (a kernel for one architecture, say) is one more row.
+A back end offers one module per op family, with the functions of the same names and arguments of `zoo.ops.reference`:
+`window` (window_forward, window_backward) and `ring` (ring_attention); and of `zoo.ops.reference_nsa`: `nsa`
+(compressed_forward, compressed_backward, selected_forward, selected_backward). Back ends are tried in the order of
+`BACKENDS`; the first that has the op and does not refuse runs. Another one (a kernel for one architecture, say) is one
+more row.
 
 Environment, read at every call:
     ZOO_BACKEND       a name of `BACKENDS`: that one or an error, never a fallback

@@ -51,9 +51,7 @@ def nsa_attention(
     """
     _check_qkv("k and v", q, k, v)
     if branch_gates.shape != (*q.shape[:3], 3):
-        raise ValueError(
-            f"branch_gates has shape {tuple(branch_gates.shape)}, it must be (B, T, H, 3) for {_shapes(q)}"
-        )
+        raise ValueError(f"branch_gates has shape {_shapes(branch_gates)}, it must be (B, T, H, 3) for q {_shapes(q)}")
     if k.shape[1] < q.shape[1]:
         raise ValueError(f"the queries are the last positions of the keys: T must be at most N, got {_shapes(q, k)}")
     geometry = _geometry(block, None, None, top)
@@ -97,8 +95,8 @@ def compressed_attention(
 
     k, v (B,M,G,D): block c stands for the tokens [c * stride, c * stride + block); the stride is `block` unless given
     and divides it. `select` is the size of the blocks that are chosen, `block` unless given, a multiple of stride that
-    holds `block`; with overlapping blocks the importance of a selection block adds up what overlaps it (SPEC.md 5.1, the
-    spatially matching form). top = 0 chooses nothing. With cu_seqlens the blocks stand where `pool_blocks` puts them.
+    holds `block`; with overlapping blocks the importance of a selection block adds up what overlaps it (SPEC.md 5.1,
+    the spatially matching form). top = 0 chooses nothing. With cu_seqlens blocks stand where `pool_blocks` puts them.
     query_start (B,) int32: position of each row's first query, 0 unless given (decoding, chunked prefill).
 
     Returns out like q, the natural-log normaliser lse (B,T,H) (-inf, and out 0, where no block is visible) and
@@ -201,8 +199,8 @@ def _places(q: Tensor, select: int, limit: int, cu_seqlens: Tensor | None, query
         document = torch.searchsorted(cu_seqlens, token, right=True) - 1
         first = cu_seqlens[document]
         block = torch.div(first, select, rounding_mode="floor") + document
-        tensors = (x[None].int() for x in (token - first, first, block))
-        return Places(*tensors, documents=cu_seqlens.shape[0] - 1)
+        place, first_key, first_block = (x[None].int() for x in (token - first, first, block))
+        return Places(place, first_key, first_block, cu_seqlens.shape[0] - 1)
     place = token[None].expand(q.shape[0], -1)
     if query_start is not None:
         place = place + query_start[:, None]
