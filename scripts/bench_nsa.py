@@ -146,18 +146,17 @@ def tune(tokens: int, group: int) -> None:
         print(json.dumps({"scratch MiB": scratch >> 20, "forward, backward ms": taken}), flush=True)
 
 
-def crossover(group: int) -> None:
-    for tokens in (1024, 2048, 4096, 8192, 16384, 32768):
-        x = inputs(tokens, group)
-        leaves = [x[name].requires_grad_() for name in ("q", "k", "v")]
-        row: dict[str, Any] = {"tokens": tokens, "group": group}
-        for name, call in {
-            "nsa": lambda: ops.nsa_attention(*leaves, x["gates"], x["log_decay"], block=BLOCK, top=TOP, window=WINDOW),
-            "dense": lambda: ops.window_attention(*leaves),
-        }.items():
-            row[name] = round(milliseconds(call), 3)
-            row[f"{name} backward"] = round(milliseconds(backward(call(), leaves, x["dout"])), 3)
-        print(json.dumps(row), flush=True)
+def crossover(tokens: int, group: int) -> None:
+    x = inputs(tokens, group)
+    leaves = [x[name].requires_grad_() for name in ("q", "k", "v")]
+    row: dict[str, Any] = {"tokens": tokens, "group": group}
+    for name, call in {
+        "nsa": lambda: ops.nsa_attention(*leaves, x["gates"], x["log_decay"], block=BLOCK, top=TOP, window=WINDOW),
+        "dense": lambda: ops.window_attention(*leaves),
+    }.items():
+        row[name] = round(milliseconds(call), 3)
+        row[f"{name} backward"] = round(milliseconds(backward(call(), leaves, x["dout"])), 3)
+    print(json.dumps(row), flush=True)
 
 
 @torch.no_grad()
@@ -195,7 +194,8 @@ def main() -> None:
     options = parser.parse_args()
     for group in options.groups:
         if options.crossover:
-            crossover(group)
+            for tokens in (1024, 2048, 4096, 8192, 16384, 32768):
+                crossover(tokens, group)
             continue
         for tokens in options.tokens:
             (tune if options.tune else decode if options.decode else stages)(tokens, group)
