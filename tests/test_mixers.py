@@ -16,9 +16,9 @@ LENGTHS = [WINDOW // 2, WINDOW, WINDOW + 1, 8 * WINDOW]
 
 
 def small_config(name: str, **fields) -> BackboneConfig:
-    """Two layers with grouped heads; a window of 8 where the mixer has one, and gates that remember."""
+    """Two layers with grouped heads; a window of 8 and blocks of 3 where the mixer has them, gates that remember."""
     known = mixers.get(name).Config.__dataclass_fields__
-    wanted = {"window": WINDOW, "gate_bias": 1.0, "token_shift": True}
+    wanted = {"window": WINDOW, "gate_bias": 1.0, "token_shift": True, "block": 3, "top": 4}
     mixer = {"name": name, **{key: value for key, value in wanted.items() if key in known}}
     return config.build(BackboneConfig, {"width": 32, "depth": 2, "heads": 4, "kv_heads": 2, "mixer": mixer}, fields)
 

@@ -13,14 +13,26 @@ SIZES = {
     "10m": {"width": 384, "depth": 6, "heads": 6, "window": 128},  # the shape of nanoGPT's tiny Shakespeare model
     "125m": {"width": 768, "depth": 12, "heads": 12, "window": 512},  # the shape of GPT-2 small (SPEC.md 3.1)
 }
-MIXERS = ("softmax", "swa", "fox", "gatedfwa")
+# Of the sparse mixers: key/value heads (the 3 or 4 query heads of each choose their blocks together), tokens a block,
+# and how many blocks a query reads in detail. The sizes for short contexts have smaller and fewer ones.
+SPARSE = {
+    "1m": {"kv_heads": 1, "block": 16, "top": 8},
+    "8m": {"kv_heads": 1, "block": 32, "top": 8},
+    "10m": {"kv_heads": 2, "block": 16, "top": 8},
+    "125m": {"kv_heads": 3, "block": 64, "top": 16},
+}
+MIXERS = ("softmax", "swa", "fox", "gatedfwa", "nsa", "gatedfwa_nsa")
 VOCABULARY = {"125m": 50304}  # GPT-2 words, padded; else 256 bytes. A task sets its own tokenizer's
 
 
 def text_model(mixer: str, size: str) -> ModelConfig:
     shape = dict(SIZES[size])
     window = shape.pop("window")
-    node = {"name": mixer} | ({"window": window} if mixer in ("swa", "gatedfwa") else {})
+    node = {"name": mixer} | ({"window": window} if mixer not in ("softmax", "fox") else {})
+    if mixer in ("nsa", "gatedfwa_nsa"):
+        sparse = dict(SPARSE[size])
+        shape["kv_heads"] = sparse.pop("kv_heads")
+        node |= sparse
     head = {"name": "text", "vocabulary": VOCABULARY.get(size, 256)}
     return config.build(ModelConfig, {"backbone": {**shape, "mixer": node}, "head": head})
 

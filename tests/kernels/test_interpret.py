@@ -9,22 +9,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-GROUPS = [
-    "equals_the_loops",
-    "not equals_the_loops",
-]  # two processes: two names in the report, half the wait under xdist
+FILES = {"window": "tests/kernels/interpreted.py", "nsa": "tests/kernels/interpreted_nsa.py"}
+GROUPS = [  # several processes: several names in the report, less of a wait under xdist
+    ("window", "equals_the_loops"),
+    ("window", "not equals_the_loops"),
+    ("nsa", "not slow"),
+    pytest.param("nsa", "slow", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("group", GROUPS)
-def test_interpreted_kernels(group):
+@pytest.mark.parametrize(("family", "group"), GROUPS)
+def test_interpreted_kernels(family, group):
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         "ZOO_BACKEND": "triton",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
-    arguments = ["-q", "-x", "-p", "no:cacheprovider", "-k", group, "tests/kernels/interpreted.py"]
+    chosen = ["-m", group] if "slow" in group else ["-k", group]
+    arguments = ["-q", "-x", "-p", "no:cacheprovider", *chosen, FILES[family]]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
     )

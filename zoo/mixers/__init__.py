@@ -7,5 +7,7 @@ for _name, _target in {
     "swa": "zoo.mixers.swa:SWA",
     "fox": "zoo.mixers.fox:FoX",
     "gatedfwa": "zoo.mixers.gatedfwa:GatedFWA",
+    "nsa": "zoo.mixers.nsa:NSA",
+    "gatedfwa_nsa": "zoo.mixers.gatedfwa_nsa:GatedFWANSA",
 }.items():
     mixers.add(_name, _target)

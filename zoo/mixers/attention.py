@@ -1,6 +1,7 @@
 """Causal softmax attention with every switch of the family: window, gate, rotary, QK norm, token shift, GQA.
 
-The four registered mixers built on it differ in two switches:
+Four registered mixers differ in two switches; `nsa` and `gatedfwa_nsa` (zoo/mixers/nsa.py) attend in branches of their
+own:
 
     |            | sees everything | sees `window` keys |
     | no gate    | softmax         | swa                |
@@ -73,16 +74,20 @@ class Gate(nn.Module):
 
 
 class Attention(Mixer):
-    def __init__(self, config: AttentionConfig, dims: Dims, *, window: int | None, gate: GateConfig | None):
+    def __init__(
+        self, config: AttentionConfig, dims: Dims, *, window: int | None, gate: GateConfig | None, kv_sets: int = 1
+    ):
+        """kv_sets: how many sets of G key/value heads are projected, shifted, normalised and rotated side by side."""
         super().__init__()
         if window is not None:
             check_window(window)
         self.config, self.dims, self.window = config, dims, window
         self.reach = None if window is None else window - 1 + config.token_shift
-        queries, keys = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
+        self.kv_heads = kv_sets * dims.kv_heads
+        queries, keys = dims.heads * dims.head_dim, self.kv_heads * dims.head_dim
         self.qkv = nn.Linear(dims.width, queries + 2 * keys, bias=False)
         self.out = nn.Linear(queries, dims.width, bias=False)
-        self.shift = nn.Linear(dims.width, 2 * dims.kv_heads, bias=False) if config.token_shift else None
+        self.shift = nn.Linear(dims.width, 2 * self.kv_heads, bias=False) if config.token_shift else None
         per_head = config.qk_norm == "head"
         self.q_norm = None if config.qk_norm == "none" else nn.RMSNorm(dims.head_dim if per_head else queries, eps=1e-6)
         self.k_norm = None if config.qk_norm == "none" else nn.RMSNorm(dims.head_dim if per_head else keys, eps=1e-6)
@@ -102,7 +107,7 @@ class Attention(Mixer):
     # -- projections ---------------------------------------------------------------------------------------------------
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads, kv_heads, head_dim = self.dims.heads, self.dims.kv_heads, self.dims.head_dim
+        heads, kv_heads, head_dim = self.dims.heads, self.kv_heads, self.dims.head_dim
         qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, head_dim))
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
         return q, k, v
@@ -173,17 +178,26 @@ class Attention(Mixer):
     def init_state(self, batch: int, max_len: int, *, device: Any, dtype: Any) -> State:
         slots = max_len if self.window is None else min(self.window, max_len)
         state = init_cache(batch, slots, self.dims, self.gate is not None, device=device, dtype=dtype)
-        if self.shift is not None:
-            for name in ("tail_k", "tail_v"):
-                state[name] = torch.zeros(batch, self.dims.kv_heads, self.dims.head_dim, device=device, dtype=dtype)
-        return state
+        return state | self._init_tails(batch, device=device, dtype=dtype)
+
+    def _init_tails(self, batch: int, *, device: Any, dtype: Any) -> dict[str, Any]:
+        """What the token shift remembers: the last token's keys and values as projected."""
+        names = () if self.shift is None else ("tail_k", "tail_v")
+        shape = (batch, self.kv_heads, self.dims.head_dim)
+        return {name: torch.zeros(shape, device=device, dtype=dtype) for name in names}
+
+    def _tail_bytes(self, element_size: int) -> int:
+        return 0 if self.shift is None else 2 * self.kv_heads * self.dims.head_dim * element_size
 
     def flops(self, tokens: int) -> int:
-        weights = self.qkv.weight.numel() + self.out.weight.numel()
-        weights += sum(part.weight.numel() for part in (self.gate, self.shift) if part is not None)
-        return 2 * tokens * weights + 4 * self.dims.heads * self.dims.head_dim * visible_pairs(tokens, self.window)
+        pairs = visible_pairs(tokens, self.window)
+        return 2 * tokens * self._weights() + 4 * self.dims.heads * self.dims.head_dim * pairs
+
+    def _weights(self) -> int:
+        """Elements of the matrices that every token is multiplied with."""
+        parts = (self.qkv, self.out, self.gate, self.shift)
+        return sum(part.weight.numel() for part in parts if part is not None)
 
     def state_bytes(self, tokens: int, element_size: int = 2) -> int:
         slots = tokens if self.window is None else min(self.window, tokens)
-        tails = 0 if self.shift is None else 2 * self.dims.kv_heads * self.dims.head_dim * element_size
-        return cache_bytes(slots, self.dims, self.gate is not None, element_size) + tails
+        return cache_bytes(slots, self.dims, self.gate is not None, element_size) + self._tail_bytes(element_size)

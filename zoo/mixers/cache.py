@@ -38,53 +38,63 @@ def start_of(ctx: Context, like: Tensor) -> Tensor:
     return ctx.start if ctx.start is not None else torch.zeros(like.shape[0], dtype=torch.int64, device=like.device)
 
 
-def put_token(cache: Cache, k: Tensor, v: Tensor, log_decay: Tensor | None, start: Tensor) -> Tensor:
-    """Write one token (k, v (B, 1, G, D), log_decay (B, 1, H)) in place; returns live (B,) int32: slots [0, live) hold
-    tokens."""
-    rows, slots = torch.arange(k.shape[0], device=k.device), cache["k"].shape[1]
-    slot = start % slots
-    cache["k"].index_put_((rows, slot), k[:, 0].to(cache["k"].dtype))
-    cache["v"].index_put_((rows, slot), v[:, 0].to(cache["v"].dtype))
+def put_token(cache: Cache, k: Tensor | None, v: Tensor | None, log_decay: Tensor | None, start: Tensor) -> Tensor:
+    """Write one token (k, v (B, 1, G, D), log_decay (B, 1, H)) in place, what the cache holds of it; returns live (B,)
+    int32: slots [0, live) hold tokens."""
+    rows = torch.arange(start.shape[0], device=start.device)
+    slots = 0
+    for name, token in (("k", k), ("v", v)):
+        if token is not None and name in cache:
+            slots = cache[name].shape[1]
+            cache[name].index_put_((rows, start % slots), token[:, 0].to(cache[name].dtype))
     if log_decay is not None:
+        slots = cache["decay"].shape[1]
         cache["decay"].add_(log_decay)
-        cache["decay"].index_put_((rows, slot), cache["decay"].new_zeros(()))
+        cache["decay"].index_put_((rows, start % slots), cache["decay"].new_zeros(()))
     return (start + 1).clamp(max=slots).to(torch.int32)
 
 
 def past_in_order(cache: Cache, start: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """The last `count` tokens before `start`, oldest first: k, v (B, count, G, D), log_decay (B, count, H) or None, and
     key_start (B,) int32, how many leading places hold no token."""
-    slots = cache["k"].shape[1]
     place = start.unsqueeze(1) - count + torch.arange(count, device=start.device)  # (B, count), negative: no token
-    slot = place % slots
-    k, v = take(cache["k"], slot), take(cache["v"], slot)
+    k, v = (take(cache[name], place % cache[name].shape[1]) for name in ("k", "v"))
     key_start = (count - start).clamp(min=0).to(torch.int32)
     if "decay" not in cache:
         return k, v, None, key_start
     # decay(p) sums the log-decays after p, so a token's own is the step between neighbours; the oldest one's has no
     # effect on any visible pair.
-    to_now = take(cache["decay"], slot)
+    to_now = take(cache["decay"], place % cache["decay"].shape[1])
     own = torch.zeros_like(to_now)
     own[:, 1:] = to_now[:, :-1] - to_now[:, 1:]
     own = torch.where((place > 0).unsqueeze(-1), own, 0).clamp(max=0)
     return k, v, own, key_start
 
 
-def put_chunk(cache: Cache, k: Tensor, v: Tensor, log_decay: Tensor | None, start: Tensor, lengths: Tensor) -> None:
-    """Write the first `lengths` (B,) of T tokens (k, v (B, T, G, D), log_decay (B, T, H)) in place."""
-    slots, tokens = cache["k"].shape[1], k.shape[1]
-    # For every slot, the newest token that lands in it; older than `start` means that the slot keeps what it holds.
-    newest = (start + lengths).unsqueeze(1) - 1  # (B, 1)
-    lands = newest - (newest - torch.arange(slots, device=k.device)) % slots - start.unsqueeze(1)  # (B, slots)
-    fresh, source = lands >= 0, lands.clamp(min=0, max=tokens - 1)
+def put_chunk(
+    cache: Cache, k: Tensor | None, v: Tensor | None, log_decay: Tensor | None, start: Tensor, lengths: Tensor
+) -> None:
+    """Write the first `lengths` (B,) of T tokens (k, v (B, T, G, D), log_decay (B, T, H)) in place, as far as the cache
+    holds them."""
     for name, chunk in (("k", k), ("v", v)):
-        cache[name].copy_(torch.where(fresh[..., None, None], take(chunk, source).to(cache[name].dtype), cache[name]))
+        if chunk is not None and name in cache:
+            fresh, source = _landing(cache[name].shape[1], chunk.shape[1], start, lengths)
+            landed = take(chunk, source).to(cache[name].dtype)
+            cache[name].copy_(torch.where(fresh[..., None, None], landed, cache[name]))
     if log_decay is not None:
-        valid = torch.arange(tokens, device=k.device) < lengths.unsqueeze(1)
+        fresh, source = _landing(cache["decay"].shape[1], log_decay.shape[1], start, lengths)
+        valid = torch.arange(log_decay.shape[1], device=start.device) < lengths.unsqueeze(1)
         suffix = torch.where(valid.unsqueeze(-1), log_decay, 0).flip(1).cumsum(1).flip(1)  # own one included
         after = (suffix - torch.where(valid.unsqueeze(-1), log_decay, 0)).clamp(max=0)
         kept = cache["decay"] + suffix[:, :1]
         cache["decay"].copy_(torch.where(fresh.unsqueeze(-1), take(after, source), kept))
+
+
+def _landing(slots: int, tokens: int, start: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """For every slot, whether one of the chunk's tokens lands in it, and the newest that does; (B, slots)."""
+    newest = (start + lengths).unsqueeze(1) - 1  # (B, 1)
+    lands = newest - (newest - torch.arange(slots, device=start.device)) % slots - start.unsqueeze(1)
+    return lands >= 0, lands.clamp(min=0, max=tokens - 1)
 
 
 def take(x: Tensor, place: Tensor) -> Tensor:

@@ -6,6 +6,26 @@ Layout (B, T, H, D) everywhere. `window` counts the visible keys, the token's ow
 from zoo.ops.decode import ring_attention
 from zoo.ops.gate import log_decay
 from zoo.ops.loss import linear_cross_entropy
+from zoo.ops.nsa import (
+    compressed_attention,
+    gather_blocks,
+    mix_branches,
+    nsa_attention,
+    pool_blocks,
+    selected_attention,
+)
 from zoo.ops.window import gated_window_attention, window_attention
 
-__all__ = ["gated_window_attention", "linear_cross_entropy", "log_decay", "ring_attention", "window_attention"]
+__all__ = [
+    "compressed_attention",
+    "gated_window_attention",
+    "gather_blocks",
+    "linear_cross_entropy",
+    "log_decay",
+    "mix_branches",
+    "nsa_attention",
+    "pool_blocks",
+    "ring_attention",
+    "selected_attention",
+    "window_attention",
+]

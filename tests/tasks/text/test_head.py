@@ -73,9 +73,9 @@ def test_bad_settings(fields, message):
 
 def test_sizes():
     names = list_models("text_*")
-    for mixer in ("softmax", "swa", "fox", "gatedfwa"):
+    for mixer in ("softmax", "swa", "fox", "gatedfwa", "nsa", "gatedfwa_nsa"):
         assert [f"text_{mixer}_{size}" for size in ("1m", "8m", "10m", "125m")] == [
-            name for name in names if name.startswith(f"text_{mixer}_")
+            name for name in names if name.rpartition("_")[0] == f"text_{mixer}"
         ]
 
 
@@ -90,7 +90,7 @@ def test_the_125m_shape():
     assert model.head.flops(10) == 2 * 10 * 50304 * 768
 
 
-@pytest.mark.parametrize("mixer", ["softmax", "swa", "fox", "gatedfwa"])
+@pytest.mark.parametrize("mixer", ["softmax", "swa", "fox", "gatedfwa", "nsa", "gatedfwa_nsa"])
 def test_one_step(mixer):
     model = create_model(f"text_{mixer}_1m", backbone={"depth": 1, "width": 32})
     tokens = torch.randint(256, (2, 33))

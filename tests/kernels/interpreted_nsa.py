@@ -1,0 +1,174 @@
+"""The NSA kernels under Triton's interpreter. Run by test_interpret.py in a process of its own, TRITON_INTERPRET=1."""
+
+import math
+
+import pytest
+import torch
+
+from tests.kernels.interpreter import repair
+from tests.ops.definition import relative_error
+from tests.ops.definition_nsa import CASES, NSACase
+from tests.ops.run_nsa import run
+from zoo import ops
+from zoo.kernels import nsa_compressed, nsa_selected
+from zoo.ops import backend, nsa, reference_nsa
+
+repair()
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles, shares, items and pieces even with few tokens."""
+    tiles = {"forward": (32, 16, 4, 1), "choose": (16, 16, 4, 1), "dq": (16, 16, 4, 1), "dkdv": (32, 16, 4, 1)}
+    monkeypatch.setattr(nsa_compressed, "choose_tile", lambda kernel, q: tiles[kernel])
+    monkeypatch.setattr(nsa_compressed, "PROGRAMS", 6)
+    monkeypatch.setattr(nsa_selected, "choose_tile", lambda kernel, q: (32, 4, 1))
+    monkeypatch.setattr(nsa_selected, "ITEM_ROWS", {"partial": 24, "grads": 40})
+    monkeypatch.setattr(nsa_selected, "FEW_PAIRS", 0)
+    monkeypatch.setattr(nsa_selected, "SCRATCH_BYTES", 1 << 30)
+
+
+def errors(case: NSACase, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    tensors = case.tensors(dtype)
+    actual, expected = run(case, tensors), case.expected(tensors)
+    return {name: relative_error(x, expected[name]) for name, x in actual.items()}
+
+
+def test_the_kernels_run_here():
+    assert backend.choose("nsa", torch.device("cpu"), torch.float32, 16).__name__ == "zoo.kernels.nsa"
+
+
+def test_a_few_tokens_equal_the_loops():
+    found = errors(NSACase("few", 26, group=2, kv_heads=2, cu_seqlens=(0, 5, 26)))
+    assert max(found.values()) <= 1e-4, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_the_loops(case):
+    found = errors(case)
+    print(found)
+    assert max(found.values()) <= 1e-4, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scratch", [1 << 12, 1 << 14])
+def test_pieces(scratch, monkeypatch):
+    """Runs of tokens of one head, and runs of heads."""
+    monkeypatch.setattr(nsa_selected, "SCRATCH_BYTES", scratch)
+    found = errors(NSACase("pieces", 37, group=2, kv_heads=3))
+    assert max(found.values()) <= 1e-4, found
+
+
+def test_a_program_per_pair(monkeypatch):
+    monkeypatch.setattr(nsa_selected, "FEW_PAIRS", 1 << 20)
+    found = errors(NSACase("few", 18, group=2, batch=2))
+    assert max(found.values()) <= 1e-4, found
+
+
+@pytest.mark.parametrize(
+    ("block", "stride", "select", "cu_seqlens"),
+    [
+        (4, 2, 8, (0, 3, 3, 40, 50)),
+        pytest.param(4, 2, 8, None, marks=pytest.mark.slow),
+        pytest.param(2, 1, 4, (0, 3, 3, 40, 50), marks=pytest.mark.slow),
+        pytest.param(4, 4, 8, None, marks=pytest.mark.slow),
+    ],
+)
+def test_overlapping_blocks_equal_the_reference(block, stride, select, cu_seqlens):
+    x = NSACase("overlap", 50, group=2, kv_heads=2).tensors(torch.float32)
+    index = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
+    k, v = (ops.gather_blocks(y, block, stride, select=select, cu_seqlens=index).mean(2) for y in (x["k"], x["v"]))
+    geometry = reference_nsa.Geometry(block, stride, select, 5)
+    places = nsa._compressed_places(x["q"], k, geometry, index, None)
+    actual = nsa_compressed.compressed_forward(x["q"], k, v, places, geometry, 0.3)
+    expected = reference_nsa.compressed_forward(x["q"], k, v, places, geometry, 0.3)
+    assert torch.equal(actual[2], expected[2])
+    assert relative_error(actual[0], expected[0].double()) <= 1e-5
+    dout, dlse = x["dout"], torch.randn_like(expected[1])
+    arguments = (dout, dlse, x["q"], k, v, *expected[:2], places, geometry, 0.3)
+    for a, e in zip(
+        nsa_compressed.compressed_backward(*arguments), reference_nsa.compressed_backward(*arguments), strict=True
+    ):
+        assert relative_error(a, e.double()) <= 1e-4
+
+
+def test_ragged_rows_equal_the_reference():
+    """Rows that start elsewhere, room beyond the last key, padding beyond the room."""
+    x = NSACase("ragged", 40, group=2, batch=2).tensors(torch.float32)
+    k, v = (ops.pool_blocks(x[name], 4) for name in "kv")
+    start = torch.tensor([9, 33], dtype=torch.int32)
+    q = x["q"][:, :12]
+    geometry = reference_nsa.Geometry(4, 4, 4, 5)
+    places = nsa._compressed_places(q, k, geometry, None, start)
+    actual = nsa_compressed.compressed_forward(q, k, v, places, geometry, 0.3)
+    expected = reference_nsa.compressed_forward(q, k, v, places, geometry, 0.3)
+    assert torch.equal(actual[2], expected[2])
+    torch.testing.assert_close(actual[0], expected[0])
+    places = nsa._places(q, 4, 40, None, start)
+    actual = nsa_selected.selected_forward(q, x["k"], x["v"], expected[2], places, 4, 0.3)
+    expected = reference_nsa.selected_forward(q, x["k"], x["v"], expected[2], places, 4, 0.3)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_queries_without_blocks_and_the_lse_gradient():
+    x = NSACase("holes", 30, group=2, kv_heads=2).tensors(torch.float32)
+    index = torch.full((1, 30, 2, 3), -1, dtype=torch.int32)
+    index[:, 5:, 0, 1] = 1
+    index[:, 3:20, 1, 0] = 0
+    index[:, 9:, 1, 2] = torch.arange(9, 30).div(4, rounding_mode="floor").int()
+    places = nsa._places(x["q"], 4, 30, None, None)
+    arguments = (x["q"], x["k"], x["v"], index, places, 4, 0.3)
+    actual, expected = nsa_selected.selected_forward(*arguments), reference_nsa.selected_forward(*arguments)
+    torch.testing.assert_close(actual, expected)
+    assert (actual[0][:, :3] == 0).all()
+    arguments = (x["dout"], torch.randn_like(expected[1]), *arguments[:3], *expected, index, places, 4, 0.3)
+    for a, e in zip(
+        nsa_selected.selected_backward(*arguments), reference_nsa.selected_backward(*arguments), strict=True
+    ):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_table_tiles_equal_the_loops(monkeypatch):
+    monkeypatch.undo()
+    found = errors(NSACase("table", 70, group=2, dim=16))
+    assert max(found.values()) <= 1e-4, found
+
+
+def test_float16():
+    """The selected branch against the reference in float64, on the blocks that float16 chose."""
+    x = NSACase("half", 40, group=2, dim=16, gated=False).tensors(torch.float16)
+    q, k, v = (x[name].requires_grad_() for name in "qkv")
+    index = ops.compressed_attention(q, ops.pool_blocks(k, 4), ops.pool_blocks(v, 4), block=4, top=4)[2]
+    out = ops.selected_attention(q, k, v, index, block=4)
+    grads = torch.autograd.grad((out * x["dout"]).sum(), (q, k, v))
+    wide = [y.detach().double() for y in (q, k, v)]
+    places = nsa._places(q, 4, 40, None, None)
+    expected, lse = reference_nsa.selected_forward(*wide, index, places, 4, 0.25)
+    assert relative_error(out.detach(), expected) <= 5e-3
+    again = reference_nsa.selected_backward(x["dout"].double(), None, *wide, expected, lse, index, places, 4, 0.25)
+    assert max(relative_error(a, e) for a, e in zip(grads, again, strict=True)) <= 5e-3
+
+
+@pytest.mark.slow
+def test_same_bits_every_time():
+    case = NSACase("bits", 50, group=2, kv_heads=2)
+    first, second = (run(case, case.tensors(torch.float32)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)
+def test_nothing_uninitialised_is_returned(case, monkeypatch):
+    def poisoned(create):
+        def wrapper(*args, **kwargs):
+            x = create(*args, **kwargs)
+            return x.fill_(math.nan) if x.is_floating_point() else x
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    for name, x in run(case, case.tensors(torch.float32)).items():
+        assert not x.isnan().any(), name

@@ -1,0 +1,108 @@
+"""Every NSA kernel compiles for the devices of its tables, without a GPU, and fits their shared memory."""
+
+# ruff: noqa: E402 - what follows needs triton
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from zoo.kernels import nsa_compressed, nsa_selected
+from zoo.kernels.tiles import SHARED_BYTES
+
+CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90}
+WIDE = {
+    "lse_ptr", "dlse_ptr", "row_lse_ptr", "delta_ptr", "partial_lse_ptr", "item_dk_ptr", "item_dv_ptr",
+}  # fmt: skip
+INDEX = {
+    "place_ptr", "first_ptr", "index_ptr", "begin_ptr", "end_ptr", "order_ptr", "block_ptr", "item_first_ptr",
+    "item_last_ptr", "first_key_ptr", "first_block_ptr",
+}  # fmt: skip
+
+
+def build(kernel, architecture, element, constants, warps, stages, wide=frozenset()):
+    signature, divisible = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            kind = "i32" if name in INDEX else "fp32" if name in WIDE | set(wide) else element
+            signature[name] = f"*{kind}"
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+        if signature[name] != "constexpr" and name.endswith("_ptr") | name.startswith("stride_"):
+            divisible[position,] = [["tt.divisibility", 16]]
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    target = GPUTarget("cuda", CAPABILITY[architecture], 32)
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(ASTSource(kernel, signature, values, divisible), target=target, options=options)
+
+
+def build_compressed(name, architecture, dim, group=16, element="bf16", tile=None, ratio=1, overlap=1):
+    table = nsa_compressed.SM90 if architecture == "sm90" else nsa_compressed.OTHER
+    rows, slots, warps, stages = tile or table[name][max(64, dim * (2 if element == "fp32" else 1))]
+    constants = {
+        "GROUP": group, "D": dim, "BLOCK_D": dim, "BLOCK": 64 // ratio * overlap, "STRIDE": 64 // ratio, "RATIO": ratio,
+    }  # fmt: skip
+    if name == "choose":
+        constants |= {
+            "SELECT": 64, "OVERLAP": overlap, "TOP": 16, "KEPT": 16, "TOKENS": max(1, rows // group, 16 // group),
+            "PADDED_GROUP": group, "BLOCK_J": slots,
+        }  # fmt: skip
+    else:
+        constants |= {"BLOCK_R": rows, "BLOCK_K": slots}
+    kernel = getattr(nsa_compressed, f"_{name}")
+    wide = {"dk_ptr", "dv_ptr"} if name == "dkdv" else set()
+    return build(kernel, architecture, element, constants, warps, stages, wide)
+
+
+def build_selected(name, architecture, dim, group=16, element="bf16", tile=None):
+    table = nsa_selected.SM90 if architecture == "sm90" else nsa_selected.OTHER
+    rows, warps, stages = tile or table[name][max(64, dim * (2 if element == "fp32" else 1))]
+    constants = {
+        "TOP": 16, "GROUP": group, "D": dim, "BLOCK_D": dim, "BLOCK": 64, "BLOCK_K": 64, "BLOCK_R": rows,
+    }  # fmt: skip
+    return build(getattr(nsa_selected, f"_{name}"), architecture, element, constants, warps, stages)
+
+
+ROWS = [("sm90", 128, "bf16")]
+SLOW_ROWS = [
+    ("sm90", 64, "bf16"), ("sm90", 256, "bf16"), ("sm80", 64, "bf16"),
+    ("sm90", 128, "fp32"), ("sm90", 256, "fp32"), ("sm80", 128, "bf16"), ("sm80", 256, "bf16"), ("sm86", 64, "bf16"),
+    ("sm86", 128, "bf16"), ("sm86", 256, "bf16"), ("sm86", 128, "fp32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dim", "element"), [*ROWS, *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW_ROWS)]
+)
+def test_every_row_compiles_and_fits(architecture, dim, element):
+    for name in ("forward", "choose", "dq", "dkdv"):
+        built = build_compressed(name, architecture, dim, element=element)
+        assert built.metadata.shared <= SHARED_BYTES[architecture], name
+    for name in ("partial", "grads"):
+        built = build_selected(name, architecture, dim, element=element)
+        assert built.metadata.shared <= SHARED_BYTES[architecture], name
+
+
+@pytest.mark.parametrize("group", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_other_groups_compile(group):
+    for name in ("forward", "choose"):
+        assert build_compressed(name, "sm90", 64, group).metadata.shared <= SHARED_BYTES["sm90"]
+    assert build_selected("partial", "sm90", 64, group).metadata.shared <= SHARED_BYTES["sm90"]
+
+
+def test_overlapping_blocks_compile():
+    assert build_compressed("choose", "sm90", 128, ratio=4, overlap=2).metadata.shared <= SHARED_BYTES["sm90"]
+
+
+def test_the_small_kernels_compile():
+    rows = {"TOP": 16, "GROUP": 16, "D": 128, "BLOCK_D": 128, "BLOCK_R": nsa_selected.MERGE_ROWS}
+    build(nsa_selected._merge, "sm90", "bf16", rows, 4, 3)
+    build(nsa_selected._sum_pairs, "sm90", "bf16", rows, 4, 3)
+    block = {"TOP": 16, "GROUP": 16, "D": 128, "BLOCK_D": 128, "BLOCK": 64, "BLOCK_K": 64}
+    build(nsa_selected._sum_items, "sm90", "bf16", block, 4, 3, {"dk_ptr", "dv_ptr"})
+    numbers = {"D": 128, "BLOCK_D": 128, "BLOCK_R": nsa_compressed.DELTA_ROWS, "WITH_DLSE": False, "dlse_ptr": None}
+    build(nsa_compressed._row_numbers, "sm90", "bf16", numbers, 4, 3)

@@ -1,0 +1,192 @@
+"""Native Sparse Attention on the reference back end: against scalar loops, and properties of its own."""
+
+import pytest
+import torch
+
+from tests.ops.definition import relative_error
+from tests.ops.definition_nsa import CASES, NSACase, nsa_loops
+from tests.ops.run_nsa import run
+from zoo import ops
+from zoo.ops import nsa, reference_nsa
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several chunks of queries even with few tokens."""
+    monkeypatch.setattr(reference_nsa, "CHUNK_ELEMENTS", 1 << 11)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_the_loops(case):
+    tensors = case.tensors(torch.float32)
+    expected = case.expected(tensors)
+    found = {name: relative_error(x, expected[name]) for name, x in run(case, tensors).items()}
+    print(found)
+    assert max(found.values()) <= 1e-5, found
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
+def test_float64_is_exact(case):
+    tensors = case.tensors()
+    expected = case.expected(tensors)
+    found = {name: relative_error(x, expected[name]) for name, x in run(case, tensors).items()}
+    assert max(found.values()) <= 1e-12, found
+
+
+def as_sets(block_index: torch.Tensor) -> dict:
+    batch, length, kv_heads, _ = block_index.shape
+    return {
+        (b, t, g): set(block_index[b, t, g].tolist()) - {-1}
+        for b in range(batch) for t in range(length) for g in range(kv_heads)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("block", "stride", "select"), [(4, 4, 4), (4, 2, 4), (4, 2, 8), (2, 1, 4), (4, 4, 8)])
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 3, 3, 40, 66)])
+def test_choice_and_overlapping_blocks_equal_the_loops(block, stride, select, cu_seqlens):
+    case = NSACase("choice", 66, group=2, kv_heads=2, cu_seqlens=cu_seqlens)
+    x = case.tensors()
+    x["branch_gates"] = torch.tensor([1.0, 0, 0], dtype=torch.float64).expand_as(x["branch_gates"])
+    out, choice = nsa_loops(
+        x["q"], x["k"], x["v"], x["branch_gates"], block=block, stride=stride, select=select, top=5, window=1,
+        cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    index = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
+    k, v = (ops.gather_blocks(y, block, stride, select=select, cu_seqlens=index).mean(2) for y in (x["k"], x["v"]))
+    found, _, block_index = ops.compressed_attention(
+        x["q"], k, v, block=block, stride=stride, select=select, top=5, cu_seqlens=index
+    )
+    assert relative_error(found, out) <= 1e-12
+    assert as_sets(block_index) == choice
+
+
+def test_paper_weights():
+    assert reference_nsa.Geometry(32, 16, 64, 16).weights() == {-1: 1, 0: 2, 1: 2, 2: 2, 3: 1}
+    assert reference_nsa.Geometry(64, 64, 64, 16).weights() == {0: 1}
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 5, 5, 31, 50)])
+def test_every_block_selected_is_full_attention(cu_seqlens):
+    x = NSACase("all", 50, group=2, kv_heads=2).tensors()
+    q, k, v = (x[name].requires_grad_() for name in ("q", "k", "v"))
+    index = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
+    every = torch.arange(13, dtype=torch.int32).flip(0).expand(1, 50, 2, 13).contiguous()
+    out, lse = ops.selected_attention(q, k, v, every, block=4, cu_seqlens=index, return_lse=True)
+    full, full_lse = ops.window_attention(q, k, v, cu_seqlens=index, return_lse=True)
+    torch.testing.assert_close(out, full, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse, full_lse, rtol=1e-12, atol=1e-12)
+    loss = (out * x["dout"]).sum() + lse.sin().sum()
+    full_loss = (full * x["dout"]).sum() + full_lse.sin().sum()
+    for grad, expected in zip(
+        torch.autograd.grad(loss, (q, k, v)), torch.autograd.grad(full_loss, (q, k, v)), strict=True
+    ):
+        torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_dense_shortcut_is_no_change(monkeypatch):
+    """Just above top * block the sparse path runs; for the same tokens it agrees with the dense one below."""
+    case = NSACase("edge", 16, group=2)
+    x = case.tensors()
+    dense = run(case, x)
+    index = ops.compressed_attention(*(x[n] if n == "q" else ops.pool_blocks(x[n], 4) for n in "qkv"), block=4, top=4)[
+        2
+    ]
+    out = ops.selected_attention(x["q"], x["k"], x["v"], index, block=4)
+    torch.testing.assert_close(out, ops.window_attention(x["q"], x["k"], x["v"]))
+    assert dense["out"].isfinite().all()
+
+
+def test_equal_scores_choose_the_earlier_block():
+    q, k = torch.ones(1, 40, 2, 4), torch.ones(1, 10, 1, 4)
+    index = ops.compressed_attention(q, k, k, block=4, top=6)[2]
+    assert index[0, 39, 0].tolist() == [0, 1, 2, 3, 8, 9]
+    assert index[0, 7, 0].tolist() == [0, 1, -1, -1, -1, -1]
+    assert index[0, 2, 0].tolist() == [0, -1, -1, -1, -1, -1]
+
+
+def test_early_tokens_get_zero_from_the_compressed_branch():
+    x = NSACase("early", 10).tensors()
+    k, v = (ops.pool_blocks(x[name], 4) for name in "kv")
+    out, lse, _ = ops.compressed_attention(x["q"], k, v, block=4)
+    assert (out[:, :3] == 0).all()
+    assert (lse[:, :3] == -torch.inf).all()
+    assert lse[:, 3:].isfinite().all()
+
+
+@pytest.mark.parametrize("queries", [1, 7, 23])
+def test_later_queries_equal_the_whole(queries):
+    """k and v longer than q, and the same through query_start with room beyond the last key."""
+    case = NSACase("later", 50, group=2, kv_heads=2, batch=2)
+    x = case.tensors()
+    whole = ops.nsa_attention(x["q"], x["k"], x["v"], x["branch_gates"], x["log_decay"], **case.options)
+    last = slice(50 - queries, 50)
+    part = ops.nsa_attention(
+        x["q"][:, last], x["k"], x["v"], x["branch_gates"][:, last], x["log_decay"], **case.options
+    )
+    torch.testing.assert_close(part, whole[:, last], rtol=1e-12, atol=1e-12)
+
+
+def test_rows_start_where_they_say_and_padding_is_harmless():
+    x = NSACase("ragged", 40, group=2, batch=2).tensors()
+    k, v = (ops.pool_blocks(x[name], 4) for name in "kv")
+    start = torch.tensor([9, 33], dtype=torch.int32)
+    q = torch.stack((x["q"][0, 9:21], x["q"][1, 28:40].roll(-5, 0)))  # row 1 has 7 valid queries, then padding
+    whole, _, whole_index = ops.compressed_attention(x["q"], k, v, block=4, top=4)
+    out, _, index = ops.compressed_attention(q, k, v, block=4, top=4, query_start=start)
+    torch.testing.assert_close(out[0], whole[0, 9:21])
+    torch.testing.assert_close(out[1, :7], whole[1, 33:])
+    assert torch.equal(index[0], whole_index[0, 9:21])
+    assert torch.equal(index[1, :7], whole_index[1, 33:])
+    detail = ops.selected_attention(q, x["k"], x["v"], index, block=4, query_start=start)
+    expected = ops.selected_attention(x["q"], x["k"], x["v"], whole_index, block=4)
+    torch.testing.assert_close(detail[1, :7], expected[1, 33:])
+    assert detail.isfinite().all()
+
+
+def test_nothing_flows_between_documents():
+    case = NSACase("leak", 60, group=2)
+    x = {name: y.requires_grad_() for name, y in case.tensors().items() if name != "dout"}
+    out = ops.nsa_attention(**x, **case.options, cu_seqlens=torch.tensor([0, 22, 60], dtype=torch.int32))
+    grads = torch.autograd.grad(out[:, 22:].sum(), list(x.values()))
+    assert all((grad[:, :22] == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"top": 2}, "top"),
+        ({"block": 0}, "block"),
+        ({"window": 0}, "window"),
+        ({"cu_seqlens": torch.tensor([0, 8])}, "cu_seqlens"),
+        ({"branch_gates": torch.zeros(1, 8, 2, 2)}, "branch_gates"),
+        ({"k": torch.zeros(1, 7, 1, 4), "v": torch.zeros(1, 7, 1, 4)}, "keys"),
+        ({"k": torch.zeros(1, 8, 3, 4), "v": torch.zeros(1, 8, 3, 4)}, "multiple"),
+    ],
+)
+def test_errors_name_the_argument(fields, named):
+    arguments = {
+        "q": torch.zeros(1, 8, 2, 4), "k": torch.zeros(1, 8, 1, 4), "v": torch.zeros(1, 8, 1, 4),
+        "branch_gates": torch.zeros(1, 8, 2, 3), "block": 4,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=named):
+        ops.nsa_attention(**arguments | fields)
+
+
+def test_operators_pass_torchs_own_checks():
+    x = NSACase("opcheck", 20, group=2).tensors(torch.float32)
+    q, k, v = (x[name].requires_grad_() for name in "qkv")
+    means = [ops.pool_blocks(y, 4).detach().requires_grad_() for y in (k, v)]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(nsa._compressed_attention, (q, *means, 4, 4, 4, 4, 0.3, None, None), test_utils=tests)
+    index = torch.zeros(1, 20, 1, 4, dtype=torch.int32) - 1
+    index[..., 0] = 0
+    torch.library.opcheck(nsa._selected_attention, (q, k, v, index, 4, 0.3, None, None), test_utils=tests)
+
+
+def test_compiles_without_a_break_and_for_other_lengths():
+    case = NSACase("compile", 40, group=2)
+    compiled = torch.compile(ops.nsa_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (40, 44, 51):
+        x = NSACase("compile", tokens, group=2).tensors(torch.float32)
+        inputs = {name: y.requires_grad_() for name, y in x.items() if name != "dout"}
+        torch.testing.assert_close(compiled(**inputs, **case.options), ops.nsa_attention(**inputs, **case.options))

@@ -1,0 +1,196 @@
+"""The NSA kernels on a CUDA device: accuracy, determinism, no stall, and agreement with another library.
+
+pytest -m gpu tests/ops/test_nsa_gpu.py
+"""
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from tests.ops.definition import relative_error
+from tests.ops.definition_nsa import CASES, NSACase
+from tests.ops.run_nsa import run
+from zoo import ops
+from zoo.kernels import nsa_selected
+from zoo.ops import backend, nsa, reference_nsa
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+# tokens, query heads a kv head, kv heads, head_dim, block, stride, select, top, documents
+SHAPES = [
+    (2048, 16, 2, 128, 64, 64, 64, 8, None),
+    (1500, 4, 2, 64, 64, 64, 64, 16, None),
+    (1333, 1, 4, 64, 32, 32, 32, 8, None),
+    (700, 3, 2, 96, 16, 16, 16, 5, None),
+    (900, 2, 1, 256, 64, 64, 64, 4, None),
+    (1024, 4, 2, 64, 32, 16, 64, 8, None),
+    (1100, 4, 2, 64, 32, 32, 32, 6, (0, 0, 1, 300, 555, 1100)),
+    (1100, 16, 1, 128, 32, 16, 64, 6, (0, 40, 1100)),
+]
+
+
+@pytest.fixture(autouse=True)
+def kernels_run():
+    assert backend.explain("nsa", "cuda", torch.bfloat16, 64)[0] == "triton"
+
+
+def inputs(shape, dtype):
+    tokens, group, kv_heads, dim, block, stride, select, _, documents = shape
+    torch.manual_seed(0)
+    q, dout = (torch.randn(1, tokens, group * kv_heads, dim, device="cuda").to(dtype) for _ in range(2))
+    k, v = (torch.randn(1, tokens, kv_heads, dim, device="cuda").to(dtype) for _ in range(2))
+    packed = None if documents is None else torch.tensor(documents, dtype=torch.int32, device="cuda")
+    means = [4 * ops.gather_blocks(x, block, stride, select=select, cu_seqlens=packed).mean(2) for x in (k, v)]
+    return q, k, v, *means, dout, packed
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_both_branches_equal_the_reference_in_float64(shape, dtype, limit):
+    tokens, group, kv_heads, dim, block, stride, select, top, _ = shape
+    q, k, v, mean_k, mean_v, dout, packed = inputs(shape, dtype)
+    dlse = torch.randn(q.shape[:3], device="cuda")
+    geometry = reference_nsa.Geometry(block, stride, select, top)
+    kernels = backend.choose("nsa", q.device, dtype, dim)
+    q64, k64, v64, mk64, mv64, dout64 = (x.double() for x in (q, k, v, mean_k, mean_v, dout))
+
+    places = nsa._compressed_places(q, mean_k, geometry, packed, None)
+    out, lse, index = kernels.compressed_forward(q, mean_k, mean_v, places, geometry, 0.1)
+    true_out, true_lse, true_index = reference_nsa.compressed_forward(q64, mk64, mv64, places, geometry, 0.1)
+    dlse = dlse.masked_fill(true_lse == -torch.inf, 0)
+    seen = true_lse > -torch.inf
+    errors = {"out": relative_error(out, true_out), "lse": relative_error(lse[seen], true_lse[seen])}
+    grads = kernels.compressed_backward(dout, dlse, q, mean_k, mean_v, out, lse, places, geometry, 0.1)
+    truth = reference_nsa.compressed_backward(
+        dout64, dlse.double(), q64, mk64, mv64, true_out, true_lse, places, geometry, 0.1
+    )
+    errors |= {f"compressed d{n}": relative_error(a, b) for n, a, b in zip("qkv", grads, truth, strict=True)}
+    same = (index == true_index).float().mean().item()  # near ties are rounding's to decide
+    assert same > (0.9999 if dtype == torch.float32 else 0.9), same
+
+    places = nsa._places(q, select, tokens, packed, None)
+    out, lse = kernels.selected_forward(q, k, v, index, places, select, 0.1)
+    true_out, true_lse = reference_nsa.selected_forward(q64, k64, v64, index, places, select, 0.1)
+    errors |= {"selected": relative_error(out, true_out), "selected lse": relative_error(lse, true_lse)}
+    grads = kernels.selected_backward(dout, dlse, q, k, v, out, lse, index, places, select, 0.1)
+    truth = reference_nsa.selected_backward(
+        dout64, dlse.double(), q64, k64, v64, true_out, true_lse, index, places, select, 0.1
+    )
+    errors |= {f"selected d{n}": relative_error(a, b) for n, a, b in zip("qkv", grads, truth, strict=True)}
+    print({name: f"{error:.1e}" for name, error in errors.items()}, f"same blocks {same:.4f}")
+    assert max(errors.values()) <= limit, errors
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_float32_equals_the_loops(case):
+    tensors = case.tensors(torch.float32)
+    expected = case.expected(tensors)
+    found = run(case, {name: x.cuda() for name, x in tensors.items()})
+    errors = {name: relative_error(x.cpu(), expected[name]) for name, x in found.items()}
+    assert max(errors.values()) <= 1e-4, errors
+
+
+BIG = NSACase("big", 3000, group=4, kv_heads=2, dim=64, block=64, top=8, window=128)
+PACKED = NSACase("packed", 3000, group=16, dim=64, block=32, top=8, window=100, cu_seqlens=(0, 1, 1300, 1300, 3000))
+
+
+def on_gpu(case):
+    gate = {"log_decay": torch.float32}
+    return {name: x.cuda().to(gate.get(name, torch.bfloat16)) for name, x in case.tensors().items()}
+
+
+@pytest.mark.parametrize("case", [BIG, PACKED], ids=lambda case: case.name)
+def test_same_bits_every_time_and_in_pieces(case, monkeypatch):
+    tensors = on_gpu(case)
+    first = run(case, tensors)
+    for _ in range(3):
+        again = run(case, tensors)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+    monkeypatch.setattr(nsa_selected, "SCRATCH_BYTES", 8 << 20)
+    pieces = run(case, tensors)
+    assert torch.equal(first["out"], pieces["out"])
+    assert max(relative_error(pieces[name], first[name].double()) for name in first) <= 1e-2
+
+
+@pytest.mark.parametrize("case", [BIG, PACKED], ids=lambda case: case.name)
+def test_nothing_uninitialised_is_returned(case, monkeypatch):
+    tensors = on_gpu(case)
+    expected = run(case, tensors)
+
+    def poisoned(create):
+        def wrapper(*args, **kwargs):
+            x = create(*args, **kwargs)
+            return x.fill_(math.nan) if x.is_floating_point() else x
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    found = run(case, tensors)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_no_host_synchronisation():
+    tensors = on_gpu(PACKED)
+    leaves = {name: x.requires_grad_() for name, x in tensors.items() if name != "dout"}
+    packed = torch.tensor(PACKED.cu_seqlens, dtype=torch.int32, device="cuda")
+
+    def step():
+        out = ops.nsa_attention(**leaves, **PACKED.options, cu_seqlens=packed)
+        torch.autograd.backward(out, tensors["dout"])
+
+    step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mode announces itself as a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_compiled_equals_eager():
+    tensors = on_gpu(BIG)
+    arguments = [tensors[name] for name in ("q", "k", "v", "branch_gates", "log_decay")]
+    compiled = torch.compile(lambda *x: ops.nsa_attention(*x, **BIG.options), fullgraph=True)
+    assert relative_error(compiled(*arguments), ops.nsa_attention(*arguments, **BIG.options).double()) <= 1e-2
+
+
+def test_agrees_with_fla():
+    """The blocks that flash-linear-attention chooses, and its output and gradients for them (SPEC.md 5.3)."""
+    pytest.importorskip("fla", reason="flash-linear-attention is not installed")
+    from fla.ops.nsa.compression import parallel_nsa_compression
+    from fla.ops.nsa.parallel import parallel_nsa, parallel_nsa_topk
+
+    torch.manual_seed(0)
+    q, dout = (torch.randn(1, 4096, 32, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(1, 4096, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    gates = torch.rand(1, 4096, 32, 3, device="cuda", dtype=torch.bfloat16)
+    k = k + 2 * torch.randn(1, 64, 1, 2, 128, device="cuda", dtype=torch.bfloat16).expand(-1, -1, 64, -1, -1).flatten(
+        1, 2
+    )
+    means = [ops.pool_blocks(x, 64) for x in (k, v)]
+    _, lse = parallel_nsa_compression(q=q, k=means[0], v=means[1], TK=4096, block_size=64, scale=128**-0.5)
+    theirs = parallel_nsa_topk(
+        q=q, k=means[0], lse=lse, TK=4096, block_counts=16, block_size=64, scale=128**-0.5, cu_seqlens=None
+    )
+    ours = ops.compressed_attention(q, *means, block=64, top=16)[2]
+    none = 1 << 20
+    theirs = theirs.masked_fill((theirs < 0) | (theirs > torch.arange(4096, device="cuda")[:, None, None] // 64), none)
+    theirs = theirs.sort(-1).values
+    theirs = theirs.masked_fill((theirs == none) | (theirs == theirs.roll(1, -1)), none).sort(-1).values
+    same = (ours.long().masked_fill(ours < 0, none) == theirs.long()).all(-1).float().mean().item()
+    print(f"the same {16} blocks for {same:.4%} of the queries")
+    assert same > 0.97
+
+    leaves = [x.requires_grad_() for x in (q, k, v, gates)]
+    out = ops.nsa_attention(*leaves, block=64, top=16, window=64)
+    gradients = torch.autograd.grad(out, leaves, dout)
+    theirs = (
+        parallel_nsa(q, k, v, g_cmp=gates[..., 0], g_slc=gates[..., 1], block_counts=16, block_size=64, window_size=0)
+        + ops.window_attention(q, k, v, window=64) * gates[..., 2:]
+    )
+    for a, b in zip((out, *gradients), (theirs, *torch.autograd.grad(theirs, leaves, dout)), strict=True):
+        assert relative_error(a.detach(), b.detach().double()) <= 3e-2

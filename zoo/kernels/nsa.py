@@ -1,0 +1,32 @@
+"""Native Sparse Attention in Triton: compressed attention with the choice of blocks, and attention over chosen blocks.
+
+The kernels are in nsa_compressed.py and nsa_selected.py; this module is the back end that `zoo.ops.nsa` loads, and says
+what bounds them. Figures are estimates that the design follows, not measurements: one H200 (790 TFLOP/s dense bf16, 4.8
+TB/s memory), B1, T 65536, 64 query heads, 4 key/value heads, D 128, block 64, top 16.
+
+Compressed branch: 2.1e9 visible pairs. Forward three products (scores twice: the probabilities that the choice needs
+are known only once the normaliser is), 1.65 TFLOP; backward seven, 3.8 TFLOP. Tensor cores bound it. Rows of a tile are
+(token, head) pairs of a group, whatever its size, so tiles are always full; invisible tiles are never visited. Nothing
+of size T * T/block is stored: the choice is a running list of `top` per token in registers, 64-bit keys (importance
+above, block below, so that of equal ones the earlier wins), fed by a bitonic top-k of each tile's scores. dK and dV
+have few key tiles, so the queries are split into shares, whose partial sums are added in order.
+
+Selected branch: forward 2.2 TFLOP, 4 ms; what decides is traffic. With a program per token (the paper, fla) each of the
+T * 4 * 16 (token, block) pairs reads a block's keys and values, 32 KiB: 137 GB through L2, 20 ms and more; with one
+query head a group, 2.2 TB. So the loops are turned around, as Flash Sparse Attention (arXiv 2508.18224) does: a program
+holds ONE block's keys and values and walks the queries that chose it, through an inverse index. A pair then moves a
+query row in and a partial output row out, 4 KiB each at a group of 16 and 256 bytes at a group of 1, and once more when
+a second kernel merges a query's `top` partial outputs by their log-sum-exp: 17 GB each, 8 ms in all, the same for every
+group size. The softmax inside a block is complete: nothing is carried from tile to tile. The backward walks the same
+way for dK and dV; it leaves its share of dQ in the same scratch, so it takes five products, not seven, and reads no
+block twice.
+
+The price is scratch memory for the partial rows, SCRATCH_BYTES at a time: the call is cut into runs of heads and
+tokens. The inverse index is a stable sort of block numbers: no atomics anywhere, the same inputs give the same bits. A
+call with few queries (decoding) skips the index: one program per (token, block) pair, then the same merge.
+"""
+
+from zoo.kernels.nsa_compressed import compressed_backward, compressed_forward
+from zoo.kernels.nsa_selected import selected_backward, selected_forward
+
+__all__ = ["compressed_backward", "compressed_forward", "selected_backward", "selected_forward"]

@@ -1,0 +1,407 @@
+"""Native Sparse Attention (Yuan et al., arXiv 2502.11089; SPEC.md 5) as operators: checks, custom ops, autograd.
+
+    o_t = g_cmp Attn(q_t, compressed blocks) + g_slc Attn(q_t, chosen blocks) + g_win Attn(q_t, last `window` keys)
+
+Each branch has a softmax of its own. `nsa_attention` composes `compressed_attention`, which also chooses the blocks,
+`selected_attention` and `window_attention`; a log-decay, where there is one, acts on the window alone (GatedFWA, 5.4).
+
+Where public codes differ (SPEC.md 5.3) this one does so: compressed block c is visible iff it ends at or before the
+query, (c + 1) * block <= t + 1; the first, the own and the previous block are always chosen and count among `top`; the
+others by their probability summed over the query heads of a key/value head, of two equal ones the earlier; fewer blocks
+than `top` means that all are chosen. A query that no compressed block is visible to gets zero from that branch.
+
+Shapes: q (B,T,H,D); k, v (B,N,G,D), H a multiple of G; compressed keys and values (B,M,G,D).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.ops import backend, reference
+from zoo.ops.reference_nsa import Geometry, Places
+from zoo.ops.window import window_attention
+
+FORCED = 3  # blocks that are always chosen: the first, the previous, the own
+
+
+def nsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    branch_gates: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    block: int = 64,
+    top: int = 16,
+    window: int = 512,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The three branches over one set of keys and values, weighted by branch_gates (B,T,H,3): compressed, selected,
+    window. Compressed keys and values are means over `block` tokens.
+
+    q (B,T,H,D); k, v (B,N,G,D): the queries are the last T of the N positions. log_decay (B,N,H) float32 <= 0 or None
+    and `window` as in `window_attention`. top >= 3 chosen blocks. cu_seqlens (documents + 1,) int32 packs documents in
+    one row (B = 1, N = T): blocks begin anew with each, nothing passes between them.
+
+    Returns out like q. Differentiable once in q, k, v, branch_gates and log_decay; the choice of blocks is a constant.
+    While N <= top * block every block is chosen, and the selected branch is computed as the causal attention it is.
+    Raises ValueError naming the argument.
+    """
+    _check_qkv("k and v", q, k, v)
+    if branch_gates.shape != (*q.shape[:3], 3):
+        raise ValueError(f"branch_gates has shape {_shapes(branch_gates)}, it must be (B, T, H, 3) for q {_shapes(q)}")
+    if k.shape[1] < q.shape[1]:
+        raise ValueError(f"the queries are the last positions of the keys: T must be at most N, got {_shapes(q, k)}")
+    geometry = _geometry(block, None, None, top)
+    offset = k.shape[1] - q.shape[1]
+    start = None if cu_seqlens is not None else torch.full(q.shape[:1], offset, dtype=torch.int32, device=q.device)
+    options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens}
+    compressed_k, compressed_v = (pool_blocks(x, block, cu_seqlens=cu_seqlens) for x in (k, v))
+    dense = k.shape[1] <= top * block
+    compressed, _, block_index = compressed_attention(
+        q, compressed_k, compressed_v, block=block, top=0 if dense else geometry.top, query_start=start, **options
+    )
+    if dense:
+        selected = window_attention(q, k, v, **options)
+    else:
+        selected = selected_attention(q, k, v, block_index, block=block, query_start=start, **options)
+    near = window_attention(q, k, v, log_decay, window=window, **options)
+    return mix_branches(branch_gates, compressed, selected, near)
+
+
+def mix_branches(branch_gates: Tensor, compressed: Tensor, selected: Tensor, near: Tensor) -> Tensor:
+    """Sum of the branches (B,T,H,D) weighted by branch_gates (B,T,H,3), in the branches' dtype."""
+    gates = branch_gates.to(compressed.dtype).unsqueeze(-1)
+    mixed = torch.addcmul(compressed * gates[:, :, :, 0], selected, gates[:, :, :, 1])
+    return torch.addcmul(mixed, near, gates[:, :, :, 2])
+
+
+def compressed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block: int = 64,
+    stride: int | None = None,
+    select: int | None = None,
+    top: int = 16,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    query_start: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention over compressed blocks, and the choice of blocks to look at in detail.
+
+    k, v (B,M,G,D): block c stands for the tokens [c * stride, c * stride + block); the stride is `block` unless given
+    and divides it. `select` is the size of the blocks that are chosen, `block` unless given, a multiple of stride that
+    holds `block`; with overlapping blocks the importance of a selection block adds up what overlaps it (SPEC.md 5.1,
+    the spatially matching form). top = 0 chooses nothing. With cu_seqlens blocks stand where `pool_blocks` puts them.
+    query_start (B,) int32: position of each row's first query, 0 unless given (decoding, chunked prefill).
+
+    Returns out like q, the natural-log normaliser lse (B,T,H) (-inf, and out 0, where no block is visible) and
+    block_index (B,T,G,top) int32: for each query its blocks, counted from its document's start, ascending, then -1.
+    Differentiable once in q, k, v, through out and lse.
+    """
+    _check_qkv("k and v", q, k, v)
+    geometry = _geometry(block, stride, select, top)
+    scale = _check_places(q, scale, cu_seqlens, query_start)
+    return _compressed_attention(
+        q, k, v, geometry.block, geometry.stride, geometry.select, geometry.top, scale, cu_seqlens, query_start
+    )
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    *,
+    block: int = 64,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    query_start: Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Causal attention of each query over the tokens of its own blocks.
+
+    block_index (B,T,G,top) int32: blocks of `block` tokens counted from the start of the query's document, each at most
+    once, in any order; below 0, or later than the query's own block: none. The H/G query heads of a key/value head
+    share them. query_start as in `compressed_attention`: keys beyond a query are never read.
+
+    Returns out like q (0 where a query has no block); with return_lse also lse (B,T,H). Differentiable once in q, k, v.
+    """
+    _check_qkv("k and v", q, k, v)
+    if not block >= 1:
+        raise ValueError(f"block is {block}: it must be at least 1")
+    expected = (*q.shape[:2], k.shape[2])
+    if block_index.dim() != 4 or block_index.shape[:3] != expected or block_index.dtype != torch.int32:
+        shape = f"{block_index.dtype} {tuple(block_index.shape)}"
+        raise ValueError(f"block_index must be int32 (B, T, G, top) with (B, T, G) = {tuple(expected)}, got {shape}")
+    if block_index.device != q.device:
+        raise ValueError(f"block_index is on {block_index.device}, q on {q.device}: they must be on one device")
+    scale = _check_places(q, scale, cu_seqlens, query_start)
+    if cu_seqlens is not None and k.shape[1] != q.shape[1]:
+        raise ValueError(f"cu_seqlens needs as many keys as queries, got {_shapes(q, k)}")
+    out, lse = _selected_attention(q, k, v, block_index, block, scale, cu_seqlens, query_start)
+    return (out, lse) if return_lse else out
+
+
+# ------------------------------------------------------------------------------------------------------------ blocks
+
+
+def pool_blocks(x: Tensor, block: int, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Means over complete blocks of tokens, (B,N,G,D) to (B,M,G,D), summed in float32 at least."""
+    wide = reference.accumulator(x.dtype)
+    if cu_seqlens is not None:
+        return gather_blocks(x, block, cu_seqlens=cu_seqlens).mean(2, dtype=wide).to(x.dtype)
+    whole = x.shape[1] // block
+    return x[:, : whole * block].unflatten(1, (whole, block)).mean(2, dtype=wide).to(x.dtype)
+
+
+def gather_blocks(
+    x: Tensor, block: int, stride: int | None = None, *, select: int | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """The tokens of each complete block, (B,N,G,D) to (B,M,block,G,D): block c holds [c * stride, c * stride + block).
+
+    With cu_seqlens the blocks of document i begin at place (cu_seqlens[i] // select + i) * (select // stride), a bound
+    that is known without looking at the values; the places between documents hold zeros, which nobody sees.
+    """
+    stride = stride or block
+    if cu_seqlens is None:
+        return (
+            x.unfold(1, block, stride).movedim(-1, 2)
+            if x.shape[1] >= block
+            else x.new_empty((x.shape[0], 0, block, *x.shape[2:]))
+        )
+    select = select or block
+    ratio, length, documents = select // stride, x.shape[1], cu_seqlens.shape[0] - 1
+    place = torch.arange(ratio * _block_places(length, documents, select), device=x.device)
+    bounds = cu_seqlens.long()
+    base = (bounds[:-1] // select + torch.arange(documents, device=x.device)) * ratio
+    document = torch.searchsorted(base, place, right=True) - 1
+    first = bounds[document] + (place - base[document]) * stride
+    complete = first + block <= bounds[document + 1]
+    token = torch.where(complete[:, None], first[:, None] + torch.arange(block, device=x.device), 0)
+    blocks = x[0].index_select(0, token.flatten()).view(1, *token.shape, *x.shape[2:])
+    return blocks.masked_fill(~complete[None, :, None, None, None], 0)
+
+
+def _block_places(length: int, documents: int, select: int) -> int:
+    """Places for the selection blocks of `documents` packed documents, the incomplete last ones included."""
+    return length // select + documents
+
+
+def _places(q: Tensor, select: int, limit: int, cu_seqlens: Tensor | None, query_start: Tensor | None) -> Places:
+    """`limit`: positions from there on belong to the padding of a ragged row; they are treated as the last one."""
+    token = torch.arange(q.shape[1], device=q.device, dtype=torch.int32)
+    if cu_seqlens is not None:
+        document = torch.searchsorted(cu_seqlens, token, right=True) - 1
+        first = cu_seqlens[document]
+        block = torch.div(first, select, rounding_mode="floor") + document
+        place, first_key, first_block = (x[None].int() for x in (token - first, first, block))
+        return Places(place, first_key, first_block, cu_seqlens.shape[0] - 1)
+    place = token[None].expand(q.shape[0], -1)
+    if query_start is not None:
+        place = place + query_start[:, None]
+    zero = torch.zeros_like(place)
+    return Places(place.clamp(max=max(limit - 1, 0)).contiguous(), zero, zero)
+
+
+# --------------------------------------------------------------------------------------------------------- operators
+
+
+@torch.library.custom_op("zoo::compressed_attention", mutates_args=())
+def _compressed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block: int,
+    stride: int,
+    select: int,
+    top: int,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    query_start: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    geometry = Geometry(block, stride, select, top)
+    places = _compressed_places(q, k, geometry, cu_seqlens, query_start)
+    with torch.autocast(q.device.type, enabled=False):
+        return _kernels(q).compressed_forward(q, k, v, places, geometry, scale)
+
+
+@_compressed_attention.register_fake
+def _(q, k, v, block, stride, select, top, scale, cu_seqlens, query_start):
+    lse = q.new_empty(q.shape[:3], dtype=reference.accumulator(q.dtype))
+    return q.new_empty(q.shape), lse, q.new_empty((*q.shape[:2], k.shape[2], top), dtype=torch.int32)
+
+
+@torch.library.custom_op("zoo::compressed_attention_backward", mutates_args=())
+def _compressed_attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block: int,
+    stride: int,
+    select: int,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    query_start: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    geometry = Geometry(block, stride, select, 0)
+    places = _compressed_places(q, k, geometry, cu_seqlens, query_start)
+    with torch.autocast(q.device.type, enabled=False):
+        return _kernels(q).compressed_backward(dout, dlse, q, k, v, out, lse, places, geometry, scale)
+
+
+@_compressed_attention_backward.register_fake
+def _(dout, dlse, q, k, v, out, lse, block, stride, select, scale, cu_seqlens, query_start):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_compressed(ctx, inputs, output) -> None:
+    q, k, v, block, stride, select, _, scale, cu_seqlens, query_start = inputs
+    out, lse, block_index = output
+    ctx.mark_non_differentiable(block_index)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, query_start)
+    ctx.options = block, stride, select, scale
+    ctx.set_materialize_grads(False)
+
+
+def _backward_compressed(ctx, dout: Tensor | None, dlse: Tensor | None, _):
+    q, k, v, out, lse, cu_seqlens, query_start = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    grads = _compressed_attention_backward(dout, dlse, q, k, v, out, lse, *ctx.options, cu_seqlens, query_start)
+    return *grads, None, None, None, None, None, None, None
+
+
+_compressed_attention.register_autograd(_backward_compressed, setup_context=_save_compressed)
+
+
+@torch.library.custom_op("zoo::selected_attention", mutates_args=())
+def _selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    block: int,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    query_start: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    places = _places(q, block, k.shape[1], cu_seqlens, query_start)
+    with torch.autocast(q.device.type, enabled=False):
+        return _kernels(q).selected_forward(q, k, v, block_index, places, block, scale)
+
+
+@_selected_attention.register_fake
+def _(q, k, v, block_index, block, scale, cu_seqlens, query_start):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=reference.accumulator(q.dtype))
+
+
+@torch.library.custom_op("zoo::selected_attention_backward", mutates_args=())
+def _selected_attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_index: Tensor,
+    block: int,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    query_start: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    places = _places(q, block, k.shape[1], cu_seqlens, query_start)
+    with torch.autocast(q.device.type, enabled=False):
+        return _kernels(q).selected_backward(dout, dlse, q, k, v, out, lse, block_index, places, block, scale)
+
+
+@_selected_attention_backward.register_fake
+def _(dout, dlse, q, k, v, out, lse, block_index, block, scale, cu_seqlens, query_start):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_selected(ctx, inputs, output) -> None:
+    q, k, v, block_index, block, scale, cu_seqlens, query_start = inputs
+    ctx.save_for_backward(q, k, v, *output, block_index, cu_seqlens, query_start)
+    ctx.options = block, scale
+    ctx.set_materialize_grads(False)
+
+
+def _backward_selected(ctx, dout: Tensor | None, dlse: Tensor | None):
+    q, k, v, out, lse, block_index, cu_seqlens, query_start = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    grads = _selected_attention_backward(
+        dout, dlse, q, k, v, out, lse, block_index, *ctx.options, cu_seqlens, query_start
+    )
+    return *grads, None, None, None, None, None
+
+
+_selected_attention.register_autograd(_backward_selected, setup_context=_save_selected)
+
+
+def _kernels(q: Tensor) -> Any:
+    return backend.choose("nsa", q.device, q.dtype, q.shape[3])
+
+
+def _compressed_places(
+    q: Tensor, k: Tensor, geometry: Geometry, cu_seqlens: Tensor | None, query_start: Tensor | None
+) -> Places:
+    limit = k.shape[1] * geometry.stride + geometry.block  # the first position that would see a block beyond the last
+    return _places(q, geometry.select, limit, cu_seqlens, query_start)
+
+
+# -------------------------------------------------------------------------------------------------------- the checks
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(tuple(x.shape)) for x in tensors)
+
+
+def _check_qkv(names: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not (q.dim() == k.dim() == v.dim() == 4) or k.shape != v.shape:
+        raise ValueError(f"q must be (B, T, H, D), {names} alike and (B, N, G, D), got {_shapes(q, k, v)}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"{names} must have the B and D of q, got {_shapes(q, k, v)}")
+    if q.shape[3] < 1 or k.shape[2] < 1 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"q has {q.shape[2]} heads, {names} {k.shape[2]}: the first must be a multiple of the second")
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise ValueError(f"q, k, v must be of one float dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not (q.device == k.device == v.device):
+        raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
+
+
+def _geometry(block: int, stride: int | None, select: int | None, top: int) -> Geometry:
+    stride, select = stride or block, select or block
+    if block < 1 or stride < 1 or block % stride or select % stride or select < block:
+        raise ValueError(
+            f"block {block}, stride {stride}, select {select}: stride must divide both, and block be at most select"
+        )
+    if top and top < FORCED:
+        raise ValueError(
+            f"top is {top}: it must be at least {FORCED}, the first, previous and own block, or 0 for none"
+        )
+    return Geometry(block, stride, select, top)
+
+
+def _check_places(q: Tensor, scale: float | None, cu_seqlens: Tensor | None, query_start: Tensor | None) -> float:
+    """The scale to use, once the rest is in order."""
+    if cu_seqlens is not None and query_start is not None:
+        raise ValueError("cu_seqlens and query_start can't be given together")
+    for name, index in (("cu_seqlens", cu_seqlens), ("query_start", query_start)):
+        if index is None:
+            continue
+        if index.dtype != torch.int32 or index.dim() != 1 or index.device != q.device:
+            raise ValueError(f"{name} must be an int32 vector on {q.device}, got {index.dtype} {_shapes(index)}")
+    if cu_seqlens is not None and q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens packs documents in one row: it needs B = 1, got q {_shapes(q)}")
+    if query_start is not None and query_start.shape[0] != q.shape[0]:
+        raise ValueError(f"query_start has shape {_shapes(query_start)}, it must be (B,) = ({q.shape[0]},)")
+    return q.shape[3] ** -0.5 if scale is None else float(scale)

@@ -1,0 +1,263 @@
+"""Compressed and selected attention in plain PyTorch: the path that CPUs run, float64 included (SPEC.md 5.1).
+
+The same four functions as `zoo.kernels.nsa`, on checked tensors and without autograd. The queries are walked in chunks,
+so that no tensor grows with T times the number of keys or blocks: memory is linear in T.
+
+Shapes: q (B,T,H,D); k, v (B,N,G,D); compressed keys and values (B,M,G,D); block_index (B,T,G,top) int32. R = H/G query
+heads share one key/value head. Where a query stands is a `Places`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zoo.ops.reference import accumulator
+
+CHUNK_ELEMENTS = 1 << 21  # of the largest tensor of a chunk
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each query stands, (B,T) int32 each; without packed documents the last two are zero.
+
+    place        its position in its document: it sees that document's tokens 0 .. place
+    first_key    where that document begins among the keys
+    first_block  where its blocks begin among the places of blocks: block j of the document has place first_block + j,
+                 its compressed blocks begin at first_block * (select // stride)
+    documents    how many are packed; 0: they are not
+    """
+
+    place: Tensor
+    first_key: Tensor
+    first_block: Tensor
+    documents: int = 0
+
+    def slice(self, first: int, last: int) -> "Places":
+        place, first_key, first_block = (x[:, first:last] for x in (self.place, self.first_key, self.first_block))
+        return Places(place, first_key, first_block, self.documents)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Compressed block c covers tokens [c * stride, c * stride + block) of its document, selection block j
+    [j * select, (j + 1) * select). `top` selection blocks are chosen, or none with 0."""
+
+    block: int
+    stride: int
+    select: int
+    top: int
+
+    @property
+    def ratio(self) -> int:
+        return self.select // self.stride
+
+    @property
+    def overlap(self) -> int:
+        return self.block // self.stride
+
+    def weights(self) -> dict[int, int]:
+        """How often compressed block ratio * j + offset counts for selection block j (SPEC.md 5.1, spatial form)."""
+        offsets = range(1 - self.overlap, self.ratio)
+        return {o: min(o + self.overlap, self.ratio - o, self.overlap, self.ratio) for o in offsets}
+
+    def visible(self, place: Tensor) -> Tensor:
+        """How many compressed blocks lie entirely at or before `place`."""
+        return (torch.div(place + 1 - self.block, self.stride, rounding_mode="floor") + 1).clamp(min=0)
+
+
+# ------------------------------------------------------------------------------------------------- compressed blocks
+
+
+def compressed_forward(
+    q: Tensor, k: Tensor, v: Tensor, places: Places, geometry: Geometry, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out like q, natural-log lse (B,T,H), block_index (B,T,G,top), ascending, -1 where fewer blocks exist."""
+    batch, length, heads, _ = q.shape
+    wide, kv_heads = accumulator(q.dtype), k.shape[2]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((batch, length, heads), dtype=wide)
+    index = torch.empty(batch, length, kv_heads, geometry.top, dtype=torch.int32, device=q.device)
+    keys, values = _by_head(k, wide), _by_head(v, wide)
+    for first, last in _chunks(length, batch * heads * keys.shape[2]):
+        here = places.slice(first, last)
+        logits = _compressed_logits(q[:, first:last], keys, here, geometry, scale)
+        row_lse = logits.logsumexp(-1)
+        p = (logits - row_lse.masked_fill(row_lse == -torch.inf, 0)[..., None]).exp_()  # (B,G,R,t,M)
+        out[:, first:last] = torch.einsum("bgrtm,bgmd->btgrd", p, values).flatten(2, 3)
+        lse[:, first:last] = row_lse.permute(0, 3, 1, 2).flatten(2)
+        if geometry.top:
+            index[:, first:last] = _choose(p.sum(2), here, geometry).transpose(1, 2)
+    return out, lse, index
+
+
+def compressed_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    places: Places,
+    geometry: Geometry,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv; nothing flows through the choice."""
+    batch, length, heads, _ = q.shape
+    wide, kv_heads = accumulator(q.dtype), k.shape[2]
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    keys, values = _by_head(k, wide), _by_head(v, wide)
+    dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
+    delta, lse = _rows(dout, dlse, out, lse, wide)
+    for first, last in _chunks(length, batch * heads * keys.shape[2]):
+        here = places.slice(first, last)
+        p = _compressed_logits(q[:, first:last], keys, here, geometry, scale)
+        p = (p - _grouped(lse[:, first:last], kv_heads)[..., None]).exp_()
+        douts = _grouped(dout[:, first:last].to(wide), kv_heads)  # (B,G,R,t,D)
+        queries = _grouped(q[:, first:last].to(wide), kv_heads)
+        dvalues += torch.einsum("bgrtm,bgrtd->bgmd", p, douts)
+        ds = torch.einsum("bgrtd,bgmd->bgrtm", douts, values)
+        ds = ds.sub_(_grouped(delta[:, first:last], kv_heads)[..., None]).mul_(p).mul_(scale)
+        dkeys += torch.einsum("bgrtm,bgrtd->bgmd", ds, queries)
+        dq[:, first:last] = torch.einsum("bgrtm,bgmd->btgrd", ds, keys).flatten(2, 3)
+    blocks = k.shape[1]
+    dk, dv = (x[:, :, :blocks].transpose(1, 2).to(k.dtype).contiguous() for x in (dkeys, dvalues))
+    return dq, dk, dv
+
+
+def _compressed_logits(q: Tensor, keys: Tensor, places: Places, geometry: Geometry, scale: float) -> Tensor:
+    """(B,G,R,t,M), -inf where a block isn't over yet or belongs to another document."""
+    logits = torch.einsum("bgrtd,bgmd->bgrtm", _grouped(q.to(keys.dtype), keys.shape[1]), keys) * scale
+    lowest = (places.first_block * geometry.ratio)[..., None]
+    slot = torch.arange(keys.shape[2], device=q.device)
+    visible = (slot >= lowest) & (slot < lowest + geometry.visible(places.place)[..., None])
+    return logits.masked_fill_(~visible[:, None, None], -torch.inf)
+
+
+def _choose(importance: Tensor, places: Places, geometry: Geometry) -> Tensor:
+    """Compressed blocks' probabilities (B,G,t,M) to the chosen blocks (B,G,t,top)."""
+    ratio, overlap = geometry.ratio, geometry.overlap
+    count = -(-importance.shape[-1] // ratio)
+    padded = F.pad(importance, (overlap - 1, count * ratio - importance.shape[-1] + ratio))
+    score = sum(weight * padded[..., overlap - 1 + o :: ratio][..., :count] for o, weight in geometry.weights().items())
+    assert isinstance(score, Tensor)
+    block = torch.arange(count, device=importance.device) - places.first_block[..., None]  # (B,t,count)
+    own = torch.div(places.place, geometry.select, rounding_mode="floor")[..., None]
+    free = (block >= 1) & (block <= own - 2)
+    score = score.masked_fill(~free[:, None], -1)
+    best, slot = score.sort(dim=-1, descending=True, stable=True)
+    chosen = (slot - places.first_block[:, None, :, None]).masked_fill(best < 0, -1)[..., : geometry.top - 3]
+    forced = torch.cat((own, own - 1, torch.where(own >= 2, 0, -1)), -1)  # -1: there is no such block
+    chosen = torch.cat((chosen, forced[:, None].expand(*chosen.shape[:3], 3)), -1)
+    chosen = F.pad(chosen, (0, geometry.top - chosen.shape[-1]), value=-1)
+    none = torch.iinfo(torch.int32).max
+    ordered = chosen.masked_fill(chosen < 0, none).sort(-1).values
+    return ordered.masked_fill(ordered == none, -1).int()
+
+
+# --------------------------------------------------------------------------------------------------- selected blocks
+
+
+def selected_forward(
+    q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, places: Places, block: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out like q and natural-log lse (B,T,H)."""
+    batch, length, heads, dim = q.shape
+    wide, kv_heads = accumulator(q.dtype), k.shape[2]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((batch, length, heads), dtype=wide)
+    keys, values = (_by_head(x, wide).flatten(0, 2) for x in (k, v))
+    for first, last in _chunks(length, batch * kv_heads * block_index.shape[3] * block * max(dim, heads // kv_heads)):
+        chosen, visible = _gather_index(block_index[:, first:last], places.slice(first, last), k, block)
+        logits = _selected_logits(q[:, first:last], keys[chosen], visible, scale)
+        row_lse = logits.logsumexp(-1)
+        p = (logits - row_lse.masked_fill(row_lse == -torch.inf, 0)[..., None]).exp_()
+        out[:, first:last] = torch.einsum("btgrn,btgnd->btgrd", p, values[chosen]).flatten(2, 3)
+        lse[:, first:last] = row_lse.flatten(2)
+    return out, lse
+
+
+def selected_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_index: Tensor,
+    places: Places,
+    block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv."""
+    batch, length, heads, dim = q.shape
+    wide, kv_heads = accumulator(q.dtype), k.shape[2]
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    keys, values = (_by_head(x, wide).flatten(0, 2) for x in (k, v))
+    dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
+    delta, lse = (x.unflatten(2, (kv_heads, -1)) for x in _rows(dout, dlse, out, lse, wide))
+    for first, last in _chunks(length, batch * kv_heads * block_index.shape[3] * block * max(dim, heads // kv_heads)):
+        chosen, visible = _gather_index(block_index[:, first:last], places.slice(first, last), k, block)
+        near = keys[chosen]  # (B,t,G,n,D)
+        p = _selected_logits(q[:, first:last], near, visible, scale)
+        p = (p - lse[:, first:last, ..., None]).exp_()
+        douts, queries = (x[:, first:last].to(wide).unflatten(2, (kv_heads, -1)) for x in (dout, q))
+        ds = torch.einsum("btgrd,btgnd->btgrn", douts, values[chosen])
+        ds = ds.sub_(delta[:, first:last, ..., None]).mul_(p).mul_(scale)
+        dq[:, first:last] = torch.einsum("btgrn,btgnd->btgrd", ds, near).flatten(2, 3)
+        place = chosen.flatten()
+        dkeys.index_add_(0, place, torch.einsum("btgrn,btgrd->btgnd", ds, queries).flatten(0, 3))
+        dvalues.index_add_(0, place, torch.einsum("btgrn,btgrd->btgnd", p, douts).flatten(0, 3))
+    shape = (batch, kv_heads, k.shape[1], dim)
+    dk, dv = (x.view(shape).transpose(1, 2).to(k.dtype).contiguous() for x in (dkeys, dvalues))
+    return dq, dk, dv
+
+
+def _gather_index(block_index: Tensor, places: Places, k: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Rows of the flattened (B*G*N, D) keys that each query reads, (B,t,G,top*block), and which of them it sees."""
+    batch, _, kv_heads, _ = block_index.shape
+    place = block_index.long()[..., None] * block + torch.arange(block, device=k.device)
+    visible = (block_index[..., None] >= 0) & (place <= places.place[:, :, None, None, None])
+    token = (place + places.first_key[:, :, None, None, None]).clamp(0, k.shape[1] - 1)
+    row = torch.arange(batch * kv_heads, device=k.device).view(batch, 1, kv_heads, 1, 1) * k.shape[1]
+    return (row + token).flatten(3), visible.flatten(3)
+
+
+def _selected_logits(q: Tensor, near: Tensor, visible: Tensor, scale: float) -> Tensor:
+    queries = q.to(near.dtype).unflatten(2, (near.shape[2], -1))
+    logits = torch.einsum("btgrd,btgnd->btgrn", queries, near) * scale
+    return logits.masked_fill_(~visible[..., None, :], -torch.inf)
+
+
+# ------------------------------------------------------------------------------------------------------------ shared
+
+
+def _chunks(length: int, elements: int) -> Iterator[tuple[int, int]]:
+    """Ranges of queries; `elements` is what one query takes."""
+    size = max(1, CHUNK_ELEMENTS // max(1, elements))
+    for first in range(0, length, size):
+        yield first, min(first + size, length)
+
+
+def _by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B,N,G,D) to contiguous (B,G,N,D); at least one row, which nobody sees."""
+    x = x.to(dtype).transpose(1, 2).contiguous()
+    return x if x.shape[2] else F.pad(x, (0, 0, 0, 1))
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """(B,t,H,...) to (B,G,R,t,...)."""
+    return x.unflatten(2, (kv_heads, -1)).movedim(1, 3)
+
+
+def _rows(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """delta (B,T,H), and lse with +inf for rows that saw nothing, which makes their p zero."""
+    delta = (out.to(wide) * dout.to(wide)).sum(-1)
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    if dlse is not None:
+        delta = delta - dlse.to(wide).masked_fill(lse == torch.inf, 0)
+    return delta, lse
