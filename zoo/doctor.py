@@ -48,18 +48,23 @@ def _machine() -> list[str]:
 def _back_ends() -> list[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = [f"back ends on {device.type} (ZOO_BACKEND overrides):"]
-    what = {"window": "window_attention, gated_window_attention", "ring": "ring_attention (decoding)"}
+    what = {
+        "window": "window_attention, gated_window_attention",
+        "ring": "ring_attention (decoding)",
+        "loss": "linear_cross_entropy",
+    }
     for op in backend.OPS:
         lines.append(f"  {what[op]}")
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             chosen: dict[tuple[str, str], list[str]] = {}
-            for head_dim in (32, 64, 128, 256):
+            for head_dim in (backend.NO_HEADS,) if op == "loss" else (32, 64, 128, 256):
                 name, reason = backend.explain(op, device, dtype, head_dim)
                 chosen.setdefault((name, reason.replace(f", head_dim {head_dim}", "")), []).append(str(head_dim))
             for (name, reason), dims in chosen.items():
                 kind = str(dtype).removeprefix("torch.")
-                lines.append(f"    {kind:<9} head_dim {', '.join(dims)}: {name} ({reason})")
-    return [*lines, "  log_decay, linear_cross_entropy: plain PyTorch everywhere"]
+                heads = "" if op == "loss" else f" head_dim {', '.join(dims)}"
+                lines.append(f"    {kind:<9}{heads}: {name} ({reason})")
+    return [*lines, "  log_decay: plain PyTorch everywhere"]
 
 
 def _places() -> list[str]:
