@@ -48,7 +48,11 @@ def _machine() -> list[str]:
 def _back_ends() -> list[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = [f"back ends on {device.type} (ZOO_BACKEND overrides):"]
-    what = {"window": "window_attention, gated_window_attention", "ring": "ring_attention (decoding)"}
+    what = {
+        "window": "window_attention, gated_window_attention",
+        "ring": "ring_attention (decoding)",
+        "nsa": "compressed_attention, selected_attention",
+    }
     for op in backend.OPS:
         lines.append(f"  {what[op]}")
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
