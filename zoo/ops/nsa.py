@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from zoo.ops import backend, reference
 from zoo.ops.reference_nsa import Geometry, Places
@@ -151,29 +152,25 @@ def selected_attention(
 
 
 def pool_blocks(x: Tensor, block: int, *, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Means over complete blocks of tokens, (B,N,G,D) to (B,M,G,D), summed in float32 at least."""
+    """Means over the blocks of `gather_blocks`, (B,N,G,D) to (B,M,G,D), summed in float32 at least."""
     wide = reference.accumulator(x.dtype)
-    if cu_seqlens is not None:
-        return gather_blocks(x, block, cu_seqlens=cu_seqlens).mean(2, dtype=wide).to(x.dtype)
-    whole = x.shape[1] // block
-    return x[:, : whole * block].unflatten(1, (whole, block)).mean(2, dtype=wide).to(x.dtype)
+    return gather_blocks(x, block, cu_seqlens=cu_seqlens).mean(2, dtype=wide).to(x.dtype)
 
 
 def gather_blocks(
     x: Tensor, block: int, stride: int | None = None, *, select: int | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """The tokens of each complete block, (B,N,G,D) to (B,M,block,G,D): block c holds [c * stride, c * stride + block).
+    """The tokens of each block, (B,N,G,D) to (B,M,block,G,D): block c holds [c * stride, c * stride + block).
 
-    With cu_seqlens the blocks of document i begin at place (cu_seqlens[i] // select + i) * (select // stride), a bound
-    that is known without looking at the values; the places between documents hold zeros, which nobody sees.
+    The last ones are incomplete, filled up with zeros: nobody sees them, and M is never 0 or 1, for which torch.compile
+    would make a graph of its own. With cu_seqlens the blocks of document i begin at place (cu_seqlens[i] // select + i)
+    * (select // stride), a bound that is known without looking at the values; between documents there are zeros.
     """
     stride = stride or block
     if cu_seqlens is None:
-        return (
-            x.unfold(1, block, stride).movedim(-1, 2)
-            if x.shape[1] >= block
-            else x.new_empty((x.shape[0], 0, block, *x.shape[2:]))
-        )
+        count = (x.shape[1] + 2 * stride - 1) // stride
+        x = F.pad(x, (0, 0, 0, 0, 0, (count - 1) * stride + block - x.shape[1]))
+        return x.unflatten(1, (count, block)) if stride == block else x.unfold(1, block, stride).movedim(-1, 2)
     select = select or block
     ratio, length, documents = select // stride, x.shape[1], cu_seqlens.shape[0] - 1
     place = torch.arange(ratio * _block_places(length, documents, select), device=x.device)
