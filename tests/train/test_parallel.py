@@ -251,9 +251,9 @@ def ended(tmp_path, faults, ranks=2, **settings):
 
 
 def test_a_killed_rank_ends_the_job_which_resumes(tmp_path, single):
-    began = time.monotonic()
-    done = ended(tmp_path, {"kill": 27}, parallel_to={"name": "ddp"})
-    assert time.monotonic() - began < 60  # most of it imports
+    note = tmp_path / "killed"
+    done = ended(tmp_path, {"kill": 27, "note": str(note)})
+    assert time.time() - note.stat().st_mtime < 15
     assert "zoo: rank 1 ended with signal SIGKILL; ending the job" in done.stderr
     assert "rank 0: rank 1 ended with signal SIGKILL. This rank was at: step 3" in done.stderr
     assert "Stacks of this rank" in done.stderr
