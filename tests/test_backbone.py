@@ -109,3 +109,21 @@ def test_every_parameter_gets_a_gradient():
     backbone = Backbone(build())
     backbone(torch.randn(2, 20, 32), Context())[0].square().sum().backward()
     assert [name for name, p in backbone.named_parameters() if p.grad is None] == []
+
+
+def test_mlp_in_chunks_changes_nothing_but_memory():
+    torch.manual_seed(0)
+    whole = Backbone(BackboneConfig(width=16, heads=2, depth=2, checkpoint=True)).double()
+    chunked = Backbone(BackboneConfig(width=16, heads=2, depth=2, checkpoint=True, mlp_chunk=3)).double()
+    chunked.load_state_dict(whole.state_dict())
+    h = torch.randn(2, 8, 16, dtype=torch.float64)
+    outs = [model(h, Context())[0] for model in (whole, chunked)]
+    torch.testing.assert_close(*outs, rtol=1e-12, atol=1e-12)
+    grads = [
+        torch.autograd.grad(out.pow(3).sum(), list(model.parameters()))
+        for out, model in zip(outs, (whole, chunked), strict=True)
+    ]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="mlp_chunk = -1"):
+        BackboneConfig(mlp_chunk=-1)

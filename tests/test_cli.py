@@ -30,8 +30,8 @@ def test_the_public_options_are_these():
         for name, parser in action.choices.items()
     }
     assert options == {
-        "train": ["--allow-changes", "--help", "--resume", "--run"],
-        "evaluate": ["--batch-size", "--device", "--help", "--no-ema", "--split"],
+        "train": ["--allow-changes", "--help", "--nproc", "--profile", "--resume", "--run"],
+        "evaluate": ["--batch-size", "--device", "--help", "--no-ema", "--nproc", "--split"],
         "sample": [
             *("--device", "--help", "--max-new", "--min-p", "--prompt", "--repetition-penalty", "--seed", "--stop"),
             *("--temperature", "--top-k", "--top-p"),

@@ -30,6 +30,8 @@ class BackboneConfig:
     positions      rotary (inside mixers), learned (added to the input, up to max_len) or none
     dropout        on both residual branches; drop_path drops whole branches per row, linearly more with depth
     checkpoint     recompute blocks in the backward pass instead of keeping their activations
+    mlp_chunk      tokens that the MLP takes at once when training, recomputing them in the backward pass: its inner
+                   activations never stand for a whole long row. 0: all at once
     """
 
     width: int = 256
@@ -48,6 +50,7 @@ class BackboneConfig:
     dropout: float = 0.0
     drop_path: float = 0.0
     checkpoint: bool = False
+    mlp_chunk: int = 0
     norm_eps: float = 1e-6
     init_std: float = 0.02
 
@@ -67,6 +70,8 @@ class BackboneConfig:
             raise ValueError(f"heads = {self.heads} is not a multiple of kv_heads = {kv_heads}")
         if not self.head_dim and self.width % self.heads:
             raise ValueError(f"width = {self.width} is not a multiple of heads = {self.heads}; or set head_dim")
+        if self.mlp_chunk < 0:
+            raise ValueError(f"mlp_chunk = {self.mlp_chunk}; it takes a number of tokens, or 0 for all at once")
         if self.positions == "rotary" and self.dims.head_dim % 2:
             raise ValueError(
                 f"head_dim = {self.dims.head_dim}; rotary positions turn pairs, so it takes an even number"
@@ -115,14 +120,44 @@ class Block(nn.Module):
             hidden = config.mlp_width or -(-8 * config.width // 3 // 64) * 64
             self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
             self.mlp = MLP(config.width, hidden, config.mlp)
+        self.mlp_chunk = config.mlp_chunk
         self.drop = residual_drop(config.dropout, drop_path)
 
     def forward(self, h: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
-        y, state = self.mixer(self.mixer_norm(h), ctx, state)
+        if ctx.halo is None:
+            y, state = self.mixer(self.mixer_norm(h), ctx, state)
+        else:
+            y = self._mix_split_rows(self.mixer_norm(h), ctx)
         h = h + self.drop(y)
-        if self.mlp is not None and self.mlp_norm is not None:
-            h = h + self.drop(self.mlp(self.mlp_norm(h)))
+        if self.mlp is not None:
+            h = h + self.drop(self._feed_forward(h))
         return h, state
+
+    def _mix_split_rows(self, x: Tensor, ctx: Context) -> Tensor:
+        """Context parallelism: one exchange brings the tokens that the mixer reaches back to, from the rank before. It
+        is their inputs that travel, not their keys, values and gates: any mixer of finite reach works, and mixing
+        these few tokens a second time costs reach / T of the layer."""
+        assert ctx.halo is not None
+        if self.mixer.reach is None:
+            raise ValueError(
+                f"a {type(self.mixer).__name__} layer sees the whole past, so its rows cannot be split between ranks: "
+                "use windowed mixers (gatedfwa, swa), or train.parallel.context=1"
+            )
+        tables = () if ctx.rotary is None else ctx.rotary
+        assert ctx.positions is not None
+        longer, positions, *rotary = ctx.halo(self.mixer.reach, x, ctx.positions, *tables)
+        place = replace(ctx, positions=positions, rotary=(rotary[0], rotary[1]) if rotary else None, halo=None)
+        y, _ = self.mixer(longer, place, None)
+        return y[:, longer.shape[1] - x.shape[1] :]
+
+    def _feed_forward(self, h: Tensor) -> Tensor:
+        assert self.mlp is not None
+        assert self.mlp_norm is not None
+        if not (self.mlp_chunk and self.training and h.shape[1] > self.mlp_chunk):
+            return self.mlp(self.mlp_norm(h))
+        norm, mlp = self.mlp_norm, self.mlp
+        parts = [checkpoint(lambda x: mlp(norm(x)), part, use_reentrant=False) for part in h.split(self.mlp_chunk, 1)]
+        return torch.cat(parts, dim=1)  # type: ignore[arg-type]
 
 
 def residual_drop(dropout: float, drop_path: float) -> nn.Module:

@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   zoo list "text_*"                                 names of model sizes
   zoo train text/demo                               train a recipe into runs/text-demo
   zoo train text/demo train.steps=600 --resume      go on, for longer
+  zoo train text/demo --nproc 4                     on four GPUs, or four processes of a CPU
   zoo evaluate runs/text-demo                       score the held-out split
   zoo sample runs/text-demo --prompt "def "         write text, as it is drawn
 """
@@ -23,12 +24,15 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args, rest = parser.parse_known_args(words)
     if rest and not (hasattr(args, "override") and all("=" in word and word[0] != "-" for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse takes positional words in one place only; overrides may also follow the options
         args.override += rest
     try:
+        if getattr(args, "nproc", 1) > 1 and "RANK" not in os.environ:
+            return run_on_ranks(args.nproc, words)
         return args.run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -39,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("ZOO_DEBUG") == "1" or not is_users_to_mend(error):
             raise
-        print(f"zoo {args.command}: {error}", file=sys.stderr)
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"zoo {args.command}{rank}: {error}", file=sys.stderr)
         return 2
 
 
@@ -65,6 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--run", dest="folder", type=Path, help="where the run lives (default: runs/<recipe>)")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of that folder")
     train.add_argument("--allow-changes", action="store_true", help="resume although the recipe has changed")
+    train.add_argument("--nproc", type=int, default=1, help="processes on this machine; on a GPU each its own")
+    train.add_argument("--profile", action="store_true", help="trace a few steps; a table of where their time goes")
     train.set_defaults(run=run_train)
 
     evaluate = commands.add_parser("evaluate", allow_abbrev=False, help="score a run on held-out data")
@@ -73,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=int, default=16)
     evaluate.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
     evaluate.add_argument("--no-ema", action="store_true", help="take the raw weights, not their average")
+    evaluate.add_argument("--nproc", type=int, default=1, help="processes on this machine that share the split")
     evaluate.add_argument("override", nargs="*", help="fields of the recipe to change, such as task.stride=64")
     evaluate.set_defaults(run=run_evaluate)
 
@@ -119,8 +127,15 @@ def run_train(args: argparse.Namespace) -> int:
     recipe = build(Recipe, *recipe_layers(args.recipe, args.override))
     is_file = args.recipe.endswith((".yaml", ".yml"))
     folder = args.folder or Path("runs") / (Path(args.recipe).stem if is_file else args.recipe.replace("/", "-"))
-    train(recipe, folder, resume=args.resume, allow_changes=args.allow_changes)
+    train(recipe, folder, resume=args.resume, allow_changes=args.allow_changes, profile=args.profile)
     return 0
+
+
+def run_on_ranks(count: int, words: Sequence[str]) -> int:
+    """This very command in `count` processes, as torchrun would start it."""
+    from zoo.train.launch import launch
+
+    return launch(count, [sys.executable, "-P", "-m", "zoo.cli", *words])
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
@@ -134,7 +149,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
         ema=not args.no_ema,
         overrides=args.override,
     )
-    print(scores.table())
+    if scores is not None:  # with several ranks, it is the first that speaks
+        print(scores.table())
     return 0
 
 

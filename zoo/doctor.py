@@ -11,7 +11,7 @@ import torch
 import zoo
 from zoo import registry
 from zoo.config import configs_root, list_recipes
-from zoo.data import cache_folder
+from zoo.files import cache_folder
 from zoo.ops import backend
 
 PACKAGES = (
@@ -51,19 +51,21 @@ def _back_ends() -> list[str]:
     what = {
         "window": "window_attention, gated_window_attention",
         "ring": "ring_attention (decoding)",
-        "nsa": "compressed_attention, selected_attention",
+        "loss": "linear_cross_entropy",
+        "nsa": "compressed_attention, selected_attention, nsa_attention",
     }
     for op in backend.OPS:
-        lines.append(f"  {what[op]}")
+        lines.append(f"  {what.get(op, op)}")
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             chosen: dict[tuple[str, str], list[str]] = {}
-            for head_dim in (32, 64, 128, 256):
+            for head_dim in (32, 64, 128, 256) if op != "loss" else (backend.NO_HEADS,):
                 name, reason = backend.explain(op, device, dtype, head_dim)
                 chosen.setdefault((name, reason.replace(f", head_dim {head_dim}", "")), []).append(str(head_dim))
             for (name, reason), dims in chosen.items():
                 kind = str(dtype).removeprefix("torch.")
-                lines.append(f"    {kind:<9} head_dim {', '.join(dims)}: {name} ({reason})")
-    return [*lines, "  log_decay, linear_cross_entropy: plain PyTorch everywhere"]
+                heads = f"head_dim {', '.join(dims)}" if op != "loss" else "any width"
+                lines.append(f"    {kind:<9} {heads}: {name} ({reason})")
+    return [*lines, "  log_decay: plain PyTorch everywhere"]
 
 
 def _places() -> list[str]:

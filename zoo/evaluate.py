@@ -15,7 +15,17 @@ from tqdm import tqdm
 
 from zoo import config as configs
 from zoo.task import run_metrics
-from zoo.train import git_commit, load_run, newest_checkpoint, pick_device, read_manifest, versions
+from zoo.train import (
+    ParallelConfig,
+    git_commit,
+    load_run,
+    newest_checkpoint,
+    pick_device,
+    read_manifest,
+    start_ranks,
+    versions,
+    weights_digest,
+)
 
 
 @dataclass(frozen=True)
@@ -41,20 +51,28 @@ def evaluate_run(
     device: str | None = None,
     ema: bool = True,
     overrides: Sequence[str] = (),
-) -> Scores:
+) -> Scores | None:
     """All metrics of a run's task over one split, in one pass; appends a row a number to <run>/results.jsonl.
 
-    overrides  fields of the recipe's task to change for this evaluation ("task.stride=64")
+    batch_size  of each process: under torchrun or `--nproc` they share the split, with the same numbers as one alone
+    overrides   fields of the recipe's task to change for this evaluation ("task.stride=64")
+    Returns None on all ranks but the first.
     Raises FileNotFoundError when the folder holds no run, ValueError for an unknown split.
     """
     if split == "train":
         raise ValueError("split 'train' is endless and shuffled; accepted: valid, test")
     place = pick_device(device)
-    recipe, task, model = load_run(folder, ema=ema, device=place, overrides=configs.dotted(tuple(overrides)))
-    stream = task.stream(split, batch_size=batch_size)
+    ranks = start_ranks(ParallelConfig(), place)
+    recipe, task, model = ranks.in_turn(
+        lambda: load_run(folder, ema=ema, device=place, overrides=configs.dotted(tuple(overrides)))
+    )
+    stream = task.stream(split, batch_size=batch_size, rank=ranks.rank, world=ranks.world)
     began = time.perf_counter()
-    values = run_metrics(model, task.metrics(split), stream, device=place, progress=progress_bar(split))
+    values = run_metrics(model, task.metrics(split), stream, device=place, ranks=ranks, progress=progress_bar(split))
     seconds = time.perf_counter() - began
+    ranks.close()
+    if ranks.rank > 0:
+        return None
     baselines = task.baselines(split)
     measured = {
         "split": split,
@@ -89,7 +107,7 @@ def origin(run: Path) -> dict[str, Any]:
         "model": recipe["model"]["name"],
         "task": recipe["task"]["name"],
         "step": manifest["step"],
-        "sha256": manifest["files"]["model.safetensors"]["sha256"],
+        "sha256": weights_digest(manifest),
         **{name: manifest[name] for name in ("fingerprint", "seed", "data", "commit")},
     }
 

@@ -78,6 +78,7 @@ class Head(nn.Module):
     """The domain's parameters. `__init__(config: Config, width: int)`."""
 
     Config: ClassVar[type]
+    tokenwise: ClassVar[bool] = False  # embed and loss look at each token alone: rows may be split between ranks
 
     def init_state(self, inputs: Any, condition: Any = None, lengths: Tensor | None = None) -> State:
         """What sampling must remember between steps (history, scaling, place in a pattern); {} if nothing. `lengths`
@@ -130,6 +131,8 @@ class Model(nn.Module):
             raise TypeError(
                 f"a model takes a Batch (inputs, targets, …), not {type(batch).__name__}: Batch(inputs, targets)"
             )
+        if batch.ctx.halo is not None and not self.head.tokenwise:
+            raise ValueError(f"rows cannot be split between ranks: {type(self.head).__name__} is not tokenwise")
         h, _ = self.head.embed(batch.inputs, batch.ctx)
         h, _ = self.backbone(h, batch.ctx)
         return self.head.loss(h, batch)

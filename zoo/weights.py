@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zoo import config as configs
 from zoo import registry
-from zoo.data import cache_folder
+from zoo.files import cache_folder
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 

@@ -1,4 +1,4 @@
-"""Corpora: documents of plain text, by split. Files are found through `zoo.data.fetch` and checked against a digest.
+"""Corpora: documents of plain text, by split. Files are found through `zoo.files.fetch` and checked against a digest.
 
 Each data set is a class with a Config and two methods: `documents(split)` gives a list of texts, `provenance()` what
 they are exactly. Splits are train, valid and test.
@@ -15,7 +15,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from zoo.data import fetch
+from zoo.files import fetch
 
 SPLITS = ("train", "valid", "test")
 log = logging.getLogger(__name__)

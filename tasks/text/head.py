@@ -24,6 +24,8 @@ class TextHead(Head):
         tied: bool = True
         dropout: float = 0.0
 
+    tokenwise = True
+
     def __init__(self, config: Config, width: int):
         super().__init__()
         if config.vocabulary < 1:

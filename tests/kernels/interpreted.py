@@ -11,9 +11,10 @@ from tests.ops.definition import Case, relative_error
 from tests.ops.run_case import run
 from zoo.kernels import decode
 from zoo.kernels import gate as gates
+from zoo.kernels import loss as losses
 from zoo.kernels import window as kernels
 from zoo.kernels.tiles import CHUNK, Tile, Tiles
-from zoo.ops import backend, log_decay, reference
+from zoo.ops import backend, linear_cross_entropy, log_decay, reference
 
 repair()
 SMALL = Tiles(forward=Tile(32, 16, 4, 1), dkdv=Tile(16, 32, 4, 1), dq=Tile(32, 32, 4, 1))
@@ -145,3 +146,35 @@ def test_one_token_over_a_ring(batch, heads, kv_heads, dim, slots, gated):
     wide = (x if x is None else x.double() for x in (q, k, v, decay))
     expected = reference.ring_attention(*wide, live, 0.3)
     assert relative_error(actual, expected.nan_to_num()) <= 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float16, 1e-3)])
+@pytest.mark.parametrize(("rows", "width"), [(5, 7), (3, 300), (2, 5001)])
+def test_cross_entropy_rows(rows, width, dtype, bound):
+    """Widths that fill a part of a tile, one tile, and two; an unscored row among the others; a column of -inf."""
+    torch.manual_seed(0)
+    logits = (5 * torch.randn(rows, width)).to(dtype)
+    logits[:, 0] = float("-inf")
+    targets = torch.randint(1, width, (rows,))
+    targets[1] = -100
+    for needs_grad in (False, True):
+        ours, theirs = logits.clone(), logits.double()
+        loss = losses.cross_entropy_rows(ours, targets, -100, needs_grad)
+        torch.testing.assert_close(loss.double(), reference.cross_entropy_rows(theirs, targets, -100, needs_grad))
+        assert (ours.double() - theirs).nan_to_num().abs().max() <= bound
+
+
+def test_linear_cross_entropy():
+    """The op on the kernel: in float32 against the definition in float64, forward and backward."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(13, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    targets = torch.randint(0, 30, (13,))
+    targets[3] = -100
+    assert backend.choose("loss", hidden.device, hidden.dtype, 0) is losses
+    loss_sum, count = linear_cross_entropy(hidden, weight, targets)
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected = torch.nn.functional.cross_entropy(wide[0] @ wide[1].T, targets, reduction="sum")
+    assert count == 12
+    torch.testing.assert_close(loss_sum.double(), expected)
+    for x, y in zip(torch.autograd.grad(loss_sum, (hidden, weight)), torch.autograd.grad(expected, wide), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)

@@ -9,11 +9,12 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zoo.kernels import gate, window
+from zoo.kernels import gate, loss, window
 from zoo.kernels.tiles import CHUNK, SHARED_BYTES, TABLE, Tile
 
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90}
 INDEX_POINTERS = {"start_ptr", "end_ptr"}
+LONG_POINTERS = {"targets_ptr"}
 FLOAT32_POINTERS = {
     "suffix_ptr",
     "total_ptr",
@@ -23,6 +24,7 @@ FLOAT32_POINTERS = {
     "lse_ptr",
     "dlse_ptr",
     "grad_ptr",
+    "loss_ptr",
 }
 
 
@@ -34,7 +36,7 @@ def build(kernel, architecture, element, constants, warps=4, stages=1):
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             kind = "i32" if name in INDEX_POINTERS else "fp32" if name in FLOAT32_POINTERS else element
-            signature[name] = f"*{kind}"
+            signature[name] = "*i64" if name in LONG_POINTERS else f"*{kind}"
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
         if signature[name] != "constexpr" and name.endswith("_ptr") | name.startswith("stride_"):
@@ -85,3 +87,8 @@ def test_the_small_kernels_compile(architecture):
     build(gate._activation_backward, architecture, "bf16", shape | {"BOUNDED": True})
     switches = {"D": 64, "BLOCK_D": 64, "BLOCK_Q": window.ROWS, "GATED": True, "WITH_DLSE": True}
     build(window._rows, architecture, "bf16", switches)
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm90"])
+def test_the_loss_compiles(architecture):
+    build(loss._cross_entropy_rows, architecture, "bf16", {"NEEDS_GRAD": True, "BLOCK": loss.COLUMNS}, warps=8)

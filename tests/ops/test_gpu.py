@@ -12,7 +12,7 @@ import torch
 from tests.ops.cases import CASES
 from tests.ops.definition import Case, relative_error
 from tests.ops.run_case import run
-from zoo.ops import backend, gated_window_attention, log_decay, reference, window_attention
+from zoo.ops import backend, gated_window_attention, linear_cross_entropy, log_decay, reference, window_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -196,3 +196,29 @@ def test_compiled_equals_eager():
     inputs = [tensors[name] for name in ("q", "k", "v", "z", "u")]
     compiled = torch.compile(lambda *x: gated_window_attention(*x, window=100), fullgraph=True)
     assert torch.equal(compiled(*inputs), gated_window_attention(*inputs, window=100))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(37, 11), (1000, 50304), (6000, 50257)])
+def test_linear_cross_entropy(tokens, vocabulary, dtype):
+    """No further from float64 than plain torch in the same dtype, over one and over several chunks."""
+    assert backend.explain("loss", "cuda", dtype, backend.NO_HEADS)[0] in ("hopper", "triton")
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, 256, device="cuda", dtype=dtype, requires_grad=True)
+    weight = (0.1 * torch.randn(vocabulary, 256, device="cuda")).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocabulary, (tokens,), device="cuda")
+    targets[5:9] = -100
+    inputs = (hidden, weight)
+
+    def plain(x, w):
+        return torch.nn.functional.cross_entropy((x @ w.T).to(torch.promote_types(x.dtype, torch.float32)), targets)
+
+    loss_sum, count = linear_cross_entropy(hidden, weight, targets)
+    ours = [loss_sum / count, *torch.autograd.grad(loss_sum / count, inputs)]
+    theirs_loss = plain(*inputs)
+    theirs = [theirs_loss, *torch.autograd.grad(theirs_loss, inputs)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    exact_loss = plain(*wide)
+    exact = [exact_loss, *torch.autograd.grad(exact_loss, wide)]
+    for one, other, truth in zip(ours, theirs, exact, strict=True):
+        assert relative_error(one, truth) <= 1.5 * relative_error(other, truth) + 1e-5

@@ -8,13 +8,14 @@ import sys
 import pytest
 import torch
 from torch import nn
-from toytask import Faults, FaultyModel, FaultyModelConfig, ToyModel, ToyModelConfig, ToyTask, recipe
+from toytask import Faults, FaultyModel, FaultyModelConfig, ToyConfig, ToyModel, ToyModelConfig, ToyTask, recipe
 
 from zoo import config as configs
 from zoo.config import ConfigError
 from zoo.train import Recipe, TrainConfig, checkpoint, optim, train
-from zoo.train.loop import Diverged
 from zoo.train.optim import Ema, Guard, OptimizerConfig, ScheduleConfig
+from zoo.train.profile import peak_flops, training_flops
+from zoo.train.run import Diverged
 
 
 def rows(run):
@@ -259,3 +260,22 @@ def test_compiled_training(tmp_path):
     plain = train(made, tmp_path / "plain").metrics["train/loss"]
     made.train.compile = True
     assert train(made, tmp_path / "compiled").metrics["train/loss"] == pytest.approx(plain, rel=1e-4)
+
+
+def test_profile_leaves_a_trace_and_a_table(tmp_path):
+    train(recipe(steps=10), tmp_path, profile=True)
+    trace = json.loads((tmp_path / "profile" / "trace-rank0.json").read_text())
+    assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
+    assert "aten::addmm" in (tmp_path / "profile" / "table-rank0.txt").read_text()
+    assert "aten::addmm" in (tmp_path / "log.txt").read_text()
+
+
+def test_training_flops_and_the_peak():
+    class Counting(nn.Module):
+        def flops(self, tokens):
+            return 10 * tokens
+
+    batch = next(iter(ToyTask(ToyConfig()).stream("train", batch_size=4)))
+    assert training_flops(Counting(), batch) == 3 * 4 * 60
+    assert training_flops(nn.Linear(2, 2), batch) == 0
+    assert peak_flops(torch.device("cpu"), "bf16") is None

@@ -82,6 +82,7 @@ class Attention(Mixer):
         if window is not None:
             check_window(window)
         self.config, self.dims, self.window = config, dims, window
+        self.reach = None if window is None else window - 1 + config.token_shift
         self.kv_heads = kv_sets * dims.kv_heads
         queries, keys = dims.heads * dims.head_dim, self.kv_heads * dims.head_dim
         self.qkv = nn.Linear(dims.width, queries + 2 * keys, bias=False)

@@ -22,7 +22,8 @@ class Context:
     lengths     (B,) int64 valid tokens of each right-padded row. Needed only with a state, which advances by them.
     start       (B,) int64 tokens each row's state has seen; set by the backbone when it runs with a cache.
     rotary      (cos, sin), each (B, T, D/2) float32; set by the backbone.
-    halo        None, or the exchange of k, v, log_decay and the shifted token with the rank that holds the past.
+    halo        None, or, where rows are split between ranks: halo(count, *tensors (B, T, …)) -> the same with the last
+                `count` tokens of the rank before in front (on the first rank as they are). The backbone calls it.
     """
 
     positions: Tensor | None = None
@@ -47,6 +48,9 @@ class Mixer(nn.Module):
     """Mixes tokens along T; knows no domain. `__init__(config: Config, dims: Dims)`."""
 
     Config: ClassVar[type]
+    # How many tokens before its own an output depends on; None: all of them. Rows can be split between ranks where
+    # it is a number.
+    reach: int | None = None
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """(B, T, C) -> (B, T, C). With a state the T tokens continue it: T > 1 is a chunk, T = 1 a step, one call.

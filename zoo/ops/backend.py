@@ -1,10 +1,10 @@
 """Which back end runs a call, and why.
 
 A back end offers one module per op family, with the functions of the same names and arguments of `zoo.ops.reference`:
-`window` (window_forward, window_backward) and `ring` (ring_attention); and of `zoo.ops.reference_nsa`: `nsa`
-(compressed_forward, compressed_backward, selected_forward, selected_backward). Back ends are tried in the order of
-`BACKENDS`; the first that has the op and does not refuse runs. Another one (a kernel for one architecture, say) is one
-more row.
+`window` (window_forward, window_backward), `ring` (ring_attention) and `loss` (cross_entropy_rows); and of
+`zoo.ops.reference_nsa`: `nsa` (compressed_forward, compressed_backward, selected_forward, selected_backward). Back ends
+are tried in the order of `BACKENDS`; the first that has the op and does not refuse runs. Another one (a kernel for one
+architecture, say) is one more row.
 
 Environment, read at every call:
     ZOO_BACKEND       a name of `BACKENDS`: that one or an error, never a fallback
@@ -37,7 +37,8 @@ class BackendError(ValueError):
     """ZOO_BACKEND names none, or one that can't run the call."""
 
 
-OPS = ("window", "ring", "nsa")
+OPS = ("window", "ring", "loss", "nsa")
+NO_HEADS = 0  # the head_dim of an op without heads
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType:
@@ -50,14 +51,15 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 def choose_backend(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     forced = os.environ.get("ZOO_BACKEND")
-    if forced:
-        backend = _by_name(forced)
-        reason = _objection(backend, op, device, dtype, head_dim)
+    if (
+        forced and op in (backend := _by_name(forced)).modules
+    ):  # where it has no kernel for the op, the others are asked
+        reason = backend.refuses(device, dtype, head_dim)
         if reason is not None:
             raise BackendError(f"ZOO_BACKEND={forced} can't run this call: {reason}. Unset it to fall back")
         return backend
     backend, reasons = _first_willing(op, device, dtype, head_dim)
-    if device.type == "cuda" and backend is BACKENDS[-1]:
+    if device.type == "cuda" and backend is BACKENDS[-1] and ("triton", op) not in ON_TRIAL:
         _warn_once(f"zoo.ops falls back to its {backend.name} path on a CUDA device: {'; '.join(reasons)}")
     return backend
 
@@ -68,12 +70,16 @@ def explain(op: str, device: torch.device | str, dtype: torch.dtype, head_dim: i
     forced = os.environ.get("ZOO_BACKEND")
     if forced:
         try:
-            reason = _objection(_by_name(forced), op, device, dtype, head_dim)
+            backend = _by_name(forced)
         except BackendError as error:
             return "none", str(error)
-        return (
-            (forced, "ZOO_BACKEND asks for it") if reason is None else ("none", f"ZOO_BACKEND={forced}, but {reason}")
-        )
+        if op in backend.modules:
+            reason = backend.refuses(device, dtype, head_dim)
+            return (
+                (forced, "ZOO_BACKEND asks for it")
+                if reason is None
+                else ("none", f"ZOO_BACKEND={forced}, but {reason}")
+            )
     backend, reasons = _first_willing(op, device, dtype, head_dim)
     return backend.name, "; ".join(reasons) or f"first choice for {device.type}, {_short(dtype)}, head_dim {head_dim}"
 
@@ -108,27 +114,40 @@ def _refuses_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         return "the Hopper kernels need a device of compute capability 9.0"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the Hopper kernels take float16 and bfloat16, not {_short(dtype)}"
-    return None if head_dim in (64, 128) else f"the Hopper kernels take a head_dim of 64 or 128, not {head_dim}"
+    return (
+        None if head_dim in (NO_HEADS, 64, 128) else f"the Hopper kernels take a head_dim of 64 or 128, not {head_dim}"
+    )
 
 
 BACKENDS = (
     Backend("hopper", {"window": "zoo.kernels.hopper"}, _refuses_hopper),
     Backend(
         "triton",
-        {"window": "zoo.kernels.window", "ring": "zoo.kernels.decode", "nsa": "zoo.kernels.nsa"},
+        {
+            "window": "zoo.kernels.window",
+            "ring": "zoo.kernels.decode",
+            "loss": "zoo.kernels.loss",
+            "nsa": "zoo.kernels.nsa",
+        },
         _refuses_triton,
     ),
     Backend(
         "reference",
-        {"window": "zoo.ops.reference", "ring": "zoo.ops.reference", "nsa": "zoo.ops.reference_nsa"},
+        {**dict.fromkeys(OPS, "zoo.ops.reference"), "nsa": "zoo.ops.reference_nsa"},
         lambda device, dtype, head_dim: None,
     ),
 )
 
 
+# Kernels that the interpreter has checked and no device has run yet: taken when ZOO_BACKEND asks for them.
+ON_TRIAL = {("triton", "ring"), ("triton", "loss"), ("triton", "nsa")}
+
+
 def _objection(backend: Backend, op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if op not in backend.modules:
         return f"{backend.name} has no kernel for op {op!r}"
+    if (backend.name, op) in ON_TRIAL:
+        return f"its kernel is on trial, ZOO_BACKEND={backend.name} asks for it"
     return backend.refuses(device, dtype, head_dim)
 
 

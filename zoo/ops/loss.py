@@ -2,13 +2,19 @@
 
 The gradient of the loss in the logits is softmax - onehot, known as soon as a chunk's logits are; so the forward pass
 goes through the tokens in chunks and leaves the gradients of hidden and weight behind for the backward pass to scale
-(as in Liger, arXiv 2410.10989).
+(as in Liger, arXiv 2410.10989). Three products a chunk, none of them computed twice; between the first and the other
+two a back end turns logits into their gradients in place (`cross_entropy_rows` of backend op family "loss").
 """
 
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 24  # logits held at once: 64 MiB in float32
+from zoo.ops import backend
+
+CHUNK_ELEMENTS = 1 << 24  # logits held at once on a CPU: 64 MiB in float32
+# On a GPU: 512 MiB in bfloat16. Rows of a chunk are a multiple of ROWS, so that the products have whole tiles; and a
+# large chunk, because grad_weight (V, C) is read and written once for each
+CHUNK_ELEMENTS_GPU, ROWS = 1 << 28, 256
 
 
 def linear_cross_entropy(
@@ -47,21 +53,23 @@ def _linear_cross_entropy(
     loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if needs_grad else hidden.new_empty(0)
     grad_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else weight.new_empty(0, dtype=wide)
-    rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    module = backend.choose("loss", hidden.device, hidden.dtype, backend.NO_HEADS)
+    rows = chunk_rows(hidden, weight.shape[0])
     for begin in range(0, hidden.shape[0], rows):
         part, target = hidden[begin : begin + rows], targets[begin : begin + rows]
-        scored = target != ignore_index
-        place = torch.where(scored, target, 0).unsqueeze(1)
-        logits = (part @ weight.T).to(wide)
-        lse = logits.logsumexp(dim=1, keepdim=True)
-        loss_sum += torch.where(scored, (lse - logits.gather(1, place)).squeeze(1), 0).sum()
+        logits = part @ weight.T  # becomes its own gradient
+        loss_sum += module.cross_entropy_rows(logits, target, ignore_index, needs_grad).sum(dtype=wide)
         if needs_grad:
-            grad = (logits - lse).exp_()
-            grad.scatter_add_(1, place, torch.full_like(lse, -1.0))
-            grad = torch.where(scored.unsqueeze(1), grad, 0).to(hidden.dtype)
-            grad_hidden[begin : begin + rows] = grad @ weight
-            grad_weight += grad.T @ part
+            torch.mm(logits, weight, out=grad_hidden[begin : begin + rows])
+            grad_weight += logits.T @ part
     return loss_sum, grad_hidden, grad_weight
+
+
+def chunk_rows(hidden: Tensor, vocabulary: int) -> int:
+    """Tokens whose logits stand at once."""
+    if hidden.device.type == "cpu":
+        return max(1, CHUNK_ELEMENTS // vocabulary)
+    return max(1, CHUNK_ELEMENTS_GPU // vocabulary // ROWS) * ROWS
 
 
 @_linear_cross_entropy.register_fake

@@ -299,3 +299,21 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, live: 
     p = logits.softmax(-1).masked_fill((live == 0)[:, None, None, None], 0)
     values = v.to(wide).masked_fill(dead[..., None, None], 0)  # 0 * NaN of a stale slot is NaN
     return torch.einsum("bgrs,bsgd->bgrd", p, values).reshape(batch, 1, heads, dim).to(q.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ the loss
+
+
+def cross_entropy_rows(logits: Tensor, targets: Tensor, ignore_index: int, needs_grad: bool) -> Tensor:
+    """-log softmax(logits)[target] in nats, (N,) float32 (float64 for float64 logits), 0 where the target is
+    `ignore_index`; `logits` (N, V) become their own gradients, softmax - onehot, if asked."""
+    scored = targets != ignore_index
+    place = torch.where(scored, targets, 0).unsqueeze(1)
+    wide = logits.to(accumulator(logits.dtype))
+    lse = wide.logsumexp(dim=1, keepdim=True)
+    loss = torch.where(scored, (lse - wide.gather(1, place)).squeeze(1), 0)
+    if needs_grad:
+        grad = (wide - lse).exp_()
+        grad.scatter_add_(1, place, torch.full_like(lse, -1.0))
+        logits.copy_(grad.masked_fill_(~scored.unsqueeze(1), 0))
+    return loss

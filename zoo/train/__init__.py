@@ -1,14 +1,25 @@
 """Training: one loop for everything that has `forward(batch) -> Output`."""
 
-from zoo.train.checkpoint import CheckpointError, DiskFull, NonFinite, git_commit, read_manifest, versions
-from zoo.train.loop import Diverged, Result, train
+from zoo.train.checkpoint import (
+    CheckpointError,
+    DiskFull,
+    NonFinite,
+    git_commit,
+    read_manifest,
+    versions,
+    weights_digest,
+)
+from zoo.train.loop import Result, train
+from zoo.train.parallel import ParallelConfig, start_ranks
 from zoo.train.recipe import Recipe, ResumeError, TrainConfig, load_run, newest_checkpoint, pick_device
+from zoo.train.run import Diverged
 
 __all__ = [
     "CheckpointError",
     "DiskFull",
     "Diverged",
     "NonFinite",
+    "ParallelConfig",
     "Recipe",
     "Result",
     "ResumeError",
@@ -18,6 +29,8 @@ __all__ = [
     "newest_checkpoint",
     "pick_device",
     "read_manifest",
+    "start_ranks",
     "train",
     "versions",
+    "weights_digest",
 ]

@@ -1,11 +1,14 @@
 """Checkpoints that are whole or not there.
 
     run/checkpoints/step-00000100/   model, ema, optimizer, rng .safetensors; state.json; manifest.json
+                                     model.00001-of-00002.safetensors, …: slices, where ranks hold slices (fsdp)
     run/checkpoints/bad-00000100/    weights that are not finite, for study: never taken up again
     run/checkpoints/.tmp-100-4711/   being written, or left by a process that was killed: removed at the next start
 
 A folder is filled under a temporary name, each file flushed to the disk, the manifest with every file's sha256 last;
-one rename makes it real. Older ones are deleted only after the new one has been read back. No file is a pickle.
+one rename makes it real. Older ones are deleted only after the new one has been read back. No file is a pickle: that
+is why ranks write safetensors slices here and not the format of torch.distributed.checkpoint, whose metadata is one. A
+slice is a part of dim 0, so joining them in order gives the same whole on any number of ranks.
 """
 
 import contextlib
@@ -29,6 +32,7 @@ from torch import Tensor
 
 import zoo
 from zoo import weights
+from zoo.train.parallel import Ranks
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -50,7 +54,8 @@ class NonFinite(RuntimeError):
 class Content:
     """What a checkpoint holds.
 
-    tensors  file stem -> name -> tensor: "model", "ema" (if kept), "optimizer", "rng"
+    tensors  file stem -> name -> tensor: "model", "ema" (if kept), "optimizer", "rng"; of all ranks but the first,
+             the files that they write: "model.00002-of-00002", "rng.rank1"
     state    plain JSON values: data position, meters, numbers of the optimizer, RNG states that are no tensors
     facts    plain JSON values for the manifest: recipe, fingerprint, world size, …
     """
@@ -64,21 +69,23 @@ class Content:
 # Writing
 
 
-def save(root: Path, step: int, content: Content, *, keep: int = 0) -> Path:
+def save(root: Path, step: int, content: Content, *, keep: int = 0, ranks: Ranks | None = None) -> Path:
     """Write `root`/step-…, read it back, then delete all but the newest `keep` (0 keeps all). Returns its path.
 
-    Raises NonFinite (the weights are in bad-… then) or DiskFull.
+    All ranks call it together, on one file system. Raises NonFinite (the weights are in bad-… then) or DiskFull, on
+    all of them.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    if fault := first_non_finite(content.tensors):
-        aside = _write(root, f"bad-{step:08d}", step, content)
+    ranks = ranks or Ranks()
+    faults = ranks.each(lambda: first_non_finite(content.tensors))
+    if fault := next(filter(None, faults), None):
+        aside = _write(root, f"bad-{step:08d}", step, content, ranks)
         raise NonFinite(
             f"{fault} is not finite after step {step}. The weights are aside in {aside}; the newest good checkpoint is "
             f"{newest_name(root)}. Resume from it with a lower optimizer.lr, or find the cause in {aside}."
         )
-    path = _write(root, f"step-{step:08d}", step, content)
-    verify(path)
-    if keep:
+    path = _write(root, f"step-{step:08d}", step, content, ranks)
+    ranks.first(lambda: verify(path) and None)
+    if keep and ranks.rank == 0:
         # Folders of later steps are damaged ones that this run was resumed below: they are not what `keep` counts.
         for old in [other for other in steps_in(root) if other.name < path.name][keep - 1 :]:
             with contextlib.suppress(OSError):  # an old checkpoint that stays is no reason to end a run
@@ -88,41 +95,65 @@ def save(root: Path, step: int, content: Content, *, keep: int = 0) -> Path:
 
 def first_non_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     """'model: head.out.weight' for the first tensor of the weights or their average that holds a NaN or infinity."""
-    for stem in ("model", "ema"):
-        named = {name: t for name, t in tensors.get(stem, {}).items() if t.is_floating_point()}
+    for file, held in tensors.items():
+        stem = file.split(".")[0]
+        named = {name: t for name, t in held.items() if t.is_floating_point() and stem in ("model", "ema")}
         if named and not torch.stack([torch.isfinite(t).all() for t in named.values()]).all():
             return next(f"{stem}: {name}" for name, t in named.items() if not torch.isfinite(t).all())
     return None
 
 
-def _write(root: Path, name: str, step: int, content: Content) -> Path:
+def _write(root: Path, name: str, step: int, content: Content, ranks: Ranks) -> Path:
     final = root / name
-    if final.exists():  # the same step, saved before an interruption: keep it, unless it is damaged
-        try:
-            verify(final)
-            return final
-        except CheckpointError:
-            remove(final)
-    _check_space(root, content)
-    temporary = root / f".tmp-{step}-{os.getpid()}"
-    remove(temporary)
+    need = sum(ranks.each(lambda: _size(content)))
+    temporary = ranks.first(lambda: _begin(root, final, step, need))
+    if temporary is None:
+        return final
     try:
-        temporary.mkdir()
-        files = {}
-        for stem, tensors in content.tensors.items():
-            files[f"{stem}.safetensors"] = _put(temporary / f"{stem}.safetensors", weights.to_bytes(tensors))
-        files["state.json"] = _put(temporary / "state.json", _json(content.state))
-        manifest = {"format": FORMAT, "step": step, **content.facts, "files": files}
-        _put(temporary / MANIFEST, _json({**manifest, "digest": _digest(manifest)}))
-        weights.sync_folder(temporary)
-        os.rename(temporary, final)
-        weights.sync_folder(root)
+        written = ranks.each(lambda: _put_all(temporary, content))
+        files = {name: entry for part in written for name, entry in part.items()}
+        ranks.first(lambda: _finish(temporary, final, step, content, files))
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)  # gives back the room that the half-written one took
+        if ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)  # gives back the room that the half-written one took
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(error.errno, _full(root, "ran full while saving")) from error
         raise
     return final
+
+
+def _begin(root: Path, final: Path, step: int, need: int) -> Path | None:
+    """The folder to write in; None if the same step was saved before an interruption, and is whole."""
+    root.mkdir(parents=True, exist_ok=True)
+    if final.exists():
+        try:
+            verify(final)
+            return None
+        except CheckpointError:
+            remove(final)
+    free = shutil.disk_usage(root).free
+    if free < need:
+        raise DiskFull(
+            errno.ENOSPC, _full(root, f"has {free / 1e6:.1f} MB free, a checkpoint takes {need / 1e6:.1f} MB")
+        )
+    temporary = root / f".tmp-{step}-{os.getpid()}"
+    remove(temporary)
+    temporary.mkdir()
+    return temporary
+
+
+def _put_all(temporary: Path, content: Content) -> dict[str, dict[str, Any]]:
+    named = {f"{stem}.safetensors": tensors for stem, tensors in content.tensors.items()}
+    return {name: _put(temporary / name, weights.to_bytes(tensors)) for name, tensors in named.items()}
+
+
+def _finish(temporary: Path, final: Path, step: int, content: Content, files: dict[str, dict[str, Any]]) -> None:
+    files = {**files, "state.json": _put(temporary / "state.json", _json(content.state))}
+    manifest = {"format": FORMAT, "step": step, **content.facts, "files": files}
+    _put(temporary / MANIFEST, _json({**manifest, "digest": _digest(manifest)}))
+    weights.sync_folder(temporary)
+    os.rename(temporary, final)
+    weights.sync_folder(final.parent)
 
 
 def _put(path: Path, data: bytes) -> dict[str, Any]:
@@ -139,14 +170,9 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(_json({name: value for name, value in manifest.items() if name != "digest"})).hexdigest()
 
 
-def _check_space(root: Path, content: Content) -> None:
+def _size(content: Content) -> int:
     need = sum(t.numel() * t.element_size() for named in content.tensors.values() for t in named.values())
-    need += len(json.dumps(content.state)) + (1 << 20)
-    free = shutil.disk_usage(root).free
-    if free < need:
-        raise DiskFull(
-            errno.ENOSPC, _full(root, f"has {free / 1e6:.1f} MB free, a checkpoint takes {need / 1e6:.1f} MB")
-        )
+    return need + len(json.dumps(content.state)) + (1 << 20)
 
 
 def _full(root: Path, what: str) -> str:
@@ -239,14 +265,29 @@ def _read_file(path: Path, name: str, expected: Mapping[str, Any]) -> bytes:
 
 
 def read_tensors(path: Path, stem: str) -> dict[str, Tensor] | None:
-    """One safetensors file of a checkpoint on the CPU, checked against the manifest; None if the run kept no such."""
-    expected = read_manifest(path)["files"].get(f"{stem}.safetensors")
-    if expected is None:
-        return None
-    try:
-        return weights.read(path / f"{stem}.safetensors", sha256=expected["sha256"])
-    except (weights.WeightsError, FileNotFoundError) as error:
-        raise CheckpointError(str(error)) from error
+    """The tensors `stem` of a checkpoint on the CPU, whole, checked against the manifest; None if the run kept none."""
+    manifest = read_manifest(path)
+    slices: dict[str, list[Tensor]] = {}
+    found = _files_of(manifest, stem)
+    for name in found:
+        try:
+            tensors = weights.read(path / name, sha256=manifest["files"][name]["sha256"])
+        except (weights.WeightsError, FileNotFoundError) as error:
+            raise CheckpointError(str(error)) from error
+        for key, tensor in tensors.items():
+            slices.setdefault(key, []).append(tensor)
+    return {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in slices.items()} if found else None
+
+
+def weights_digest(manifest: Mapping[str, Any], stem: str = "model") -> str:
+    """What names a checkpoint's weights: the sha256 of their file, or of its slices' own ones, one after the other."""
+    found = [manifest["files"][name]["sha256"] for name in _files_of(manifest, stem)]
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+
+
+def _files_of(manifest: Mapping[str, Any], stem: str) -> list[str]:
+    pattern = re.compile(re.escape(stem) + r"(\.\d+-of-\d+)?\.safetensors")
+    return sorted(filter(pattern.fullmatch, manifest["files"]))
 
 
 def read_state(path: Path) -> dict[str, Any]:

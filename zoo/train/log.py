@@ -41,8 +41,9 @@ class RunLog:
     """Opens the run's logs so that they continue after `step`: rows of later steps are dropped from metrics.jsonl and
     hidden in TensorBoard (purge_step)."""
 
-    def __init__(self, run: Path, *, step: int, steps: int):
-        self.run, self.steps = run, steps
+    def __init__(self, run: Path, *, step: int, steps: int, peak: float | None = None):
+        """peak: FLOP/s of all devices together, for the model FLOPs utilisation (MFU)."""
+        self.run, self.steps, self.peak = run, steps, peak
         run.mkdir(parents=True, exist_ok=True)
         _drop_rows_after(run / "metrics.jsonl", step)
         self._text = (run / "log.txt").open("a", encoding="utf-8")
@@ -51,8 +52,8 @@ class RunLog:
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
         self._clock, self._carry = time.monotonic(), 0.0
-        # Since the last row: seconds of training, the elements and steps that they went into
-        self._spent, self._elements, self._done = 0.0, 0.0, 0
+        # Since the last row: seconds of training, the elements, steps and model FLOPs that they went into
+        self._spent, self._elements, self._done, self._flops = 0.0, 0.0, 0, 0.0
 
     def __enter__(self) -> "RunLog":
         return self
@@ -90,9 +91,10 @@ class RunLog:
             self._bar.update(step - self._bar.n)
         return seconds
 
-    def count(self, elements: float, seconds: float) -> None:
-        """The scored elements (tokens) that a step trained on, and how long it took."""
+    def count(self, elements: float, seconds: float, flops: float = 0.0) -> None:
+        """The scored elements (tokens) that a step trained on, how long it took, and the FLOPs that it needed."""
         self._elements += elements
+        self._flops += flops
         self._spent += seconds
         self._done += 1
 
@@ -100,8 +102,11 @@ class RunLog:
         """The means since the last row."""
         rate = self._elements / max(self._spent, 1e-9)
         left = (self.steps - step) * self._spent / max(self._done, 1)
-        self._spent, self._elements, self._done = 0.0, 0.0, 0
-        self._row(step, means, {"tokens_per_second": rate})
+        timing = {"tokens_per_second": rate}
+        if self.peak and self._flops:
+            timing["mfu"] = self._flops / max(self._spent, 1e-9) / self.peak
+        self._spent, self._elements, self._done, self._flops = 0.0, 0.0, 0, 0.0
+        self._row(step, means, timing)
         loss = means.get("train/loss", float("nan"))
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {_short(rate)} tokens/s")
@@ -136,6 +141,30 @@ class RunLog:
 
     def flush(self) -> None:
         self._board.flush()
+
+
+class Silence(RunLog):
+    """The log of every rank but the first: keeps the time, writes nothing."""
+
+    def __init__(self, run: Path, *, step: int, steps: int, peak: float | None = None):
+        self.run, self.steps, self.peak, self._bar = run, steps, None, None
+        self._clock, self._carry = time.monotonic(), 0.0
+        self._spent, self._elements, self._done, self._flops = 0.0, 0.0, 0, 0.0
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+    def _row(self, step: int, values: Mapping[str, float], timing: Mapping[str, float]) -> None:
+        pass
+
+    def media(self, step: int, media: Media) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

@@ -8,6 +8,7 @@ skipped step parameters, moments and step counts stay exactly as they were, and 
 
 import math
 import re
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from typing import Any, Literal
 import timm.optim
 import torch
 from torch import Tensor, nn
+
+from zoo.train.parallel import Ranks, local
 
 
 @dataclass
@@ -119,7 +122,31 @@ FUSED = (
 )  # torch's own, which take `found_inf`. Its fused SGD leaves momentum unset on a masked first step
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+# Elementwise: a slice of a parameter is updated as it would be in the whole. Others look at whole matrices or norms.
+SLICEABLE = frozenset(
+    ("adadelta", "adagrad", "adam", "adamax", "adamw", "adopt", "adoptw", "lion", "momentum", "nadam", "nadamw")
+    + ("rmsprop", "sgd", "sgdw")
+)
+
+
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, owned: Mapping[str, Tensor] | None = None
+) -> torch.optim.Optimizer:
+    """`owned`: what to update for each parameter, where a rank holds slices of them (parallel.held)."""
+    whole = dict(model.named_parameters())
+    swap = {id(whole[name]): tensor for name, tensor in (owned or {}).items() if tensor is not whole[name]}
+    if swap and config.name.lower() not in SLICEABLE:
+        raise ValueError(
+            f"optimizer.name {config.name!r} looks at whole parameters, of which parallel.name = fsdp leaves a rank "
+            f"slices; it takes {', '.join(sorted(SLICEABLE))}, or parallel.name = ddp"
+        )
+    optimizer = _make(model, config)
+    for group in optimizer.param_groups:
+        group["params"] = [swap.get(id(parameter), parameter) for parameter in group["params"]]
+    return optimizer
+
+
+def _make(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     fused: dict[str, Any] = {"fused": True} if config.name.lower() in FUSED else {}
     return timm.optim.create_optimizer_v2(
         model,
@@ -165,19 +192,31 @@ class Guard:
 
 
 def guarded_step(
-    optimizer: torch.optim.Optimizer, guard: Guard, loss_sum: Tensor, count: Tensor, *, clip: float, fp16: bool
+    optimizer: torch.optim.Optimizer,
+    guard: Guard,
+    loss_sum: Tensor,
+    count: Tensor,
+    *,
+    clip: float,
+    fp16: bool,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Divide the summed gradients by `count`, clip, and step unless something is not finite.
 
     loss_sum, count: () over everything that the gradients were summed over. A batch that scores nothing (count 0) is
-    left out, too, without counting as a fault. Returns (gradient norm before clipping, whether the step was taken), on
-    the device.
+    left out, too, without counting as a fault. All ranks take the step, or none. Returns (gradient norm before
+    clipping, whether the step was taken), on the device.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    divisor = count.clamp(min=1).float() * guard.scale
-    norm = torch.nn.utils.get_total_norm(gradients) / divisor
+    norm = torch.nn.utils.get_total_norm(gradients).to(guard.scale.device)
+    divisor = count.clamp(min=1).to(norm.dtype) * guard.scale
+    if ranks is not None and ranks.sharded:  # each holds slices of the gradients
+        norm = ranks.sum(norm.double() ** 2).sqrt().to(norm.dtype)
+    norm = norm / divisor
     loss_finite, norm_finite = torch.isfinite(loss_sum), torch.isfinite(norm)
     taken = loss_finite & norm_finite & (count > 0)
+    if ranks is not None and ranks.world > 1:  # no rounding of one rank may part it from the others
+        taken = ranks.min(taken.to(torch.uint8)).bool()
 
     factor = 1.0 / divisor
     if clip > 0:
@@ -225,8 +264,8 @@ class Ema:
     def update(self, model: nn.Module, step: int, taken: Tensor) -> None:
         """`taken` (): on the device, whether the step was; if not, the average stays exactly as it is."""
         share = (1.0 - min(self.decay, (1 + step) / (10 + step))) * taken.float()
-        averages: list[Tensor] = list(self.model.parameters())
-        change = list(torch._foreach_sub(list[Tensor](model.parameters()), averages))
+        averages: list[Tensor] = [local(parameter) for parameter in self.model.parameters()]
+        change = list(torch._foreach_sub([local(parameter) for parameter in model.parameters()], averages))
         torch._foreach_mul_(change, share)
         torch._foreach_add_(averages, change)
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
@@ -237,10 +276,12 @@ class Ema:
 # State by parameter name, in tensors and plain numbers
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_state(
+    parameters: nn.Module | Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors `moment/parameter`, numbers): all that the optimizer remembers. Rates and decays are not in it: they
     follow from the recipe and the step."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in _named(parameters).items()}
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for parameter, state in optimizer.state.items():
@@ -261,12 +302,19 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple
     return tensors, {"state": numbers, "groups": groups}
 
 
+def _named(parameters: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return dict(parameters.named_parameters()) if isinstance(parameters, nn.Module) else parameters
+
+
 def load_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any]
+    parameters: nn.Module | Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    numbers: dict[str, Any],
 ) -> None:
     """Put back what `optimizer_state` gave. Raises ValueError when it belongs to other parameters."""
     order = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    index = {name: order[id(p)] for name, p in model.named_parameters() if id(p) in order}
+    index = {name: order[id(p)] for name, p in _named(parameters).items() if id(p) in order}
     state: dict[int, dict[str, Any]] = {}
     for at, value in (*tensors.items(), *numbers["state"].items()):
         key, _, name = at.partition("/")

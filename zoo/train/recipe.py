@@ -6,11 +6,12 @@ run/recipe.yaml  assets/  provenance.json        written at the start
 
 import json
 import logging
+import os
 import platform
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from zoo.model import ModelConfig
 from zoo.task import Task
 from zoo.train import checkpoint
 from zoo.train.optim import OptimizerConfig, ScheduleConfig
+from zoo.train.parallel import ParallelConfig
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ log = logging.getLogger(__name__)
 @dataclass
 class TrainConfig:
     """batch_size        examples a step, over all ranks and micro-batches
-    micro_batch_size  examples at once; None: batch_size
+    micro_batch_size  examples at once on a rank; None: all that a step gives it
     precision         of the forward pass (autocast); weights and their updates are float32 always
     ema               decay of the moving average of the weights that is evaluated and sampled; 0: none
     eval_every        steps; 0 never (so for save_every and sample_every). A run always saves at its end
@@ -59,6 +61,7 @@ class TrainConfig:
     max_skipped: int = 3
     prefetch: int = 2
     compile: bool = False
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -100,7 +103,8 @@ HARMLESS = frozenset(
     f"train.{name}"
     for name in (
         *("steps", "micro_batch_size", "log_every", "eval_every", "eval_batches", "sample_every", "save_every", "keep"),
-        *("max_skipped", "prefetch", "device"),
+        *("max_skipped", "prefetch", "device", "parallel"),
+        *(f"parallel.{f.name}" for f in fields(ParallelConfig)),
     )
 )
 
@@ -185,9 +189,12 @@ def write_run_files(recipe: Recipe, task: Task, run: Path, device: torch.device,
 
 
 def pick_device(name: str | None = "auto") -> torch.device:
-    """auto or None: the GPU where there is one. Raises ConfigError for a device that is not here."""
+    """auto or None: the GPU where there is one; cuda: of several processes on a machine each its own. Raises
+    ConfigError for a device that is not here."""
     if name in ("auto", None):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(str(name))
     except RuntimeError as error:

@@ -13,7 +13,7 @@ import pytest
 
 from tasks.text.data import SPLITS, Folder, Gutenberg, Lambada, PyStdlib, TinyShakespeare, WikiText2, split_by_name
 from zoo import config as configs
-from zoo.data import ChecksumError, DataMissing
+from zoo.files import ChecksumError, DataMissing
 from zoo.registry import datasets
 
 

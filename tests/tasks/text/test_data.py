@@ -8,7 +8,7 @@ import pytest
 
 from tasks.text.tokenizers import WordTokenizer
 from zoo import config
-from zoo.data import ChecksumError, DataMissing
+from zoo.files import ChecksumError, DataMissing
 from zoo.registry import datasets
 
 
