@@ -21,7 +21,9 @@ def gated(q, k, v, z, u):
 
 
 def plain(q, k, v, z, u):
-    out, lse = ops.window_attention(q, k, v, window=4, key_start=torch.tensor([0, 2], dtype=torch.int32), return_lse=True)
+    out, lse = ops.window_attention(
+        q, k, v, window=4, key_start=torch.tensor([0, 2], dtype=torch.int32), return_lse=True
+    )
     return out + lse.unsqueeze(-1).clamp(min=-9)
 
 
@@ -48,7 +50,9 @@ def test_a_stack_is_its_members(call, compiled):
     alone = torch.stack([call(*(x[i] for x in inputs)) for i in range(S)])
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
     weight = torch.randn_like(alone)
-    used = [x for x in inputs if torch.autograd.grad(alone.sum(), x, allow_unused=True, retain_graph=True)[0] is not None]
+    used = [
+        x for x in inputs if torch.autograd.grad(alone.sum(), x, allow_unused=True, retain_graph=True)[0] is not None
+    ]
     ours = torch.autograd.grad((together * weight).sum(), used)
     theirs = torch.autograd.grad((alone * weight).sum(), used)
     for one, other in zip(ours, theirs, strict=True):

@@ -113,9 +113,7 @@ torch.library.register_autograd("zoo::linear_cross_entropy", _scale_gradients, s
 
 @_linear_cross_entropy.register_vmap
 def _(info, in_dims, hidden, weight, targets, ignore_index, needs_grad):
-    tensors = [
-        in_front(x, dim, info.batch_size) for x, dim in zip((hidden, weight, targets), in_dims[:3], strict=True)
-    ]
+    tensors = [in_front(x, dim, info.batch_size) for x, dim in zip((hidden, weight, targets), in_dims[:3], strict=True)]
     # A tensor seen from inside vmap does not say that it requires a gradient; these do
     needs_grad = needs_grad or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors[:2]))
     return _linear_cross_entropy(*tensors, ignore_index, needs_grad), (0, 0, 0)

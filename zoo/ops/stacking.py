@@ -34,4 +34,3 @@ def fold(x: Any, dim: int | None, size: int) -> Any:
 def in_front(x: Tensor, dim: int | None, size: int) -> Tensor:
     """The stack as dim 0."""
     return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-
