@@ -184,7 +184,7 @@ class Sweep:
         done = [place for i, place in enumerate(self.places) if going[i] and reached(rule, scores[place])]
         for place, values in scores.items():
             self.note(place, {f"valid/{name}": value for name, value in values.items()})
-        spread = {}
+        spread: dict[str, float] = {}
         for name in next(iter(scores.values())):
             held = [values[name] for values in scores.values()]
             spread |= {f"valid/{name}/least": min(held), f"valid/{name}/most": max(held)}
