@@ -7,24 +7,25 @@ in clipping, not in the guard against numbers that are not finite.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zoo.model import Batch, Output
+from zoo.model import Batch, Model, Output
 from zoo.train.optim import OptimizerConfig, parameter_groups
 
 Tensors = dict[str, Tensor]
+Scores = tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]
 
 
 class Stack:
     """R replicas. `parameters`, `first`, `second` (AdamW's moments): name -> (R, …); `updates` (R,) float64, steps
     taken by each."""
 
-    def __init__(self, models: list[nn.Module], config: OptimizerConfig, device: torch.device, *, compiled: bool):
+    def __init__(self, models: Sequence[Model], config: OptimizerConfig, device: torch.device):
         """All replicas take the code of the first model, and its train or eval mode (`mode`)."""
         if config.name.lower() != "adamw":
             raise ValueError(f"optimizer.name = {config.name!r}; stacked replicas take adamw")
@@ -40,10 +41,9 @@ class Stack:
         self.second = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
         self.updates = torch.zeros(len(models), dtype=torch.float64, device=device)
         self.decay = weight_decays(self.model, config)
-        self._forward = torch.compile(self._all) if compiled else self._all
-        self._update: Callable[..., tuple[Tensor, Tensor]] = (
-            torch.compile(adamw_step, dynamic=False) if compiled else adamw_step
-        )
+        # vmap's rules inside torch want to know sizes, so there is a graph for each shape
+        self._compiled = torch.compile(self._hidden, dynamic=False)
+        self._compiled_update = torch.compile(adamw_step, dynamic=False)
 
     def __len__(self) -> int:
         return len(self.updates)
@@ -51,23 +51,40 @@ class Stack:
     def mode(self, training: bool) -> None:
         self.model.train(training)
 
-    def _all(self, parameters: Tensors, batch: Batch) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        def one(parameters: Tensors) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    def forward(self, batch: Batch, *, compiled: bool = False) -> Scores:
+        """(loss_sum, count, metrics) of the models' Output, each number (R,).
+
+        compiled: the backbone's part, as one graph for each shape of a batch. What the head makes of it differs between
+        batches of one shape, and is one operator mostly."""
+        hidden = (self._compiled if compiled else self._hidden)(self.parameters, batch)
+
+        def one(parameters: Tensors, h: Tensor) -> Scores:
             with swapped(self._owners, parameters):
-                output: Output = self.model(batch)
+                output: Output = self.model.head.loss(h, batch)
             return output.loss_sum, output.count, output.metrics
 
-        # The same batch and the same noise for all: a replica is what it would be in any other company
+        return torch.vmap(one, randomness="same")(self.parameters, hidden)
+
+    def _hidden(self, parameters: Tensors, batch: Batch) -> Tensor:
+        """(R, B, T, C). The same batch and the same noise for all: a replica is what it would be in any company."""
+
+        def one(parameters: Tensors) -> Tensor:
+            with swapped(self._owners, parameters):
+                h, _ = self.model.head.embed(batch.inputs, batch.ctx)
+                return self.model.backbone(h, batch.ctx)[0]
+
         return torch.vmap(one, randomness="same")(parameters)
 
-    def train_step(self, batch: Batch, rates: Tensor, active: Tensor, autocast: Any) -> "Reading":
+    def train_step(
+        self, batch: Batch, rates: Tensor, active: Tensor, autocast: Any, *, compiled: bool = False
+    ) -> "Reading":
         """One update of the `active` (R,) bool replicas at `rates` (R,) float32. A replica whose loss or gradient is
         not finite, or would make weights that are not, or whose batch scores nothing, stays as it was."""
         with autocast:
-            loss_sum, count, metrics = self._forward(self.parameters, batch)
+            loss_sum, count, metrics = self.forward(batch, compiled=compiled)
         gradients = torch.autograd.grad((loss_sum / count.clamp(min=1)).sum(), list(self.parameters.values()))
         with torch.no_grad():
-            norm, taken = self._update(
+            norm, taken = (self._compiled_update if compiled else adamw_step)(
                 {name: p.detach() for name, p in self.parameters.items()},
                 dict(zip(self.parameters, gradients, strict=True)),
                 self.first,
@@ -87,7 +104,7 @@ class Stack:
     def score(self, batch: Batch, autocast: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """name -> (sum, count), each (R,): the loss and the metrics of the models' Output."""
         with autocast:
-            loss_sum, count, metrics = self._all(self.parameters, batch)
+            loss_sum, count, metrics = self.forward(batch)
         return {"loss": (loss_sum, count), **metrics}
 
     @torch.no_grad()

@@ -10,17 +10,18 @@ seed), learning rate, clipping, guard and early end (train.stop_when). Each gets
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo import config as configs
 from zoo.config import ConfigError
 from zoo.data import Prefetch
+from zoo.model import Batch, Model
 from zoo.task import Task
 from zoo.train import checkpoint, optim
 from zoo.train.log import RunLog, drop_rows_after, number
@@ -94,10 +95,13 @@ def check(recipe: Recipe, replicas: Sequence[Replica]) -> None:
         raise ConfigError(f"replicas {[replica.name for replica in replicas]}; they take different rates or seeds")
 
 
-def first_weights(recipe: Recipe, task: Task) -> nn.Module:
+def first_weights(recipe: Recipe, task: Task) -> Model:
     """As `train` makes them."""
     checkpoint.seed_everything(recipe.train.seed)
-    return make_model(recipe, task)
+    model = make_model(recipe, task)
+    if not isinstance(model, Model):
+        raise ConfigError(f"a {type(model).__name__} has no backbone and head; only zoo's Model can be stacked")
+    return model
 
 
 class Sweep:
@@ -110,11 +114,11 @@ class Sweep:
         folder: Path,
         task: Task,
         replicas: list[Replica],
-        models: list[nn.Module],
+        models: list[Model],
         device: torch.device,
     ):
         self.recipe, self.folder, self.task, self.replicas, self.device = recipe, folder, task, replicas, device
-        self.stack = Stack(models, recipe.train.optimizer, device, compiled=recipe.train.compile)
+        self.stack = Stack(models, recipe.train.optimizer, device)
         self.facts = [what_a_number_carries(replica.recipe(recipe), task) for replica in replicas]
         self.places = list(range(len(replicas)))
         self.active = torch.ones(len(replicas), dtype=torch.bool, device=device)
@@ -125,9 +129,9 @@ class Sweep:
         self.stream = Prefetch(stream, depth=train.prefetch, pin=device.type == "cuda")
         checkpoint.seed_everything(train.seed)  # dropout's noise
         self.restore()
+        self.rates = self.rates_now()
 
-    @property
-    def rates(self) -> Tensor:
+    def rates_now(self) -> Tensor:
         lrs = [self.replicas[place].lr for place in self.places]
         return torch.tensor(lrs, dtype=torch.float32, device=self.device)
 
@@ -135,12 +139,14 @@ class Sweep:
 
     def train(self, log: RunLog, signals: Signals) -> None:
         config, batches = self.recipe.train, iter(self.stream)
-        rates = self.rates
         self.stack.mode(training=True)
         while self.step < config.steps and self.places:
-            batch = shaped(next(batches).to(self.device))
+            batch = next(batches).to(self.device)
             share = optim.lr_share(config.schedule, self.step, config.steps)
-            reading = self.stack.train_step(batch, rates * share, self.active, autocast(config.precision, self.device))
+            # The smaller batch at the end of a segment is not worth a graph of its own
+            whole = config.compile and rows_of(batch) == config.batch_size
+            place = autocast(config.precision, self.device)
+            reading = self.stack.train_step(batch, self.rates * share, self.active, place, compiled=whole)
             self.stuck = torch.where(reading.taken | ~self.active, 0, self.stuck + 1)
             self.step += 1
             seconds = log.advance(self.step)
@@ -148,10 +154,11 @@ class Sweep:
             last = self.step == config.steps
             if self.step % config.log_every == 0 or last:
                 self.tell(reading, log)
+            if not self.places:
+                break
             if config.eval_every and (self.step % config.eval_every == 0 or last):
                 log.pause()
                 self.evaluate(log, signals)
-                rates = self.rates
                 log.go_on()
             if signals.received or (config.save_every and self.step % config.save_every == 0 and not last):
                 self.save()
@@ -166,8 +173,9 @@ class Sweep:
         loss = {self.replicas[place].name: total[i] / max(1, count[i]) for i, place in enumerate(self.places)}
         going = self.active.tolist()
         live = [loss[self.replicas[place].name] for i, place in enumerate(self.places) if going[i]]
-        for place in self.places:
-            self.note(place, {"train/loss": loss[self.replicas[place].name]})
+        for place, on in zip(self.places, going, strict=True):
+            if on:
+                self.note(place, {"train/loss": loss[self.replicas[place].name]})
         log.train_row(self.step, {"train/loss": sum(live) / max(1, len(live))})
         lost = [
             place for i, place in enumerate(self.places) if going[i] and self.stuck[i] > self.recipe.train.max_skipped
@@ -178,10 +186,10 @@ class Sweep:
 
     def evaluate(self, log: RunLog, signals: Signals) -> None:
         """All replicas on the validation split; those that fulfil train.stop_when end."""
-        scores = self.scores()
+        going = dict(zip(self.places, self.active.tolist(), strict=True))
+        scores = {place: values for place, values in self.scores().items() if going[place]}
         rule = self.recipe.train.stop_when
-        going = self.active.tolist()
-        done = [place for i, place in enumerate(self.places) if going[i] and reached(rule, scores[place])]
+        done = [place for place, values in scores.items() if reached(rule, values)]
         for place, values in scores.items():
             self.note(place, {f"valid/{name}": value for name, value in values.items()})
         spread: dict[str, float] = {}
@@ -212,20 +220,17 @@ class Sweep:
         return {place: {name: values[i] for name, values in means.items()} for i, place in enumerate(self.places)}
 
     def leave(self, ended: list[int], rule: str) -> None:
-        """These replicas are done: their runs are written. They leave the stack, which keeps two rows at least: code
-        that was compiled for a stack does not fit a single one."""
+        """These replicas are done: their runs are written. They stay in the stack as they are until half of it is done;
+        compiled code is for one size of the stack."""
         if not ended:
             return
         self.finish(ended, rule)
-        going = self.active & torch.tensor([place not in ended for place in self.places], device=self.device)
-        order = sorted(range(len(self.places)), key=lambda i: not going[i])
-        keep = sorted(order[: max(int(going.sum()), min(2, len(self.places)))])
-        if not going.any():
-            self.places = []
-            return
-        self.stack.keep(keep)
-        self.places = [self.places[i] for i in keep]
-        self.active, self.stuck = going[keep], self.stuck[keep]
+        self.active &= torch.tensor([place not in ended for place in self.places], device=self.device)
+        keep = self.active.nonzero().flatten().tolist()
+        if 2 * len(keep) <= len(self.places):
+            self.stack.keep(keep)
+            self.places = [self.places[i] for i in keep]
+            self.active, self.stuck, self.rates = self.active[keep], self.stuck[keep], self.rates_now()
 
     def note(self, place: int, values: dict[str, float]) -> None:
         """A row in the replica's own metrics.jsonl, as a run alone has it."""
@@ -295,17 +300,5 @@ class Sweep:
             checkpoint.set_rng_state(rng, state["rng"])
 
 
-def shaped(batch: Any) -> Any:
-    """Tell torch.compile that rows, tokens and answers differ from batch to batch: one graph for all segments."""
-    for tensor in tensors_of(batch.inputs, batch.targets):
-        for dim in range(tensor.dim()):
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)
-    return batch
-
-
-def tensors_of(*values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, dict):
-            yield from tensors_of(*value.values())
+def rows_of(batch: Batch) -> int:
+    return len(batch.inputs) if isinstance(batch.inputs, Tensor) else 0
