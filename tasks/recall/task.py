@@ -86,8 +86,8 @@ class Accuracy:
 
     def compute(self) -> dict[str, float]:
         pooled = {
-            "loss": float(self.nats) / max(1, int(self.answers)),
             "accuracy": float(self.right.sum()) / max(1, int(self.examples.sum())),
+            "loss": float(self.nats) / max(1, int(self.answers)),
         }
         if len(self.segments) == 1:
             return pooled
