@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zoo import config as configs
+from zoo.data import SourceStream
 from zoo.evaluate.score import progress_bar
 from zoo.evaluate.suite import Experiment
 from zoo.model import Batch, Model
@@ -128,6 +129,16 @@ def curve(run: Path, settings: Experiment, device: torch.device) -> list[Number]
         at = {"step": row["step"], "tokens": row["step"] * each}
         numbers += [Number(name, value, at) for name, value in row.items() if name in CURVE_NAMES and value is not None]
     return numbers
+
+
+def tokens_seen(stream: Any, steps: list[int]) -> dict[int, int]:
+    """Step -> tokens that training had read by then."""
+    batches = iter(stream)
+    if isinstance(stream, SourceStream):  # its training batches are all of one size
+        each = elements(next(batches))
+        return {step: step * each for step in steps}
+    counts = itertools.accumulate(elements(batch) for batch in itertools.islice(batches, max(steps, default=0)))
+    return {step: count for step, count in enumerate(counts, 1) if step in set(steps)}
 
 
 CURVE_NAMES = ("valid/loss", "valid/accuracy")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.evaluate.rows import Row, group_of
-from zoo.evaluate.summary import Line, Spread, higher_is_better, lines, measured, sections, series, title_of
+from zoo.evaluate.summary import Line, Spread, lines, measured, sections, series, title_of
 
 DIGEST = "Rows"  # the name in a PNG's text
 SPEEDS = {
@@ -151,8 +151,6 @@ class Over:
         axes = figure.subplots()
         over(axes, series(rows, self.measurement, self.name, self.axis))
         finish(axes, AXES[self.measurement][1], self.quantity, logarithmic=self.axis != "tokens")
-        if self.axis == "tokens" and not higher_is_better(self.quantity):
-            axes.set_yscale("log")
 
 
 AXES = {
@@ -165,8 +163,8 @@ AXES = {
 def speeds(figure: Any, rows: list[Row]) -> None:
     for axes, (name, label) in zip(figure.subplots(2, 2).flat, SPEEDS.items(), strict=True):
         over(axes, series(rows, "speed", name, "length"))
-        finish(axes, "length, tokens", label, logarithmic=True)
         axes.set_yscale("log")
+        finish(axes, "length, tokens", label, logarithmic=True)
 
 
 def over(axes: Any, found: dict[str, list[tuple[int, Spread]]]) -> None:
@@ -182,8 +180,18 @@ def over(axes: Any, found: dict[str, list[tuple[int, Spread]]]) -> None:
 def finish(axes: Any, x: str, y: str, *, logarithmic: bool) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    if logarithmic:
-        axes.set_xscale("symlog" if x == AXES["positions"][1] else "log", base=2)
+    from matplotlib.ticker import EngFormatter, NullFormatter
+
+    if x == AXES["positions"][1]:  # begins at 0, then doubles from 16 on
+        axes.set_xscale("symlog", base=2, linthresh=16, linscale=1)
+    elif logarithmic:
+        axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.yaxis.set_minor_formatter(EngFormatter(sep=""))
+        axes.tick_params(axis="y", which="minor", labelsize="x-small")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
