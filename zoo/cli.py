@@ -154,6 +154,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
     if not Path(args.what).is_dir() and (args.what in list_suites() or args.what.endswith((".yaml", ".yml"))):
         return run_suite(args)
+    if not Path(args.what).exists() and "/" not in args.what:
+        from zoo.registry import nearest
+
+        raise FileNotFoundError(f"{args.what} is no run folder and no suite{nearest(args.what, list_suites())}")
     if args.harness:
         from zoo.evaluate.harness import run_harness
 

@@ -13,7 +13,7 @@ from zoo.train import Recipe, Replica, checkpoint, load_run, newest_checkpoint, 
 from zoo.train.optim import OptimizerConfig
 from zoo.train.run import autocast
 from zoo.train.stack import Stack, adamw_step
-from zoo.train.sweep import first_weights
+from zoo.train.sweeps import first_weights
 
 SMALL = ["task.dataset.train=[[16,2,100],[24,3,40]]", "task.dataset.test=[[16,2,40]]", "train.batch_size=32"]
 SMALL += ["train.steps=12", "train.eval_every=4", "train.save_every=4", "train.log_every=2", "train.stop_when=''"]

@@ -263,7 +263,7 @@ def as_rows(
     for place, number in enumerate(numbers):
         row = {"suite": cell.suite, **identity, "measurement": measurement, "name": number.name, "at": number.at}
         row |= {"value": number.value, "of": len(numbers), "settings": settings}
-        if place == 0 and published is not None:
+        if measurement == "scores" and place == 0 and published is not None:
             row["published"] = published
         row |= {
             "section": cell.settings.section or cell.experiment,

@@ -39,7 +39,7 @@ class Experiment:
     arms       label -> fields that its cells change; crossed with the models
     seeds      one training each; what varies with them is shown as a spread
     rates      learning rates; the best one is shown, by the seeds' mean. None: the recipe's
-    stacked    all seeds and rates of a cell as one batched model (zoo/train/sweep.py)
+    stacked    all seeds and rates of a cell as one batched model (zoo/train/sweeps.py)
     same_size  a model whose number of parameters all get, by the width of their MLPs
     measure    scores: the task's metrics on `split`. curve: the validation numbers during training.
                positions: the loss by place in the row. lengths: the scores at other lengths.

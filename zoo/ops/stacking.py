@@ -1,6 +1,6 @@
 """torch.vmap over our operators: S calls on B rows each are one call on S * B rows.
 
-It is how a sweep of S replicas runs as one model (zoo/train/sweep.py). The gradient needs nothing of its own: autograd
+It is how a sweep of S replicas runs as one model (zoo/train/sweeps.py). The gradient needs nothing of its own: autograd
 sees the one folded call.
 """
 

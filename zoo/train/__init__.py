@@ -13,7 +13,7 @@ from zoo.train.loop import Result, train
 from zoo.train.parallel import ParallelConfig, start_ranks
 from zoo.train.recipe import Recipe, ResumeError, TrainConfig, load_run, newest_checkpoint, pick_device
 from zoo.train.run import Diverged
-from zoo.train.sweep import Replica, sweep
+from zoo.train.sweeps import Replica, sweep
 
 __all__ = [
     "CheckpointError",

@@ -262,6 +262,7 @@ def test_a_model_samples_from_a_prompt(task_and_model):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_attention_recalls_and_a_short_window_does_not(tmp_path):
     """RELATED.md 11.4 in miniature: the needed pair is within reach of full attention alone."""
     from zoo.train import Replica, load_run, sweep
