@@ -31,7 +31,10 @@ def test_the_public_options_are_these():
     }
     assert options == {
         "train": ["--allow-changes", "--help", "--nproc", "--profile", "--resume", "--run"],
-        "evaluate": ["--batch-size", "--device", "--help", "--no-ema", "--nproc", "--split"],
+        "evaluate": [
+            *("--batch-size", "--device", "--dry-run", "--harness", "--help", "--jobs", "--no-ema", "--nproc"),
+            *("--only", "--out", "--split"),
+        ],
         "sample": [
             *("--device", "--help", "--max-new", "--min-p", "--prompt", "--repetition-penalty", "--seed", "--stop"),
             *("--temperature", "--top-k", "--top-p"),
