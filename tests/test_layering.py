@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     ("registry", "config", "state", "files"),  # know nothing else of zoo
     ("kernels",),
-    ("ops", "layers", "loss"),
+    ("ops", "layers", "loss", "quantize"),
     ("mixers",),
     ("backbone",),
     ("model",),
