@@ -27,6 +27,7 @@ ORDER = (
     ("model",),
     ("data",),
     ("weights",),
+    ("frozen",),
     ("generation",),  # zoo.generate is its function
     ("task",),
     ("train",),

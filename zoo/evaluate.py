@@ -26,6 +26,7 @@ from zoo.train import (
     versions,
     weights_digest,
 )
+from zoo.train.log import write_media
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def evaluate_run(
     ema: bool = True,
     overrides: Sequence[str] = (),
 ) -> Scores | None:
-    """All metrics of a run's task over one split, in one pass; appends a row a number to <run>/results.jsonl.
+    """All metrics of a run's task over one split, in one pass; appends a row a number to <run>/results.jsonl, and
+    writes what metrics show to <run>/evaluation/<split>.
 
     batch_size  of each process: under torchrun or `--nproc` they share the split, with the same numbers as one alone
     overrides   fields of the recipe's task to change for this evaluation ("task.stride=64")
@@ -68,11 +70,15 @@ def evaluate_run(
     )
     stream = task.stream(split, batch_size=batch_size, rank=ranks.rank, world=ranks.world)
     began = time.perf_counter()
-    values = run_metrics(model, task.metrics(split), stream, device=place, ranks=ranks, progress=progress_bar(split))
+    metrics = task.metrics(split)
+    values = run_metrics(model, metrics, stream, device=place, ranks=ranks, progress=progress_bar(split))
     seconds = time.perf_counter() - began
     ranks.close()
     if ranks.rank > 0:
         return None
+    for metric in metrics.values():
+        if show := getattr(metric, "media", None):
+            write_media(show(), folder / "evaluation" / split)
     baselines = task.baselines(split)
     measured = {
         "split": split,

@@ -3,7 +3,7 @@
 text = zoo.pipeline("runs/text-demo").sample("def ", max_new=200)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,30 @@ class Pipeline:
         self,
         prompt: Any,
         *,
-        max_new: int = 256,
+        max_new: int | None = None,
         sampling: Sampling = Sampling(),
         seed: int | None = None,
         stop: Sequence[str] = (),
+        progress: Callable[[Iterator[Any], int], Iterable[Any]] | None = None,
     ) -> Any:
-        """Continue a prompt, or each prompt of a list, by at most `max_new` elements; returns what was added, as the
-        task's artefact (text, image, …), or a list of them. `stop`: for text, cut before the first of these strings.
+        """Continue a prompt, or each prompt of a list; returns the task's artefact (what was added to a text, a whole
+        image), or a list of them.
+
+        max_new   at most so many elements; None: as many as the task says (256 tokens of text, the rest of an image)
+        stop      for text, cut before the first of these strings
+        progress  wraps the steps, given them and their number: tqdm, for example
         """
         several = isinstance(prompt, (list, tuple))
-        steps = generate(
-            self.model, self.task.prompt(prompt), max_new=max_new, sampling=sampling, stream=True, seed=seed
-        )
+        given = self.task.prompt(prompt)
+        max_new = self.task.length(given) if max_new is None else max_new
+        steps = generate(self.model, given, max_new=max_new, sampling=sampling, stream=True, seed=seed)
         drawn: list[torch.Tensor] = []
         artefacts: list[Any] = []
-        for step in steps:
+        for step in progress(steps, max_new) if progress else steps:
             drawn.append(step)
             look = stop and len(drawn) % 8 == 0  # decoding waits for the device, so it is not done at every step
             if look or len(drawn) == max_new:
-                artefacts = [self.task.artefact(row) for row in torch.cat(drawn, dim=1).cpu()]
+                artefacts = self.task.artefacts(given, torch.cat(drawn, dim=1).cpu())
                 if stop and all(cut(text, stop) is not None for text in artefacts):
                     break
         if stop:
@@ -54,16 +59,16 @@ class Pipeline:
         self,
         prompt: str,
         *,
-        max_new: int = 256,
+        max_new: int | None = None,
         sampling: Sampling = Sampling(),
         seed: int | None = None,
         stop: Sequence[str] = (),
     ) -> Iterator[str]:
         """The same for one text prompt, piece by piece as it is drawn. A character made of several tokens comes whole,
         and what might be the beginning of a stop string is held back until it is known not to be."""
-        steps = generate(
-            self.model, self.task.prompt(prompt), max_new=max_new, sampling=sampling, stream=True, seed=seed
-        )
+        given = self.task.prompt(prompt)
+        max_new = self.task.length(given) if max_new is None else max_new
+        steps = generate(self.model, given, max_new=max_new, sampling=sampling, stream=True, seed=seed)
         drawn: list[torch.Tensor] = []
         shown = ""
         for step in steps:
