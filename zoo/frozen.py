@@ -40,31 +40,45 @@ def digest(module: nn.Module) -> str:
     return hashlib.sha256(weights.to_bytes(weights.named_tensors(module))).hexdigest()
 
 
-def load(reference: str, *, sha256: str = "", what: str = "weights") -> Frozen:
+def load(reference: str, *, kind: type, what: str, sha256: str = "") -> Frozen:
     """The module behind `reference`: a run folder (its newest checkpoint, averaged weights where the run kept them), a
     folder that `save` wrote, or `<model>.<tag>` of published weights.
 
+    kind    the class of its model's config: another kind of model is refused
+    what    the word for it in messages: tokenizer, codec
     sha256  refuse any other; "" takes what is there
-    what    the word for messages: a tokenizer, a codec
-    Raises FileNotFoundError where there is none; weights.WeightsError for a wrong checksum or damaged files.
+    Raises FileNotFoundError where there is none; WeightsError for another kind, a wrong checksum, damaged files.
     """
     folder = Path(reference).expanduser()
     if (folder / CARD).is_file():
-        frozen = _from_bundle(folder)
+        name, node, tensors, origin, expected = _read_bundle(folder)
     elif (folder / "checkpoints").is_dir():
-        frozen = _from_run(folder)
+        name, node, tensors, origin, expected = _read_run(folder)
     elif reference in weights.weights:
         name, _, tag = reference.partition(".")
-        frozen = _freeze(weights.load_pretrained(name, tag), name, reference)
+        module = weights.load_pretrained(name, tag)
+        node, tensors = configs.to_dict(module.config), weights.named_tensors(module)
+        origin, expected = reference, ""
     else:
         published = ", ".join(weights.weights.names()) or "none yet"
         raise FileNotFoundError(
             f"the {what} {reference!r} is neither a run folder with checkpoints, nor a folder with {CARD}, nor one of "
             f"the published weights ({published}). Train one first: `zoo list --kind recipes` names the recipes"
         )
-    if sha256 and frozen.sha256 != sha256.lower():
-        raise weights.WeightsError(f"the {what} {reference!r} has sha256 {frozen.sha256}, not {sha256.lower()}")
-    return frozen
+    base: Any = registry.models.get(name)()
+    if not isinstance(base, kind):
+        raise weights.WeightsError(f"{what} = {reference!r} holds {name}, which is no {what}")
+    built: Any = configs.build(type(base), base, node)
+    module = built.build().eval().requires_grad_(False)
+    weights.load_into(module, tensors, origin=origin)
+    found = digest(module)
+    if expected and found != expected:
+        raise weights.WeightsError(
+            f"{folder} is damaged or another {what}: its tensors have sha256 {found}, not {expected}"
+        )
+    if sha256 and found != sha256.lower():
+        raise weights.WeightsError(f"the {what} {reference!r} has sha256 {found}, not {sha256.lower()}")
+    return Frozen(module, name, configs.to_dict(module.config), found, origin)
 
 
 def save(frozen: Frozen, folder: Path) -> None:
@@ -73,36 +87,23 @@ def save(frozen: Frozen, folder: Path) -> None:
     weights.replace_file(folder / CARD, json.dumps({**frozen.card(), "config": frozen.config}, indent=1).encode())
 
 
-def _freeze(module: nn.Module, name: str, origin: str) -> Frozen:
-    module.eval().requires_grad_(False)
-    config = configs.to_dict(getattr(module, "config", {}))
-    return Frozen(module, name, config, digest(module), origin)
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers: the model's name and config, its tensors, where they come from, and the digest that is promised, if any
+
+Parts = tuple[str, dict[str, Any], dict[str, Tensor], str, str]
 
 
-def _build(name: str, node: dict[str, Any], tensors: dict[str, Tensor], origin: str) -> nn.Module:
-    base = registry.models.get(name)()
-    module = configs.build(type(base), base, node).build()
-    weights.load_into(module, tensors, origin=origin)
-    return module
-
-
-def _from_bundle(folder: Path) -> Frozen:
+def _read_bundle(folder: Path) -> Parts:
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         name, node, sha256, origin = (card[key] for key in ("name", "config", "sha256", "origin"))
     except (ValueError, KeyError, TypeError) as error:
         raise weights.WeightsError(f"{folder / CARD} is damaged: {error}") from error
-    path = folder / "model.safetensors"
-    frozen = _freeze(_build(name, node, weights.read(path), str(path)), name, origin)
-    if frozen.sha256 != sha256:
-        raise weights.WeightsError(
-            f"{path} is damaged or another: its tensors have sha256 {frozen.sha256}, not {sha256}"
-        )
-    return frozen
+    return name, node, weights.read(folder / "model.safetensors"), origin, sha256
 
 
-def _from_run(run: Path) -> Frozen:
-    """Reads the newest checkpoint as zoo/train/checkpoint.py writes them; each file is checked against the manifest."""
+def _read_run(run: Path) -> Parts:
+    """The newest checkpoint, as zoo/train/checkpoint.py writes it; each file is checked against the manifest."""
     steps = sorted(path.parent for path in run.glob("checkpoints/step-*/manifest.json"))
     if not steps:
         raise FileNotFoundError(f"the run {run} has no checkpoint yet")
@@ -112,12 +113,11 @@ def _from_run(run: Path) -> Frozen:
         name = node.pop("name")
     except (ValueError, KeyError, TypeError) as error:
         raise weights.WeightsError(f"{steps[-1] / 'manifest.json'} is damaged: {error}") from error
-    tensors: dict[str, Tensor] = {}
     for stem in ("ema", "model"):
         pattern = re.compile(stem + r"(\.\d+-of-\d+)?\.safetensors")
         parts = [weights.read(steps[-1] / f, sha256=files[f]["sha256"]) for f in sorted(files) if pattern.fullmatch(f)]
         if parts:
-            slices = {key: [part[key] for part in parts if key in part] for part in parts for key in part}
-            tensors = {key: torch.cat(own) if len(own) > 1 else own[0] for key, own in slices.items()}
             break
-    return _freeze(_build(name, node, tensors, str(steps[-1])), name, str(run))
+    slices = {key: [part[key] for part in parts if key in part] for part in parts for key in part}
+    tensors = {key: torch.cat(own) if len(own) > 1 else own[0] for key, own in slices.items()}
+    return name, node, tensors, str(run), ""

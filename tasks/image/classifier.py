@@ -93,14 +93,8 @@ def scaled(images: Tensor) -> Tensor:
 
 
 def load_classifier(reference: str) -> Frozen | None:
-    """The trained classifier behind a run folder or a name of weights; None for "". Raises ValueError for weights that
-    are no classifier's."""
-    if not reference:
-        return None
-    loaded = frozen.load(reference, what="classifier")
-    if not isinstance(loaded.module, Classifier):
-        raise ValueError(f"classifier = {reference!r} holds a {type(loaded.module).__name__}, no classifier")
-    return loaded
+    """The trained classifier behind a run folder or a name of weights; None for ""."""
+    return frozen.load(reference, kind=ClassifierConfig, what="classifier") if reference else None
 
 
 @torch.no_grad()

@@ -132,7 +132,7 @@ class ImageHead(Head):
             h = h + self.label(label).unsqueeze(1)
         if self.near is not None:
             known["seen"] = known["seen"].scatter(1, place, inputs.to(torch.int16))
-            h = h + self.near(self._neighbours(known["seen"], place))
+            h = h + self.near(self._neighbours(known["seen"], place).to(h.dtype))
         known["place"] = known["place"] + (inputs.shape[1] if ctx.lengths is None else ctx.lengths)
         return self.drop(h), None if state is None else known
 

@@ -15,7 +15,7 @@ from tasks.image.grid import as_media, make_grid, write_png
 from tasks.image.metrics import Likelihood, SampleConfig, Samples, order0_bits
 from tasks.image.orders import ORDERS, rows_given
 from tasks.image.stream import Augment, image_stream, pixel_views
-from tasks.image.tokenizer import Tokenizer, decode_all, encode_all
+from tasks.image.tokenizer import Tokenizer, TokenizerConfig, decode_all, encode_all, load_tokenizer
 from zoo import config as configs
 from zoo import frozen
 from zoo.config import Choice
@@ -92,18 +92,15 @@ class ImageTask(Task):
             return None
         kept = self._assets / "tokenizer" if self._assets else None
         if kept is not None and (kept / frozen.CARD).is_file():
-            loaded = frozen.load(str(kept), sha256=config.tokenizer_sha256, what="tokenizer")
+            loaded = load_tokenizer(str(kept), config.tokenizer_sha256)
             if loaded.origin == config.tokenizer or loaded.origin == str(Path(config.tokenizer).expanduser()):
                 return self._checked(loaded)
-        return self._checked(frozen.load(config.tokenizer, sha256=config.tokenizer_sha256, what="tokenizer"))
+        return self._checked(load_tokenizer(config.tokenizer, config.tokenizer_sha256))
 
     def _checked(self, loaded: Frozen) -> Frozen:
-        if not isinstance(loaded.module, Tokenizer):
-            raise ValueError(
-                f"tokenizer = {self.config.tokenizer!r} holds a {type(loaded.module).__name__}, no tokenizer"
-            )
         height, width, channels = self.data.shape
         made = loaded.module.config
+        assert isinstance(made, TokenizerConfig)
         if made.channels != channels or height % made.factor or width % made.factor:
             raise ValueError(
                 f"tokenizer = {self.config.tokenizer!r} takes {made.channels} channels and sides that are multiples of "

@@ -16,8 +16,10 @@ from tasks.image.grid import as_media, make_grid
 from tasks.image.scores import FeatureStats, frechet
 from tasks.image.stream import Augment, image_stream, pixel_views
 from zoo import config as configs
+from zoo import frozen
 from zoo.config import Choice
 from zoo.data import SourceStream
+from zoo.frozen import Frozen
 from zoo.model import Batch, Output
 from zoo.quantize import QuantizerConfig, VectorQuantizer, code_use
 from zoo.registry import datasets
@@ -123,6 +125,10 @@ def blocks(config: TokenizerConfig) -> list[nn.Module]:
         ConvNeXtBlock(config.width, kernel_size=5, conv_mlp=True, norm_layer=LayerNorm2d, ls_init_value=0.1)
         for _ in range(config.depth)
     ]
+
+
+def load_tokenizer(reference: str, sha256: str = "") -> Frozen:
+    return frozen.load(reference, kind=TokenizerConfig, what="tokenizer", sha256=sha256)
 
 
 @torch.no_grad()
