@@ -4,7 +4,7 @@ Samplers are pure functions on logits (B, V). Nothing here reads a tensor on the
 device, so callers that stream pay for the wait only where they look at the tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zoo.model import Batch, Context, Model
-from zoo.state import clone
+from zoo.state import clone, leaves
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ def generate(
     stream: Literal[False] = False,
     seed: int | None = None,
     chunk: int = 2048,
+    graph: bool = ...,
 ) -> Tensor: ...
 @overload
 def generate(
@@ -123,6 +124,7 @@ def generate(
     stream: Literal[True],
     seed: int | None = None,
     chunk: int = 2048,
+    graph: bool = ...,
 ) -> Iterator[Tensor]: ...
 def generate(
     model: Model,
@@ -133,6 +135,7 @@ def generate(
     stream: bool = False,
     seed: int | None = None,
     chunk: int = 2048,
+    graph: bool = False,
 ) -> Tensor | Iterator[Tensor]:
     """Continue `inputs` by `max_new` elements, in the model's own world: tensors in, tensors out.
 
@@ -141,6 +144,7 @@ def generate(
     stream  True: an iterator that yields each step's (B, 1, …) as it is drawn; False: all of them, (B, max_new, …)
     seed    of the draws; None takes a fresh one
     chunk   prompt tokens per prefill call: bounds the memory of a long prompt
+    graph   on a CUDA device, record a step once and replay it: small batches no longer wait for Python
     """
     if max_new < 1:
         raise ValueError(f"max_new = {max_new}; it takes 1 or more")
@@ -148,7 +152,10 @@ def generate(
         raise ValueError(f"chunk = {chunk}; it takes 1 or more")
     batch = inputs if isinstance(inputs, Batch) else Batch(inputs)
     _check_prompt(batch, sampling)
-    steps = _steps(model, batch, max_new, sampling, seed, chunk)
+    device = next(model.parameters()).device
+    if graph and device.type != "cuda":
+        raise ValueError(f"graph = True records a CUDA graph; the model is on {device}, where it takes False")
+    steps = _steps(model, batch, max_new, sampling, seed, chunk, graph)
     return steps if stream else torch.cat(list(steps), dim=1)
 
 
@@ -170,7 +177,7 @@ def _check_prompt(batch: Batch, sampling: Sampling) -> None:
 
 @torch.inference_mode()
 def _steps(
-    model: Model, batch: Batch, max_new: int, sampling: Sampling, seed: int | None, chunk: int
+    model: Model, batch: Batch, max_new: int, sampling: Sampling, seed: int | None, chunk: int, graph: bool
 ) -> Iterator[Tensor]:
     device = next(model.parameters()).device
     batch = batch.to(device)
@@ -184,13 +191,22 @@ def _steps(
         cache: Any = model.backbone.init_cache(rows * (2 if guided else 1), tokens + max_new)
         head_state: Any = model.head.init_state(batch.inputs, batch.condition, batch.ctx.lengths)
         h_last, cache, head_state = prefill(model, batch, cache, head_state, chunk, guided)
-        for step in range(max_new):
-            params = _parameters(model, h_last, head_state, sampling.guidance)
-            drawn, head_state = model.head.sample(params, head_state, sampling, generator)
-            yield drawn
-            if step + 1 < max_new:
-                h, cache, head_state = _advance(model, drawn, Context(), cache, head_state, guided)
-                h_last = h[:, -1]
+        drawn, head_state = _draw(model, h_last, head_state, sampling, generator)
+        yield drawn
+
+        def step(state: Any) -> Any:
+            h, cache, head_state = _advance(model, state["drawn"], Context(), state["cache"], state["head"], guided)
+            drawn, head_state = _draw(model, h[:, -1], head_state, sampling, generator)
+            return {"drawn": drawn, "cache": cache, "head": head_state}
+
+        state: Any = {"drawn": drawn, "cache": cache, "head": head_state}
+        replay = _recorded(step, state, generator) if graph and max_new > 1 else None
+        for _ in range(max_new - 1):
+            if replay is not None:
+                yield replay()
+            else:
+                state = step(state)
+                yield state["drawn"]
     finally:
         model.train(training)
 
@@ -232,9 +248,41 @@ def _advance(
     return *model.hidden(torch.cat((given, without)), ctx, cache), head_state
 
 
+def _draw(model: Model, h_last: Tensor, head_state: Any, sampling: Sampling, generator: Any) -> tuple[Any, Any]:
+    params = _parameters(model, h_last, head_state, sampling.guidance)
+    return model.head.sample(params, head_state, sampling, generator)
+
+
 def _parameters(model: Model, h_last: Tensor, head_state: Any, guidance: float) -> Tensor:
     if guidance == 1:
         return model.head.logits(h_last, head_state)
     given, without = h_last.chunk(2)
     free = model.head.logits(without, model.head.unconditional(clone(head_state))).float()
     return free + guidance * (model.head.logits(given, head_state).float() - free)
+
+
+def _recorded(step: Callable[[Any], Any], state: Any, generator: torch.Generator) -> Callable[[], Tensor]:
+    """`step` as a CUDA graph over the memory of `state` {"drawn", "cache", "head"}; each call goes one step on and
+    returns what it drew. Steps are of fixed shapes and never look at a value, so all of them are the same graph."""
+    state = clone(state)
+    memory, drawn = leaves(state), state["drawn"]
+    before = generator.get_state()
+    warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm):
+        for _ in range(2):  # kernels compile and choose their tiles before the recording
+            step(clone(state))
+    torch.cuda.current_stream().wait_stream(warm)
+    generator.set_state(before)
+
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        for old, new in zip(memory, leaves(step(state)), strict=True):
+            old.copy_(new)
+
+    def replay() -> Tensor:
+        graph.replay()
+        return drawn.clone()
+
+    return replay
