@@ -9,9 +9,10 @@ from zoo import config
 from zoo.model import ModelConfig
 from zoo.registry import models
 
+# Heads of 64, which the Hopper kernels take, but in the smallest
 SIZES = {
     "1m": {"width": 128, "depth": 4, "heads": 4},
-    "7m": {"width": 256, "depth": 8, "heads": 8},  # the shape of the published MNIST models
+    "7m": {"width": 256, "depth": 8, "heads": 4},  # the size of the published MNIST models
     "20m": {"width": 384, "depth": 12, "heads": 6},
     "35m": {"width": 512, "depth": 12, "heads": 8},
 }
