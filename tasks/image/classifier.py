@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.image.stream import Augment, image_stream, pixel_views
+from tasks.image.stream import Augment, image_stream, pixel_views, shown
 from zoo import config as configs
 from zoo import frozen
 from zoo.config import Choice
@@ -101,8 +101,8 @@ def load_classifier(reference: str) -> Frozen | None:
 def all_features(model: Classifier, pixels: np.ndarray, batch: int = 500) -> Tensor:
     """(N, H, W, C) uint8 -> (N, F) float32 on the model's device."""
     device = next(model.parameters()).device
-    parts = [to_images(pixels[at : at + batch]).to(device) for at in range(0, len(pixels), batch)]
-    return torch.cat([model.features(part) for part in parts])
+    starts = shown(range(0, len(pixels), batch), "features")
+    return torch.cat([model.features(to_images(pixels[at : at + batch]).to(device)) for at in starts])
 
 
 def to_images(pixels: np.ndarray) -> Tensor:

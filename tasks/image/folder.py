@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import InterpolationMode, v2
-from tqdm import tqdm
 
 from tasks.image.data import SPLITS, Images, check_split, pixel_digest
+from tasks.image.stream import shown
 
 log = logging.getLogger(__name__)
 ENDINGS = frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
@@ -159,7 +158,7 @@ def read_pictures(folder: PictureFolder, config: Any) -> tuple[dict[str, Images]
     pixels: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     labels: dict[str, list[int]] = {split: [] for split in SPLITS}
     bad: list[str] = []
-    for path, split, label in tqdm(folder.files, desc=f"reading {folder.root}", leave=False, disable=not progress()):
+    for path, split, label in shown(folder.files, f"reading {folder.root}"):
         try:
             pixels[split].append(read_picture(path, config))
             labels[split].append(folder.classes.index(label))
@@ -215,7 +214,3 @@ def fit_picture(picture: Image.Image, size: int, channels: int, *, convert: bool
     resized = v2.functional.resize(tensor, [size], interpolation=InterpolationMode.BICUBIC, antialias=True)
     fitted: torch.Tensor = v2.functional.center_crop(resized, [size, size])
     return fitted.permute(1, 2, 0).contiguous().numpy()
-
-
-def progress() -> bool:
-    return sys.stderr.isatty()

@@ -17,6 +17,7 @@ from tasks.image.classifier import Classifier, all_features
 from tasks.image.data import Images
 from tasks.image.grid import as_media, make_grid
 from tasks.image.scores import FeatureStats, frechet, nearest, precision_recall
+from tasks.image.stream import shown
 from zoo.generation import Sampling
 from zoo.model import Batch
 from zoo.task import Media
@@ -106,8 +107,9 @@ class Samples:
 
     def reduce(self, ranks: Any) -> None:
         height, width, channels = self.test.pixels.shape[1:]
-        made = torch.zeros(self.config.count, height, width, channels, dtype=torch.int64)
-        for at in range(ranks.rank * self.config.batch, self.config.count, ranks.world * self.config.batch):
+        made = torch.zeros(self.config.count, height, width, channels, dtype=torch.int32)
+        starts = range(ranks.rank * self.config.batch, self.config.count, ranks.world * self.config.batch)
+        for at in shown(starts, "drawing samples"):
             labels = self.labels[at : at + self.config.batch]
             asked = labels if self.classes else None
             made[at : at + len(labels)] = torch.from_numpy(self.draw(self.model, asked, len(labels), at))

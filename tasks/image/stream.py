@@ -1,10 +1,12 @@
 """Images as a source of training and evaluation examples, with augmentation drawn from the position alone."""
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from zoo.data import Recent, SourceStream, epoch_rng
 from zoo.model import Batch
@@ -85,6 +87,11 @@ def image_stream(
     training = split == "train"
     source = ImageSource(views, labels, collate, seed=seed if training else None, shift=shift if training else 0)
     return SourceStream(source, endless=training, **place)
+
+
+def shown(work: Iterable[Any], what: str) -> Iterable[Any]:
+    """A bar on a terminal, silence elsewhere."""
+    return tqdm(work, desc=what, leave=False, disable=not sys.stderr.isatty())
 
 
 def pixel_views(pixels: np.ndarray, augment: Augment) -> list[np.ndarray]:

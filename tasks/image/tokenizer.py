@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tasks.image.classifier import Classifier, collate_images, load_classifier, scaled, to_images
 from tasks.image.grid import as_media, make_grid
 from tasks.image.scores import FeatureStats, frechet
-from tasks.image.stream import Augment, image_stream, pixel_views
+from tasks.image.stream import Augment, image_stream, pixel_views, shown
 from zoo import config as configs
 from zoo import frozen
 from zoo.config import Choice
@@ -135,7 +135,8 @@ def load_tokenizer(reference: str, sha256: str = "") -> Frozen:
 def encode_all(tokenizer: Tokenizer, pixels: np.ndarray, batch: int = 500) -> np.ndarray:
     """(N, H, W, C) uint8 -> codes (N, h, w) int32."""
     device = next(tokenizer.parameters()).device
-    parts = (to_images(pixels[at : at + batch]).to(device) for at in range(0, len(pixels), batch))
+    starts = shown(range(0, len(pixels), batch), "codes")
+    parts = (to_images(pixels[at : at + batch]).to(device) for at in starts)
     return np.concatenate([tokenizer.encode(part).int().cpu().numpy() for part in parts])
 
 
