@@ -5,8 +5,8 @@
     python scripts/bench_train.py --arms gatedfwa --tokens 1048576 --budget 1048576 --micro 1    a million tokens a row
 
 12 layers, 768 wide, 12 heads of 64, vocabulary 50304 tied, window 512, bfloat16 autocast, fused AdamW, compiled. Our
-arms run zoo.train.train on random tokens, reading, logging and all; peers run the least loop that trains. Every arm is a
-process of its own. Prints one JSON object a line: tokens/s (median over the steps after the warm-up) and peak GiB.
+arms run zoo.train.train on random tokens, reading, logging and all; peers run the least loop that trains. Every arm is
+a process of its own. Prints one JSON object a line: tokens/s (median over the steps after the warm-up), peak GiB.
 """
 
 import argparse
