@@ -42,7 +42,7 @@ def zoo_overrides(arm: str, tokens: int) -> tuple[str, dict[str, Any]]:
     return f"text_{name}_125m", {"backbone": backbone}
 
 
-def run_zoo(arm: str, tokens: int, budget: int, micro: int, steps: int) -> dict[str, Any]:
+def run_zoo(arm: str, tokens: int, budget: int, micro: int, steps: int, profile: bool) -> dict[str, Any]:
     from zoo import config, registry
     from zoo.data import SourceStream, Windows
     from zoo.task import Task
@@ -86,7 +86,7 @@ def run_zoo(arm: str, tokens: int, budget: int, micro: int, steps: int) -> dict[
         },
     )
     with tempfile.TemporaryDirectory() as folder:
-        train(recipe, Path(folder) / "run")
+        train(recipe, Path(folder) / "run", profile=profile)
         rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     rates = [row["tokens_per_second"] for row in rows if row["step"] > WARM]
     return {
@@ -193,7 +193,8 @@ def run_arm(options: argparse.Namespace, arm: str, tokens: int) -> dict[str, Any
     peer = arm in ("sdpa", "flex", "fla_nsa")
     if peer and not options.micro:
         micro = options.budget // tokens  # as ANCHORS.md measured them
-    found = (run_peer if peer else run_zoo)(arm, tokens, options.budget, micro, options.steps)
+    size = (arm, tokens, options.budget, micro, options.steps)
+    found = run_peer(*size) if peer else run_zoo(*size, profile=options.profile)
     peak = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return {"arm": arm, "tokens": tokens, "budget": options.budget, "micro": micro, **found, "peak_gib": peak}
 
@@ -206,6 +207,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=65536, help="tokens a step")
     parser.add_argument("--micro", type=int, default=0, help="rows a micro-batch; 0: 32,768 tokens, all for the peers")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--profile", action="store_true", help="with --here, of our arms: where the time goes")
     parser.add_argument("--here", action="store_true", help="one arm, in this process")
     options = parser.parse_args()
     if options.here:
