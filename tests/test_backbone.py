@@ -65,6 +65,14 @@ def test_positions_and_mlp_can_be_left_out(positions, mlp):
             backbone(torch.randn(1, 17, 32), Context())
 
 
+def test_steps_past_the_learned_positions_are_named():
+    backbone = Backbone(build(positions="learned", max_len=8)).eval()
+    cache = backbone.init_cache(1, 8)
+    _, cache = backbone(torch.randn(1, 8, 32), Context(), cache)
+    with pytest.raises(ValueError, match="9 tokens exceed max_len = 8"):
+        backbone(torch.randn(1, 1, 32), Context(), cache)
+
+
 def test_two_rotary_axes():
     torch.manual_seed(0)
     backbone = Backbone(build(head_dim=16))

@@ -16,6 +16,7 @@ from zoo import config as configs
 from zoo.config import Choice
 from zoo.layers import MLP, document_positions, rotary_table
 from zoo.mixers.base import Context, Dims, Mixer
+from zoo.ops import may_look
 from zoo.registry import mixers, nearest
 from zoo.state import State
 
@@ -220,17 +221,24 @@ class Backbone(nn.Module):
                 positions = torch.arange(tokens, device=h.device).unsqueeze(0)
                 if start is not None:
                     positions = positions + start.unsqueeze(1)
-        if self.positions is not None and start is None and tokens > self.config.max_len:
-            raise ValueError(f"{tokens} tokens exceed max_len = {self.config.max_len} of the learned positions")
+        if self.positions is not None:
+            self._check_learned(tokens if start is None or not may_look(start) else int(start.max()) + tokens)
         rotary = None
         if self.config.positions == "rotary":
             rotary = rotary_table(positions, self.config.dims.head_dim, self.config.rope_base)
         return replace(ctx, positions=positions, start=start, rotary=rotary)
 
+    def _check_learned(self, tokens: int) -> None:
+        if tokens > self.config.max_len:
+            raise ValueError(f"{tokens} tokens exceed max_len = {self.config.max_len} of the learned positions")
+
     def init_cache(self, batch: int, max_len: int, *, device: Any = None, dtype: Any = None) -> dict[str, Any]:
-        """The state of `batch` rows before their first token: {"position": (B,) int64, "blocks": [State, …]}."""
-        if self.positions is not None and max_len > self.config.max_len:
-            raise ValueError(f"{max_len} tokens exceed max_len = {self.config.max_len} of the learned positions")
+        """The state of `batch` rows before their first token: {"position": (B,) int64, "blocks": [State, …]}.
+
+        max_len  the most tokens that a row will have, prompt and steps together; see Mixer.init_state for longer ones
+        """
+        if self.positions is not None:
+            self._check_learned(max_len)
         weight = self.norm.weight
         device, dtype = device or weight.device, dtype or weight.dtype
         return {

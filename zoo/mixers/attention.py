@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from zoo import ops
 from zoo.layers import apply_rotary, document_starts, token_shift
 from zoo.mixers.base import Context, Dims, Mixer, visible_pairs
-from zoo.mixers.cache import cache_bytes, init_cache, past_in_order, put_chunk, put_token, start_of, take
+from zoo.mixers.cache import cache_bytes, check_room, init_cache, past_in_order, put_chunk, put_token, start_of, take
 from zoo.state import State
 
 
@@ -152,13 +152,14 @@ class Attention(Mixer):
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: Context, state: Any) -> Tensor:
         """Attend to the cached past and to the call's own tokens, and add them to the cache."""
-        tokens, start = x.shape[1], start_of(ctx, x)
+        tokens, start, slots = x.shape[1], start_of(ctx, x), state["k"].shape[1]
+        if self.window is None or slots < self.window:
+            check_room(slots, start, tokens if ctx.lengths is None else ctx.lengths)
         log_decay = None if self.gate is None else ops.log_decay(*self.gate(x))
         if tokens == 1 and ctx.lengths is None:
             live = put_token(state, k, v, log_decay, start)
             held = state["k"].dtype  # the cache may be kept in another dtype than the call computes in
             return ops.ring_attention(q.to(held), state["k"], state["v"], state.get("decay"), live).to(v.dtype)
-        slots = state["k"].shape[1]
         past = slots if self.window is None else min(self.window - 1, slots)
         past_k, past_v, past_decay, key_start = past_in_order(state, start, past)
         y = ops.window_attention(

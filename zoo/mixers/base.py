@@ -60,7 +60,11 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def init_state(self, batch: int, max_len: int, *, device: Any, dtype: Any) -> State:
-        """The state before the first token, for rows of at most `max_len` tokens."""
+        """The state before the first token, for rows of at most `max_len` tokens.
+
+        A longer row is a ValueError where its length is at hand (ops.may_look: on a CPU; on a GPU under ZOO_DEBUG=1, or
+        the oldest tokens are lost without a word). A mixer whose window is at most `max_len` may go on for ever.
+        """
         raise NotImplementedError
 
     def flops(self, tokens: int) -> int:

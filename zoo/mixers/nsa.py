@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from zoo import ops
 from zoo.mixers.attention import Attention, AttentionConfig, GateConfig, check_window
 from zoo.mixers.base import Context, Dims, visible_pairs
-from zoo.mixers.cache import past_in_order, put_chunk, put_token, start_of, take
+from zoo.mixers.cache import check_room, past_in_order, put_chunk, put_token, start_of, take
 from zoo.registry import mixers
 from zoo.state import State
 
@@ -131,6 +131,7 @@ class NSA(Attention):
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: Context, state: Any) -> Tensor:
         start = start_of(ctx, x)
+        check_room(state["selected"]["k"].shape[1], start, x.shape[1] if ctx.lengths is None else ctx.lengths)
         log_decay = None if self.gate is None else ops.log_decay(*self.gate(x))
         k_sets, v_sets = self._sets(k), self._sets(v)
         self._put_blocks(state, k_sets[0], v_sets[0], start, ctx.lengths)
