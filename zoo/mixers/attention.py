@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo import ops
-from zoo.layers import apply_rotary, document_starts, token_shift
+from zoo.layers import apply_rotary, document_starts, init_normal, token_shift
 from zoo.mixers.base import Context, Dims, Mixer, visible_pairs
 from zoo.mixers.cache import cache_bytes, check_room, init_cache, past_in_order, put_chunk, put_token, start_of, take
 from zoo.state import State
@@ -39,31 +39,27 @@ class AttentionConfig:
     token_shift: bool = False
 
 
-@dataclass
-class GateConfig:
-    """Initial gate. gate_bias is z at the start: 0 forgets half a token's past at once (the paper), 2 remembers about
-    8 tokens, 4 to 6 suit recall (SPEC.md section 6, 3). gate_amplitude is u: 0 makes beta 1."""
-
-    gate_bias: float = 0.0
-    gate_amplitude: float = 0.0
-
-
 def check_window(window: int) -> None:
     if window < 1:
         raise ValueError(f"window = {window}; it is the number of visible keys, the token itself included: 1 or more")
 
 
 class Gate(nn.Module):
-    """x (B, T, C) -> pre-activations z, u, each (B, T, H) float32."""
+    """x (B, T, C) -> pre-activations z, u, each (B, T, H) float32.
 
-    def __init__(self, dims: Dims, config: GateConfig):
+    bias       `gate_bias` in configs, z at the start: 0 forgets half a token's past at once (the paper), 2 remembers
+               about 8 tokens, 4 to 6 suit recall (SPEC.md section 6, 3)
+    amplitude  `gate_amplitude` in configs, u at the start: 0 makes beta 1
+    """
+
+    def __init__(self, dims: Dims, bias: float, amplitude: float):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(2 * dims.heads, dims.width))  # rows: W_g, then W_beta (zero at start)
         self.bias = nn.Parameter(torch.zeros(2 * dims.heads))
         with torch.no_grad():
             self.weight[: dims.heads].normal_(std=0.02)
-            self.bias[: dims.heads] = config.gate_bias
-            self.bias[dims.heads :] = config.gate_amplitude
+            self.bias[: dims.heads] = bias
+            self.bias[dims.heads :] = amplitude
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # A rounding error in z is carried along the whole window, so the projection is float32 under autocast too.
@@ -74,9 +70,7 @@ class Gate(nn.Module):
 
 
 class Attention(Mixer):
-    def __init__(
-        self, config: AttentionConfig, dims: Dims, *, window: int | None, gate: GateConfig | None, kv_sets: int = 1
-    ):
+    def __init__(self, config: AttentionConfig, dims: Dims, *, window: int | None, gate: Gate | None, kv_sets: int = 1):
         """kv_sets: how many sets of G key/value heads are projected, shifted, normalised and rotated side by side."""
         super().__init__()
         if window is not None:
@@ -91,7 +85,8 @@ class Attention(Mixer):
         per_head = config.qk_norm == "head"
         self.q_norm = None if config.qk_norm == "none" else nn.RMSNorm(dims.head_dim if per_head else queries, eps=1e-6)
         self.k_norm = None if config.qk_norm == "none" else nn.RMSNorm(dims.head_dim if per_head else keys, eps=1e-6)
-        self.gate = None if gate is None else Gate(dims, gate)
+        self.gate = gate
+        init_normal((self.qkv, self.out, self.shift), dims.init_std)
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         q, k, v = self._project(x)  # (B, T, H|G|G, D)

@@ -36,12 +36,14 @@ class Context:
 
 @dataclass(frozen=True)
 class Dims:
-    """The widths that all mixers of a backbone share."""
+    """The widths that all mixers of a backbone share, and the spread that their matrices begin with unless they know
+    better: a mixer initialises itself, and the backbone leaves it as it is."""
 
     width: int
     heads: int
     kv_heads: int
     head_dim: int
+    init_std: float = 0.02
 
 
 class Mixer(nn.Module):

@@ -1,9 +1,9 @@
 """Keys and values of the past, for attention mixers: a ring of `slots` tokens, or all of them when it never wraps.
 
-Token p lives in slot p % slots. Where a token is still visible when its slot would be taken again (`slots` below the
-window, or no window), the row may not grow past `slots` tokens: `check_room`. A gated cache keeps, per slot and query head, the log-decay from that slot's token to
-the newest one (<= 0): a step adds its own log-decay to every slot and writes 0 in the new one, so no prefix grows and
-precision does not depend on position.
+Token p lives in slot p % slots. Where a token would still be visible when its slot is taken again (fewer slots than the
+window, or no window), a row may not outgrow them: `check_room`. A gated cache keeps, per slot and query head, the
+log-decay from that slot's token to the newest one (<= 0): a step adds its own log-decay to every slot and writes 0 in
+the new one, so no prefix grows and precision does not depend on position.
 
     k, v    (B, slots, G, D)
     decay   (B, slots, H) float32 (float64 for a float64 cache), only with a gate
@@ -41,8 +41,8 @@ def start_of(ctx: Context, like: Tensor) -> Tensor:
 
 
 def check_room(slots: int, start: Tensor, new: int | Tensor) -> None:
-    """For a cache that may not wrap: raises ValueError when a row of `start` (B,) tokens gets `new` more, an int or (B,),
-    and they are then more than `slots`. Known from the shapes alone, or looked at where `ops.may_look` allows."""
+    """For a cache that may not wrap: raises ValueError when rows of `start` (B,) tokens get `new` more, an int or (B,),
+    and one has then more than `slots`. Known from the shapes alone, or looked at where `ops.may_look` allows."""
     longest = new if isinstance(new, int) else 0
     if longest <= slots and start.numel() and ops.may_look(start):
         longest = int((start + new).max())

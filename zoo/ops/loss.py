@@ -26,8 +26,9 @@ def linear_cross_entropy(
     weight   (V, C)
     targets  (...) int64 in [0, V), or `ignore_index` for an element that is not scored
     Returns (loss_sum () float32 (float64 for float64 input), count () int64). Differentiable in hidden and weight.
-    Under autocast hidden and weight enter in the autocast dtype; sums stay float32. Raises ValueError for shapes that do
-    not belong together, and for a target outside [0, V) (looked at on the CPU, on a GPU under ZOO_DEBUG=1 only).
+    Under autocast hidden and weight enter in the autocast dtype; sums stay float32.
+    Raises ValueError for shapes that do not belong together, and for a target outside [0, V) (looked at on the CPU, or
+    under ZOO_DEBUG=1).
     """
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
