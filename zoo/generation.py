@@ -135,6 +135,8 @@ def generate(
     stream  True: an iterator that yields each step's (B, 1, …) as it is drawn; False: all of them, (B, max_new, …)
     seed    of the draws; None takes a fresh one
     chunk   prompt tokens per prefill call: bounds the memory of a long prompt
+    Raises ValueError for an empty prompt, wrong lengths, or inputs that the head cannot embed (looked at on the CPU
+    always, on a GPU under ZOO_DEBUG=1 only).
     """
     if max_new < 1:
         raise ValueError(f"max_new = {max_new}; it takes 1 or more")
@@ -142,6 +144,7 @@ def generate(
         raise ValueError(f"chunk = {chunk}; it takes 1 or more")
     batch = inputs if isinstance(inputs, Batch) else Batch(inputs)
     _check_prompt(batch)
+    model.head.check(batch.inputs)  # where the caller has them: an index out of range on a GPU ends its context
     steps = _steps(model, batch, max_new, sampling, seed, chunk)
     return steps if stream else torch.cat(list(steps), dim=1)
 

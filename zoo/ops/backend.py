@@ -8,7 +8,7 @@ architecture, say) is one more row.
 
 Environment, read at every call:
     ZOO_BACKEND       a name of `BACKENDS`: that one or an error, never a fallback
-    ZOO_DEBUG=1       check values on the GPU too (log_decay <= 0, cu_seqlens): stalls the device
+    ZOO_DEBUG=1       check values on the GPU too (log_decay <= 0, cu_seqlens, token ids): stalls the device
     TRITON_INTERPRET=1 lets `triton` run on CPU tensors, slowly (Triton reads it when it is first imported)
 """
 
@@ -87,6 +87,12 @@ def explain(op: str, device: torch.device | str, dtype: torch.dtype, head_dim: i
 def debug() -> bool:
     """Whether values are checked on devices where looking at them costs a stall."""
     return os.environ.get("ZOO_DEBUG") == "1"
+
+
+def may_look(tensor: torch.Tensor) -> bool:
+    """Whether a check may read the values of `tensor`: on a CPU always, elsewhere under ZOO_DEBUG=1 only, and never
+    while compiling, when there are none."""
+    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or debug())
 
 
 def _refuses_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
