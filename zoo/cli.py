@@ -53,9 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def is_users_to_mend(error: Exception) -> bool:
     """Wrong words, files and fields, rather than a fault of the program."""
     from zoo.registry import Shadowed, UnknownName
-    from zoo.train import Diverged, NonFinite
 
-    return isinstance(error, (UnknownName, Shadowed, OSError, ValueError, Diverged, NonFinite))
+    mendable: tuple[type[Exception], ...] = (UnknownName, Shadowed, OSError, ValueError)
+    if (training := sys.modules.get("zoo.train")) is not None:  # not imported for a mistyped name: it brings torch
+        mendable += (training.Diverged, training.NonFinite)
+    return isinstance(error, mendable)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,7 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
     evaluate.add_argument("--no-ema", action="store_true", help="take the raw weights, not their average")
     evaluate.add_argument("--nproc", type=int, default=1, help="processes on this machine that share the split")
-    evaluate.add_argument("override", nargs="*", help="fields of the recipe to change, such as task.stride=64")
+    evaluate.add_argument(
+        "override", nargs="*", help="fields of the recipe to change, such as task.stride=64 or train.precision=fp32"
+    )
     evaluate.set_defaults(run=run_evaluate)
 
     sample = commands.add_parser("sample", allow_abbrev=False, help="generate from a run")
@@ -133,9 +137,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_train(args: argparse.Namespace) -> int:
     from zoo.config import build, recipe_layers
+
+    layers = recipe_layers(args.recipe, args.override)  # a mistyped recipe is told before torch is imported
     from zoo.train import Recipe, train
 
-    recipe = build(Recipe, *recipe_layers(args.recipe, args.override))
+    recipe = build(Recipe, *layers)
     is_file = args.recipe.endswith((".yaml", ".yml"))
     folder = args.folder or Path("runs") / (Path(args.recipe).stem if is_file else args.recipe.replace("/", "-"))
     train(recipe, folder, resume=args.resume, allow_changes=args.allow_changes, profile=args.profile)
@@ -173,6 +179,8 @@ def run_sample(args: argparse.Namespace) -> int:
     from zoo.task import Request
 
     pipe = pipeline(args.model, device=args.device)
+    if args.out is not None and args.out.suffix.lower() not in pipe.task.endings:
+        raise ValueError(f"--out {args.out} does not end in {' or '.join(pipe.task.endings)}")
     asked = pipe.task.ask(Request(args.prompt, args.label, args.count, args.given))
     temperature = args.temperature if args.temperature is not None else 0.8 if args.prompt else 1.0
     knobs = (args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.guidance)

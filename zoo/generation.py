@@ -145,6 +145,8 @@ def generate(
     seed    of the draws; None takes a fresh one
     chunk   prompt tokens per prefill call: bounds the memory of a long prompt
     graph   on a CUDA device, record a step once and replay it: small batches no longer wait for Python
+    Raises ValueError for an empty prompt, wrong lengths, or inputs that the head cannot embed (looked at on the CPU
+    always, on a GPU under ZOO_DEBUG=1 only).
     """
     if max_new < 1:
         raise ValueError(f"max_new = {max_new}; it takes 1 or more")
@@ -152,6 +154,7 @@ def generate(
         raise ValueError(f"chunk = {chunk}; it takes 1 or more")
     batch = inputs if isinstance(inputs, Batch) else Batch(inputs)
     _check_prompt(batch, sampling)
+    model.head.check(batch.inputs)  # where the caller has them: an index out of range on a GPU ends its context
     device = next(model.parameters()).device
     if graph and device.type != "cuda":
         raise ValueError(f"graph = True records a CUDA graph; the model is on {device}, where it takes False")

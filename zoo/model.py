@@ -16,6 +16,7 @@ from zoo import registry
 from zoo.backbone import Backbone, BackboneConfig
 from zoo.config import Choice
 from zoo.mixers.base import Context
+from zoo.registry import heads
 from zoo.state import State
 
 __all__ = ["Batch", "Context", "Head", "Model", "ModelConfig", "Output", "create_model", "heads", "list_models"]
@@ -80,6 +81,9 @@ class Head(nn.Module):
     Config: ClassVar[type]
     tokenwise: ClassVar[bool] = False  # embed and loss look at each token alone: rows may be split between ranks
 
+    def check(self, inputs: Any) -> None:
+        """Raises ValueError for inputs with values that cannot be embedded, where `ops.may_look` allows to look."""
+
     def init_state(self, inputs: Any, condition: Any = None, lengths: Tensor | None = None) -> State:
         """What sampling must remember between steps (history, scaling, place in a pattern); {} if nothing. `lengths`
         (B,) int64 where the rows of `inputs` are padded on the right."""
@@ -111,10 +115,6 @@ class Head(nn.Module):
         raise ValueError(f"{type(self).__name__} was not trained without its condition: guidance takes 1")
 
 
-# Heads are found by name like everything else: a domain registers its head class.
-heads = registry.Registry("head", lambda _: registry.tasks.names())
-
-
 @dataclass
 class ModelConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -142,6 +142,7 @@ class Model(nn.Module):
             )
         if batch.ctx.halo is not None and not self.head.tokenwise:
             raise ValueError(f"rows cannot be split between ranks: {type(self.head).__name__} is not tokenwise")
+        self.head.check(batch.inputs)
         h, _ = self.head.embed(batch.inputs, batch.ctx, self._given(batch))
         h, _ = self.hidden(h, batch.ctx)
         return self.head.loss(h, batch)

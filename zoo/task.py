@@ -70,6 +70,7 @@ class Task:
 
     Config: ClassVar[type]
     domain: ClassVar[str]
+    endings: ClassVar[tuple[str, ...]] = (".txt",)  # of the files that `write` makes
 
     def model_config(self, config: ModelConfig) -> ModelConfig:
         """`config` with what the data decides filled in (vocabulary size, number of classes)."""

@@ -24,4 +24,4 @@ def register() -> None:
     for name, target in DATASETS.items():
         registry.datasets.add(name, target)
     import_module("tasks.image.models")
-    import_module("zoo.model").heads.add("image", "tasks.image.head:ImageHead")
+    registry.heads.add("image", "tasks.image.head:ImageHead")

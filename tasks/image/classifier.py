@@ -79,12 +79,14 @@ class Classifier(nn.Module):
         return self.net(scaled(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) uint8 -> (B, F) float32: what the last layer decides by."""
-        return self.net.forward_head(self.net.forward_features(scaled(images)), pre_logits=True).float()
+        """(B, C, H, W) uint8 -> (B, F) float32, whatever the precision around it: what the last layer decides by."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.net.forward_head(self.net.forward_features(scaled(images)), pre_logits=True)
 
     def answers(self, features: Tensor) -> Tensor:
         """(B, F) -> the class of each (B,)."""
-        return self.net.fc(features).argmax(dim=1)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.net.fc(features).argmax(dim=1)
 
 
 def scaled(images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tasks.image.orders import ORDERS
 from zoo.generation import Sampling, sample_logits
 from zoo.model import Batch, Context, Head, Output
-from zoo.ops import linear_cross_entropy
+from zoo.ops import linear_cross_entropy, may_look
 from zoo.registry import nearest
 from zoo.state import State
 
@@ -98,6 +98,16 @@ class ImageHead(Head):
     def start(self) -> int:
         """The token before the first element."""
         return self.config.levels
+
+    def check(self, inputs: Tensor) -> None:
+        if not may_look(inputs) or not inputs.numel():
+            return
+        low, high = (int(x) for x in inputs.aminmax())
+        if low < 0 or high > self.config.levels:
+            raise ValueError(
+                f"element {low if low < 0 else high} is out of range: this model takes 0 to {self.config.levels - 1}, "
+                f"and {self.start} where an image begins"
+            )
 
     def init_state(self, inputs: Tensor, condition: Any = None, lengths: Tensor | None = None) -> State:
         """place (B,) how many inputs a row has seen; label (B,) its class, `classes` for none; seen (B, T) int16 its

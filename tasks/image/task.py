@@ -40,6 +40,7 @@ class ImagePrompt:
 
 class ImageTask(Task):
     domain = "image"
+    endings = (".png",)
 
     @dataclass
     class Config:

@@ -196,3 +196,10 @@ def test_nearby_places_are_the_neighbours_that_are_known(name):
 def test_settings_are_checked(field, message):
     with pytest.raises(ValueError, match=message):
         small_model((2, 2, 1), **field)
+
+
+def test_an_element_out_of_range_is_named():
+    model = small_model((2, 2, 1), levels=4)
+    for wrong, named in ((5, "element 5"), (-1, "element -1")):
+        with pytest.raises(ValueError, match=f"{named} is out of range: this model takes 0 to 3, and 4 where"):
+            model(Batch(torch.tensor([[4, wrong, 0, 0]]), torch.zeros(1, 4, dtype=torch.int64)))
