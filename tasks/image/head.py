@@ -81,18 +81,18 @@ class ImageHead(Head):
         nn.Module.__setattr__(self, "embed", nn.Embedding(config.levels + 1, width))
         self.positions = nn.ModuleList(nn.Embedding(size, width) for size in shape) if config.places else None
         self.label = nn.Embedding(config.classes + 1, width) if config.classes else None
-        self.near = None
-        if config.neighbours:
-            nearby = nearby_places(order, shape)
-            self.register_buffer("nearby", torch.from_numpy(nearby), persistent=False)
-            self.near = nn.Sequential(
-                nn.Linear(2 * nearby.shape[1] + config.channels, width), nn.GELU(), nn.Linear(width, width)
-            )
         self.drop = nn.Dropout(config.dropout)
         self.out = nn.Linear(width, config.levels, bias=False)
         for module in self.modules():
             if isinstance(module, (nn.Embedding, nn.Linear)):
                 nn.init.normal_(module.weight, std=0.02)
+        self.near = None
+        if config.neighbours:
+            nearby = nearby_places(order, shape)
+            self.register_buffer("nearby", torch.from_numpy(nearby), persistent=False)
+            first, second = nn.Linear(2 * nearby.shape[1] + config.channels, width), nn.Linear(width, width)
+            nn.init.normal_(second.weight, std=0.02)  # the first as torch has it: its inputs are few, and of size 1
+            self.near = nn.Sequential(first, nn.GELU(), second)
 
     @property
     def start(self) -> int:

@@ -7,13 +7,14 @@ Distances between sets of images are taken on the features of a classifier train
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.image.classifier import Classifier, all_features
+from tasks.image.classifier import Classifier, all_features, to_images
 from tasks.image.data import Images
 from tasks.image.grid import as_media, make_grid
 from tasks.image.scores import FeatureStats, frechet, nearest, precision_recall
@@ -54,6 +55,7 @@ class SampleConfig:
     """count       images drawn for an evaluation of the test split, classes in turn; 0: none
     batch       drawn at once
     classifier  run folder or weights of an image_classifier, whose features and answers judge them
+    inception   file of torch-fidelity's Inception weights: adds the FID of the literature, by torchmetrics
     nearest     of these, shown beside the nearest training images
     temperature, top_k, top_p, guidance: as in sampling
     """
@@ -61,6 +63,7 @@ class SampleConfig:
     count: int = 0
     batch: int = 250
     classifier: str = ""
+    inception: str = ""
     nearest: int = 10
     temperature: float = 1.0
     top_k: int = 0
@@ -70,6 +73,8 @@ class SampleConfig:
     def __post_init__(self):
         if self.count < 0 or self.batch < 1 or self.nearest < 0:
             raise ValueError("samples.count and samples.nearest take 0 or more, samples.batch 1 or more")
+        if self.inception and not Path(self.inception).is_file():
+            raise ValueError(f"samples.inception = {self.inception!r} is no file; leave it out for own features alone")
         self.sampling()
 
     def sampling(self) -> Sampling:
@@ -118,9 +123,11 @@ class Samples:
     @torch.no_grad()
     def compute(self) -> dict[str, float]:
         scores = {"samples": float(len(self.made))}
+        device = next(self.model.parameters()).device
+        if self.config.inception:
+            scores["fid_inception"] = inception_fid(self.test.pixels, self.made, self.config.inception, device)
         if self.classifier is None:
             return scores | self._copying(by="pixels")
-        device = next(self.model.parameters()).device
         self.classifier.to(device)
         made, test, train = (self._features(x) for x in (self.made, self.test.pixels, self.train.pixels))
         stats = [FeatureStats(self.classifier).add(x) for x in (made, test, train)]
@@ -164,6 +171,20 @@ class Samples:
             for pixels in (self.made, self.test.pixels)
         ]
         return {f"nearest_train_{by}": float(medians[0] / medians[1].clamp(min=1e-12))}
+
+
+def inception_fid(real: np.ndarray, made: np.ndarray, weights: str, device: Any, batch: int = 100) -> float:
+    """Images (N, H, W, C) uint8 by torchmetrics; grey ones as three equal channels. Raises ValueError without it."""
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except ImportError as error:
+        raise ValueError(f"samples.inception needs the extra gatedfwa-zoo[eval]: {error}") from error
+    metric = FrechetInceptionDistance(feature_extractor_weights_path=weights).to(device)
+    for pixels, is_real in ((real, True), (made, False)):
+        for at in shown(range(0, len(pixels), batch), "Inception features"):
+            images = to_images(pixels[at : at + batch]).to(device)
+            metric.update(images.expand(-1, 3, -1, -1), real=is_real)
+    return float(metric.compute())
 
 
 def order0_bits(train: Images, test: Images) -> float:

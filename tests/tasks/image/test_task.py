@@ -219,6 +219,7 @@ def test_a_run_samples_without_its_tokenizers_run_and_its_data(codes_run, tokeni
         ({"order": "spirale"}, "did you mean 'spiral'"),
         ({"samples": {"count": -1}}, "samples.count"),
         ({"samples": {"top_p": 0.0}}, "top_p = 0.0"),
+        ({"samples": {"inception": "nowhere.pth"}}, "samples.inception = 'nowhere.pth' is no file"),
     ],
 )
 def test_recipes_are_checked(pictures, fields, message):
