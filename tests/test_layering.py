@@ -31,7 +31,8 @@ ORDER = (
     ("generation",),  # zoo.generate is its function
     ("task",),
     ("train",),
-    ("evaluate", "pipelines"),  # both open a run that train has left
+    ("pipelines",),  # opens a run that train has left
+    ("evaluate",),
     ("doctor", "bench"),
     ("cli",),
 )

@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   zoo train text/demo train.steps=600 --resume      go on, for longer
   zoo train text/demo --nproc 4                     on four GPUs, or four processes of a CPU
   zoo evaluate runs/text-demo                       score the held-out split
+  zoo evaluate smoke                                bring a suite of comparisons up to date
   zoo sample runs/text-demo --prompt "def "         write text, as it is drawn
   zoo sample runs/image-mnist --class 3 --out threes.png
 """
@@ -78,13 +79,21 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--profile", action="store_true", help="trace a few steps; a table of where their time goes")
     train.set_defaults(run=run_train)
 
-    evaluate = commands.add_parser("evaluate", allow_abbrev=False, help="score a run on held-out data")
-    evaluate.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
+    evaluate = commands.add_parser("evaluate", allow_abbrev=False, help="score a run, or bring a suite up to date")
+    evaluate.add_argument("what", metavar="RUN|SUITE", help="a run folder, or a suite (zoo list --kind suites)")
     evaluate.add_argument("--split", default="test", choices=["test", "valid"], help="test (default), valid")
     evaluate.add_argument("--batch-size", type=int, default=16)
     evaluate.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
     evaluate.add_argument("--no-ema", action="store_true", help="take the raw weights, not their average")
     evaluate.add_argument("--nproc", type=int, default=1, help="processes on this machine that share the split")
+    evaluate.add_argument("--harness", metavar="TASKS", help="a text run on tasks of lm-evaluation-harness, a,b,c")
+    suite = evaluate.add_argument_group("of suites")
+    suite.add_argument(
+        "--out", type=Path, default=Path("runs/results"), help="folder for rows and plots; page beside it"
+    )
+    suite.add_argument("--jobs", type=int, default=1, help="cells at once, each in a process of its own")
+    suite.add_argument("--only", action="append", default=[], metavar="PATTERN", help="cells whose name fits")
+    suite.add_argument("--dry-run", action="store_true", help="say what is missing, and do nothing")
     evaluate.add_argument(
         "override", nargs="*", help="fields of the recipe to change, such as task.stride=64 or train.precision=fp32"
     )
@@ -117,7 +126,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     listing = commands.add_parser("list", allow_abbrev=False, help="names that zoo knows")
     listing.add_argument("pattern", nargs="?", default="*", help='shell pattern, such as "text_*"')
-    listing.add_argument("--kind", choices=["models", "recipes", "mixers", "tasks", "datasets"], default="models")
+    listing.add_argument(
+        "--kind", choices=["models", "recipes", "suites", "mixers", "tasks", "datasets"], default="models"
+    )
     listing.set_defaults(run=run_list)
 
     bench = commands.add_parser("bench", allow_abbrev=False, help="measure the kernels beside their peers, on a GPU")
@@ -156,10 +167,21 @@ def run_on_ranks(count: int, words: Sequence[str]) -> int:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    from zoo.evaluate import evaluate_run
+    from zoo.evaluate import evaluate_run, list_suites
 
+    if not Path(args.what).is_dir() and (args.what in list_suites() or args.what.endswith((".yaml", ".yml"))):
+        return run_suite(args)
+    if not Path(args.what).exists() and "/" not in args.what:
+        from zoo.registry import nearest
+
+        raise FileNotFoundError(f"{args.what} is no run folder and no suite{nearest(args.what, list_suites())}")
+    if args.harness:
+        from zoo.evaluate.harness import run_harness
+
+        print(run_harness(Path(args.what), args.harness.split(","), device=args.device, ema=not args.no_ema).table())
+        return 0
     scores = evaluate_run(
-        args.folder,
+        Path(args.what),
         split=args.split,
         batch_size=args.batch_size,
         device=args.device,
@@ -169,6 +191,25 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if scores is not None:  # with several ranks, it is the first that speaks
         print(scores.table())
     return 0
+
+
+def run_suite(args: argparse.Namespace) -> int:
+    import logging
+
+    from zoo.evaluate import run_suite
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    done = run_suite(
+        args.what, out=args.out, jobs=args.jobs, only=args.only, overrides=args.override, dry_run=args.dry_run
+    )
+    print(done.table or "nothing is missing")
+    if args.dry_run:
+        print(f"{len(done.ran)} of {done.cells} cells lack something")
+        return 0
+    print(f"{len(done.ran)} of {done.cells} cells lacked something; rows: {done.rows}; page: {done.page}")
+    for name, why in done.failed.items():
+        print(f"failed: {name}: {why}", file=sys.stderr)
+    return 1 if done.failed else 0
 
 
 def run_sample(args: argparse.Namespace) -> int:
@@ -211,8 +252,11 @@ def run_list(args: argparse.Namespace) -> int:
     from zoo import registry
     from zoo.config import list_recipes
 
-    if args.kind == "recipes":
-        names = [name for name in list_recipes() if fnmatch.fnmatch(name, args.pattern)]
+    if args.kind in ("recipes", "suites"):
+        from zoo.evaluate import list_suites
+
+        listed = list_recipes() if args.kind == "recipes" else list_suites()
+        names = [name for name in listed if fnmatch.fnmatch(name, args.pattern)]
     else:
         names = getattr(registry, args.kind).names(args.pattern)
     if not names:

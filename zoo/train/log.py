@@ -46,7 +46,7 @@ class RunLog:
         """peak: FLOP/s of all devices together, for the model FLOPs utilisation (MFU)."""
         self.run, self.steps, self.peak = run, steps, peak
         run.mkdir(parents=True, exist_ok=True)
-        _drop_rows_after(run / "metrics.jsonl", step)
+        drop_rows_after(run / "metrics.jsonl", step)
         self._text = (run / "log.txt").open("a", encoding="utf-8")
         self._rows = (run / "metrics.jsonl").open("a", encoding="utf-8")
         # From the first session on: TensorBoard takes only the second and later marks for restarts
@@ -120,7 +120,7 @@ class RunLog:
         self.say(f"step {step}/{self.steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
     def _row(self, step: int, values: Mapping[str, float], timing: Mapping[str, float]) -> None:
-        row = {name: _number(value) for name, value in {**values, **timing}.items()}
+        row = {name: number(value) for name, value in {**values, **timing}.items()}
         self._rows.write(json.dumps({"step": step, **row}) + "\n")
         self._rows.flush()
         for name, value in {**values, **{f"time/{name}": value for name, value in timing.items()}}.items():
@@ -182,7 +182,7 @@ def write_media(media: Media, folder: Path, prefix: str = "") -> list[Path]:
     return written
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
+def drop_rows_after(path: Path, step: int) -> None:
     """Keep whole rows up to `step`; a killed process may have left half a line."""
     if not path.is_file():
         return
@@ -197,7 +197,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
     weights.replace_file(path, "".join(kept).encode())
 
 
-def _number(value: float) -> float | None:
+def number(value: float) -> float | None:
     """JSON has no NaN and no infinity."""
     return value if math.isfinite(value) else None
 

@@ -8,9 +8,12 @@ import json
 import logging
 import os
 import platform
+import re
 import shlex
 import sys
 import time
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +41,7 @@ class TrainConfig:
     ema               decay of the moving average of the weights that is evaluated and sampled; 0: none
     eval_every        steps; 0 never (so for save_every and sample_every). A run always saves at its end
     eval_batches      of the validation split; 0: all of it
+    stop_when         the run ends early once an evaluation says so: "accuracy > 0.99", "loss < 1.5"; "": it does not
     keep              newest checkpoints that stay; 0: all
     max_skipped       non-finite steps in a row that are left out; one more ends the run
     prefetch          batches read ahead by a thread, 1 or more
@@ -54,6 +58,7 @@ class TrainConfig:
     ema: float = 0.0
     eval_every: int = 0
     eval_batches: int = 0
+    stop_when: str = ""
     save_every: int = 500
     sample_every: int = 0
     log_every: int = 10
@@ -74,10 +79,37 @@ class TrainConfig:
             raise ValueError(f"seed = {self.seed}; it takes 0 or more")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema = {self.ema} is not a decay: it takes 0 (none) or a number below 1")
+        parse_stop(self.stop_when)
+        if self.stop_when and not self.eval_every:
+            raise ValueError(f"stop_when = {self.stop_when!r} needs evaluations, and eval_every is 0")
         cadences = ("eval_every", "eval_batches", "save_every", "sample_every", "keep", "max_skipped")
         for name in cadences:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} takes 0 or more")
+
+
+STOP = re.compile(r"(\w+) *([<>]) *([-+.\w]+)")
+
+
+def parse_stop(rule: str) -> tuple[str, str, float] | None:
+    """'accuracy > 0.99' -> ('accuracy', '>', 0.99). Raises ValueError."""
+    if not rule.strip():
+        return None
+    try:
+        name, sign, bound = typing.cast("re.Match[str]", STOP.fullmatch(rule.strip())).groups()
+        return name, sign, float(bound)
+    except (AttributeError, ValueError):
+        raise ValueError(f"stop_when = {rule!r}; it takes a metric, < or >, and a number: accuracy > 0.99") from None
+
+
+def reached(rule: str, values: Mapping[str, float]) -> bool:
+    """Whether a metric of an evaluation fulfils the rule. Raises ValueError where there is no such metric."""
+    if (parsed := parse_stop(rule)) is None:
+        return False
+    name, sign, bound = parsed
+    if name not in values:
+        raise ValueError(f"stop_when = {rule!r} names no metric of this evaluation{registry.nearest(name, values)}")
+    return values[name] > bound if sign == ">" else values[name] < bound
 
 
 @dataclass

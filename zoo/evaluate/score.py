@@ -1,6 +1,7 @@
-"""Score models on held-out data; every number becomes one JSON row that says how it came about."""
+"""Score one run on held-out data; every number becomes one JSON row that says how it came about."""
 
 import json
+import os
 import platform
 import shlex
 import sys
@@ -126,7 +127,9 @@ def circumstances(device: torch.device) -> dict[str, Any]:
     """Of the measurement: hardware, command, and the code and versions that measured."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
     command = shlex.join(["zoo", *sys.argv[1:]])
-    return {"hardware": card, "command": command, "evaluated_with": {"commit": git_commit(), "versions": versions()}}
+    forced = {"backend": os.environ["ZOO_BACKEND"]} if os.environ.get("ZOO_BACKEND") else {}
+    with_what = {"commit": git_commit(), "versions": versions(), **forced}
+    return {"hardware": card, "command": command, "evaluated_with": with_what}
 
 
 def progress_bar(split: str) -> Any:
