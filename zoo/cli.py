@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 EXAMPLES = """examples:
   zoo doctor                                        what this machine will run, and why
@@ -19,6 +20,7 @@ EXAMPLES = """examples:
   zoo train text/demo --nproc 4                     on four GPUs, or four processes of a CPU
   zoo evaluate runs/text-demo                       score the held-out split
   zoo sample runs/text-demo --prompt "def "         write text, as it is drawn
+  zoo sample runs/series-etth1 --csv mine.csv --target load --horizon 168 --out forecast.csv --plot forecast.png
 """
 
 
@@ -90,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser("sample", allow_abbrev=False, help="generate from a run")
     sample.add_argument("model", metavar="RUN", help="a run folder")
-    sample.add_argument("--prompt", action="append", required=True, help="given more than once: a batch")
+    sample.add_argument("--prompt", action="append", default=[], help="text to continue; given more than once: a batch")
     sample.add_argument("--max-new", type=int, default=256, help="elements to add (default 256)")
     sample.add_argument("--temperature", type=float, default=0.8)
     sample.add_argument("--top-k", type=int, default=0)
@@ -102,6 +104,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--stop", action="append", default=[], help="end before this string; may be given more than once"
     )
     sample.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
+    table = sample.add_argument_group("forecasts of a table")
+    table.add_argument("--csv", type=Path, metavar="FILE", help="a .csv or .parquet table of series to forecast")
+    table.add_argument("--horizon", type=int, help="steps to forecast")
+    table.add_argument("--target", action="append", default=[], help="a column to forecast (default: all numbers)")
+    table.add_argument("--known", action="append", default=[], help="a covariate known ahead, with its rows to come")
+    table.add_argument("--time", default="", help="the column of time stamps (default: found)")
+    table.add_argument("--id", default="", help="the column that names the series of a long table")
+    table.add_argument("--frequency", default="", help="of the steps: h, 15min, D, MS (default: inferred)")
+    table.add_argument("--out", type=Path, metavar="FILE", help="where to write, such as forecast.csv")
+    table.add_argument("--plot", type=Path, metavar="FILE", help="a picture of history, median and bands")
     sample.set_defaults(run=run_sample)
 
     listing = commands.add_parser("list", allow_abbrev=False, help="names that zoo knows")
@@ -164,8 +176,12 @@ def run_sample(args: argparse.Namespace) -> int:
     from zoo.generation import Sampling
     from zoo.pipelines import pipeline
 
+    if not args.prompt and args.csv is None:
+        raise ValueError("there is nothing to go on from: give --prompt TEXT, or --csv FILE --horizon N for a forecast")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     pipe = pipeline(args.model, device=args.device)
+    if args.csv is not None:
+        return run_forecast(pipe, args)
     if len(args.prompt) == 1:
         pieces = pipe.stream(args.prompt[0], max_new=args.max_new, sampling=sampling, seed=args.seed, stop=args.stop)
         for number, piece in enumerate(pieces):
@@ -175,6 +191,22 @@ def run_sample(args: argparse.Namespace) -> int:
     texts = pipe.sample(args.prompt, max_new=args.max_new, sampling=sampling, seed=args.seed, stop=args.stop)
     for number, (prompt, text) in enumerate(zip(args.prompt, texts, strict=True), 1):
         print(f"--- {number}\n{prompt}{text}")
+    return 0
+
+
+def run_forecast(pipe: Any, args: argparse.Namespace) -> int:
+    if args.horizon is None:
+        raise ValueError("a forecast needs --horizon, its number of steps")
+    columns = {
+        "time": args.time,
+        "id": args.id,
+        "targets": args.target,
+        "known": args.known,
+        "frequency": args.frequency,
+    }
+    forecast = pipe.task.forecast_file(args.csv, args.horizon, columns=columns, out=args.out, plot=args.plot)
+    written = [str(path) for path in (args.out, args.plot) if path is not None]
+    print("\n".join(written) if written else forecast.to_string(index=False))
     return 0
 
 

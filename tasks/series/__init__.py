@@ -11,7 +11,6 @@ DATASETS = {
     "series/ettm2": "data:ETTm2",
     "series/exchange": "data:Exchange",
     "series/m4_hourly": "data:M4Hourly",
-    "series/table": "tables:Table",
     "series/csv": "tables:Table",
     "series/parquet": "tables:Table",
 }

@@ -206,9 +206,9 @@ def _frequency(all_times: Sequence[pd.DatetimeIndex], given: str, where: str) ->
     longest = max(all_times, key=len)
     if len(longest) < 3:
         raise TableError(f"{where} has {len(longest)} time steps, too few to tell their frequency: give it")
-    inferred = pd.infer_freq(longest)
+    inferred = pd.DatetimeIndex(longest, freq="infer").freq
     if inferred is not None:
-        return pd.tseries.frequencies.to_offset(inferred)
+        return inferred
     apart, counts = np.unique(np.diff(longest.to_numpy()), return_counts=True)
     if counts.max() * 2 <= counts.sum():
         raise TableError(

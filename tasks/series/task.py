@@ -159,7 +159,7 @@ class SeriesTask(Task):
         if self.config.calendar:
             if panel.times is None:
                 raise ValueError("task.calendar = true, but this data set has no time stamps")
-            offset = panel.times.freq or pd.tseries.frequencies.to_offset(pd.infer_freq(panel.times[-64:]))
+            offset = pd.DatetimeIndex(panel.times, freq="infer").freq
             found.append(calendar(pd.date_range(panel.times[0], periods=steps, freq=offset)))
         return np.concatenate(found, axis=1) if found else None
 
@@ -256,8 +256,9 @@ class SeriesTask(Task):
         for panel in panels:
             if self.layout.mixed and len(panel.names) != len(self.card["names"]):
                 raise TableError(
-                    f"this model takes {len(self.card['names'])} values a step together ({', '.join(self.card['names'])}), "
-                    f"and series {panel.id!r} has {len(panel.names)}: {', '.join(panel.names)}"
+                    f"this model takes {len(self.card['names'])} values a step together "
+                    f"({', '.join(self.card['names'])}); series {panel.id!r} has {len(panel.names)}: "
+                    f"{', '.join(panel.names)}"
                 )
             steps = len(panel.values)
             known = self._known(panel, horizon)
@@ -324,12 +325,19 @@ class SeriesTask(Task):
         return (whole if any(panel.id for panel in read.panels) else whole.drop(columns="id")), read.panels
 
     def forecast_file(
-        self, path: Path, horizon: int, *, columns: Columns, out: Path | None = None, plot: Path | None = None
+        self,
+        path: Path,
+        horizon: int,
+        *,
+        columns: dict[str, Any],
+        out: Path | None = None,
+        plot: Path | None = None,
     ) -> pd.DataFrame:
-        """`forecast` of a .csv or .parquet file; written to `out` (.csv, .parquet), the first series drawn to `plot`."""
+        """`forecast` of a .csv or .parquet file, written to `out` (either, too); its first series drawn to `plot`."""
         if out is not None and out.suffix.lower() not in (".csv", ".parquet"):
             raise ValueError(f"a forecast cannot be written as {out.name!r}; accepted endings: .csv, .parquet")
-        table, panels = self._forecast(read_frame(path), horizon, columns, None)
+        named = replace(self._columns(), **{name: value for name, value in columns.items() if value})
+        table, panels = self._forecast(read_frame(path), horizon, named, None)
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             table.to_csv(out, index=False) if out.suffix.lower() == ".csv" else table.to_parquet(out)
