@@ -8,7 +8,7 @@ import argparse
 import fnmatch
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   zoo train text/demo --nproc 4                     on four GPUs, or four processes of a CPU
   zoo evaluate runs/text-demo                       score the held-out split
   zoo sample runs/text-demo --prompt "def "         write text, as it is drawn
+  zoo sample runs/image-mnist --class 3 --out threes.png
   zoo sample runs/series-etth1 --csv mine.csv --target load --horizon 168 --out forecast.csv --plot forecast.png
 """
 
@@ -93,8 +94,17 @@ def build_parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", allow_abbrev=False, help="generate from a run")
     sample.add_argument("model", metavar="RUN", help="a run folder")
     sample.add_argument("--prompt", action="append", default=[], help="text to continue; given more than once: a batch")
-    sample.add_argument("--max-new", type=int, default=256, help="elements to add (default 256)")
-    sample.add_argument("--temperature", type=float, default=0.8)
+    sample.add_argument("--class", dest="label", help="of what to draw, by name or number")
+    sample.add_argument("--count", type=int, help="how many samples (default 16)")
+    sample.add_argument(
+        "--given", type=Path, metavar="FILE", help="what to complete: an image whose upper half is kept"
+    )
+    sample.add_argument("--out", type=Path, metavar="FILE", help="where to write, such as grid.png, forecast.csv")
+    sample.add_argument(
+        "--guidance", type=float, default=1.0, help="towards the class, classifier-free (default 1: none)"
+    )
+    sample.add_argument("--max-new", type=int, help="elements to add (default: 256 of text, the rest of an image)")
+    sample.add_argument("--temperature", type=float, help="default 0.8 for text, 1 else")
     sample.add_argument("--top-k", type=int, default=0)
     sample.add_argument("--top-p", type=float, default=1.0)
     sample.add_argument("--min-p", type=float, default=0.0)
@@ -112,7 +122,6 @@ def build_parser() -> argparse.ArgumentParser:
     table.add_argument("--time", default="", help="the column of time stamps (default: found)")
     table.add_argument("--id", default="", help="the column that names the series of a long table")
     table.add_argument("--frequency", default="", help="of the steps: h, 15min, D, MS (default: inferred)")
-    table.add_argument("--out", type=Path, metavar="FILE", help="where to write, such as forecast.csv")
     table.add_argument("--plot", type=Path, metavar="FILE", help="a picture of history, median and bands")
     sample.set_defaults(run=run_sample)
 
@@ -173,23 +182,39 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 def run_sample(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     from zoo.generation import Sampling
     from zoo.pipelines import pipeline
+    from zoo.task import Request
 
-    if not args.prompt and args.csv is None:
-        raise ValueError("there is nothing to go on from: give --prompt TEXT, or --csv FILE --horizon N for a forecast")
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     pipe = pipeline(args.model, device=args.device)
     if args.csv is not None:
         return run_forecast(pipe, args)
-    if len(args.prompt) == 1:
+    if args.out is not None and args.out.suffix.lower() not in pipe.task.endings:
+        raise ValueError(f"--out {args.out} does not end in {' or '.join(pipe.task.endings)}")
+    asked = pipe.task.ask(Request(args.prompt, args.label, args.count, args.given))
+    temperature = args.temperature if args.temperature is not None else 0.8 if args.prompt else 1.0
+    knobs = (args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.guidance)
+    sampling = Sampling(temperature, *knobs)
+    if len(args.prompt) == 1 and args.out is None:
         pieces = pipe.stream(args.prompt[0], max_new=args.max_new, sampling=sampling, seed=args.seed, stop=args.stop)
         for number, piece in enumerate(pieces):
             print(piece if number else args.prompt[0] + piece, end="", flush=True)
         print()
         return 0
-    texts = pipe.sample(args.prompt, max_new=args.max_new, sampling=sampling, seed=args.seed, stop=args.stop)
-    for number, (prompt, text) in enumerate(zip(args.prompt, texts, strict=True), 1):
+    if not args.prompt and args.out is None:
+        raise ValueError(f"where to? {pipe.task.domain} is written to a file: --out FILE")
+
+    def bar(steps: Iterator[Any], total: int) -> Iterable[Any]:
+        return tqdm(steps, total=total, desc="sampling", leave=False, disable=not sys.stderr.isatty())
+
+    drawn = pipe.sample(asked, max_new=args.max_new, sampling=sampling, seed=args.seed, stop=args.stop, progress=bar)
+    if args.out is not None:
+        pipe.task.write(drawn, args.out)
+        print(args.out)
+        return 0
+    for number, (prompt, text) in enumerate(zip(args.prompt, drawn, strict=True), 1):
         print(f"--- {number}\n{prompt}{text}")
     return 0
 

@@ -27,6 +27,7 @@ from zoo.train import (
     versions,
     weights_digest,
 )
+from zoo.train.log import write_media
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def evaluate_run(
     ema: bool = True,
     overrides: Sequence[str] = (),
 ) -> Scores | None:
-    """All metrics of a run's task over one split, in one pass; appends a row a number to <run>/results.jsonl.
+    """All metrics of a run's task over one split, in one pass; appends a row a number to <run>/results.jsonl, and
+    writes what metrics show to <run>/evaluation/<split>.
 
     batch_size  of each process: under torchrun or `--nproc` they share the split, with the same numbers as one alone
     overrides   fields of the recipe to change for this evaluation ("task.stride=64", "train.precision=fp32")
@@ -69,14 +71,16 @@ def evaluate_run(
     )
     stream = task.stream(split, batch_size=batch_size, rank=ranks.rank, world=ranks.world)
     began = time.perf_counter()
+    metrics = task.metrics(split)
     with autocast(recipe.train.precision, place):  # as the validation while training: the same numbers
-        values = run_metrics(
-            model, task.metrics(split), stream, device=place, ranks=ranks, progress=progress_bar(split)
-        )
+        values = run_metrics(model, metrics, stream, device=place, ranks=ranks, progress=progress_bar(split))
     seconds = time.perf_counter() - began
     ranks.close()
     if ranks.rank > 0:
         return None
+    for metric in metrics.values():
+        if show := getattr(metric, "media", None):
+            write_media(show(), folder / "evaluation" / split)
     baselines = task.baselines(split)
     measured = {
         "split": split,

@@ -25,7 +25,7 @@ from zoo.config import Choice
 from zoo.data import Shuffled, SourceStream
 from zoo.model import Batch, Model, ModelConfig
 from zoo.registry import datasets
-from zoo.task import Media, Metric, Task
+from zoo.task import Media, Metric, Request, Task
 from zoo.weights import replace_file
 
 ROWS = 1024  # that a forecast of many series rolls at once
@@ -273,6 +273,9 @@ class SeriesTask(Task):
                 )
             )
         return prompt(windows, self.layout)
+
+    def ask(self, request: Request) -> Any:
+        raise ValueError("series are forecast from a table: give --csv FILE --horizon STEPS")
 
     def artefact(self, inputs: Tensor) -> pd.DataFrame:
         """Generated tokens (N, C + K m, P) of one row -> their values, one column a channel."""

@@ -140,6 +140,7 @@ def what_a_number_carries(recipe: Recipe, task: Task) -> dict[str, Any]:
         "fingerprint": configs.fingerprint(recipe),
         "seed": recipe.train.seed,
         "data": task.provenance(),
+        "frozen": task.frozen(),
         "commit": checkpoint.git_commit(),
         "versions": checkpoint.versions(),
     }
@@ -153,6 +154,7 @@ def check_same(found: Path | None, recipe: Recipe, facts: dict[str, Any], allow_
     manifest = checkpoint.read_manifest(found)
     if manifest["step"] > recipe.train.steps:
         raise ResumeError(f"{found} is at step {manifest['step']}, past train.steps = {recipe.train.steps}")
+    check_frozen(manifest, task_parts=facts["frozen"], origin=str(found))
     changes = configs.difference(manifest["recipe"], recipe)
     data = configs.difference(manifest["data"], facts["data"], "data")
     harmful = [line for line in changes if line.split(":")[0] not in HARMLESS] + data
@@ -164,6 +166,16 @@ def check_same(found: Path | None, recipe: Recipe, facts: dict[str, Any], allow_
             "(allow_changes=True) if you mean it."
         )
     return [f"changed since {found.name}: {line}" for line in changes + data]
+
+
+def check_frozen(manifest: dict[str, Any], task_parts: dict[str, str], origin: str) -> None:
+    """Raises WeightsError where a tokenizer or codec is not the one that the weights were trained on."""
+    for name, sha256 in manifest.get("frozen", {}).items():
+        if task_parts.get(name) != sha256:
+            raise weights.WeightsError(
+                f"{origin} was trained on a {name} with sha256 {sha256}; this one has {task_parts.get(name, 'none')}: "
+                f"the weights mean nothing with another {name}"
+            )
 
 
 def write_run_files(recipe: Recipe, task: Task, run: Path, device: torch.device, facts: dict[str, Any]) -> None:
@@ -231,8 +243,10 @@ def load_run(
     """
     run = Path(run)
     path = newest_checkpoint(run)
-    recipe = configs.build(Recipe, checkpoint.read_manifest(path)["recipe"], overrides or {})
+    manifest = checkpoint.read_manifest(path)
+    recipe = configs.build(Recipe, manifest["recipe"], overrides or {})
     task = make_task(recipe, run / "assets")
+    check_frozen(manifest, task.frozen(), str(path))
     model = make_model(recipe, task)
     tensors = (checkpoint.read_tensors(path, "ema") if ema else None) or checkpoint.read_tensors(path, "model")
     weights.load_into(model, tensors or {}, origin=str(path))
