@@ -21,12 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     ("registry", "config", "state", "files"),  # know nothing else of zoo
     ("kernels",),
-    ("ops", "layers", "loss"),
+    ("ops", "layers", "loss", "quantize"),
     ("mixers",),
     ("backbone",),
     ("model",),
     ("data",),
     ("weights",),
+    ("frozen",),
     ("generation",),  # zoo.generate is its function
     ("task",),
     ("train",),

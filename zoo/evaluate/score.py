@@ -18,6 +18,7 @@ from zoo import config as configs
 from zoo.task import run_metrics
 from zoo.train import (
     ParallelConfig,
+    autocast,
     git_commit,
     load_run,
     newest_checkpoint,
@@ -27,6 +28,7 @@ from zoo.train import (
     versions,
     weights_digest,
 )
+from zoo.train.log import write_media
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,11 @@ def evaluate_run(
     ema: bool = True,
     overrides: Sequence[str] = (),
 ) -> Scores | None:
-    """All metrics of a run's task over one split, in one pass; appends a row a number to <run>/results.jsonl.
+    """All metrics of a run's task over one split, in one pass; appends a row a number to <run>/results.jsonl, and
+    writes what metrics show to <run>/evaluation/<split>.
 
     batch_size  of each process: under torchrun or `--nproc` they share the split, with the same numbers as one alone
-    overrides   fields of the recipe's task to change for this evaluation ("task.stride=64")
+    overrides   fields of the recipe to change for this evaluation ("task.stride=64", "train.precision=fp32")
     Returns None on all ranks but the first.
     Raises FileNotFoundError when the folder holds no run, ValueError for an unknown split.
     """
@@ -69,16 +72,22 @@ def evaluate_run(
     )
     stream = task.stream(split, batch_size=batch_size, rank=ranks.rank, world=ranks.world)
     began = time.perf_counter()
-    values = run_metrics(model, task.metrics(split), stream, device=place, ranks=ranks, progress=progress_bar(split))
+    metrics = task.metrics(split)
+    with autocast(recipe.train.precision, place):  # as the validation while training: the same numbers
+        values = run_metrics(model, metrics, stream, device=place, ranks=ranks, progress=progress_bar(split))
     seconds = time.perf_counter() - began
     ranks.close()
     if ranks.rank > 0:
         return None
+    for metric in metrics.values():
+        if show := getattr(metric, "media", None):
+            write_media(show(), folder / "evaluation" / split)
     baselines = task.baselines(split)
     measured = {
         "split": split,
         "protocol": task.describe(split),
         "batch_size": batch_size,
+        "precision": recipe.train.precision,
         "weights": "ema" if ema and recipe.train.ema else "raw",
         "overrides": list(overrides),
         "evaluated_on": task.provenance(),
@@ -92,7 +101,8 @@ def evaluate_run(
     ]
     with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    return Scores(f"{folder} at step {common['step']}, {split} split, {task.describe(split)}", values, baselines)
+    title = f"{folder} at step {common['step']}, {split} split, {recipe.train.precision}, {task.describe(split)}"
+    return Scores(title, values, baselines)
 
 
 # DESIGN.md section 8: what stands beside every number.

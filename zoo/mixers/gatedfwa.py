@@ -8,7 +8,7 @@ Time is linear in T, the state a ring of `window` keys, values and decays.
 
 from dataclasses import dataclass
 
-from zoo.mixers.attention import Attention, AttentionConfig, GateConfig, check_window
+from zoo.mixers.attention import Attention, AttentionConfig, Gate, check_window
 from zoo.mixers.base import Dims
 from zoo.registry import mixers
 
@@ -16,12 +16,15 @@ from zoo.registry import mixers
 @mixers.register("gatedfwa")
 class GatedFWA(Attention):
     @dataclass
-    class Config(GateConfig, AttentionConfig):
+    class Config(AttentionConfig):
         window: int = 512
         token_shift: bool = True
+        gate_bias: float = 0.0
+        gate_amplitude: float = 0.0
 
         def __post_init__(self):
             check_window(self.window)
 
     def __init__(self, config: Config, dims: Dims):
-        super().__init__(config, dims, window=config.window, gate=config)
+        gate = Gate(dims, config.gate_bias, config.gate_amplitude)
+        super().__init__(config, dims, window=config.window, gate=gate)

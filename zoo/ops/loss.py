@@ -28,6 +28,8 @@ def linear_cross_entropy(
     targets  (...) int64 in [0, V), or `ignore_index` for an element that is not scored
     Returns (loss_sum () float32 (float64 for float64 input), count () int64). Differentiable in hidden and weight.
     Under autocast hidden and weight enter in the autocast dtype; sums stay float32.
+    Raises ValueError for shapes that do not belong together, and for a target outside [0, V) (looked at on the CPU, or
+    under ZOO_DEBUG=1).
     """
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
@@ -53,6 +55,7 @@ def _linear_cross_entropy(
 
     hidden (N, C), weight (V, C), targets (N,); or all of them with a stack of S in front, and loss_sum (S,).
     """
+    _check_targets(targets, weight.shape[-2], ignore_index)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     loss_sum = torch.zeros(hidden.shape[:-2], dtype=wide, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if needs_grad else hidden.new_empty(0)
@@ -68,6 +71,17 @@ def _linear_cross_entropy(
             grad_hidden[..., begin : begin + rows, :] = logits @ weight
             grad_weight += logits.mT @ part
     return loss_sum, grad_hidden, grad_weight
+
+
+def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    if not backend.may_look(targets):
+        return
+    wrong = targets[((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)]
+    if wrong.numel():
+        raise ValueError(
+            f"target {int(wrong[0])} is none of the {vocabulary} classes, 0 to {vocabulary - 1}; "
+            f"{ignore_index} marks what is not scored"
+        )
 
 
 def chunk_rows(hidden: Tensor, vocabulary: int) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -126,18 +127,15 @@ class RunLog:
             self._board.add_scalar(name, value, step)
 
     def media(self, step: int, media: Media) -> None:
-        """Into TensorBoard; texts and sounds also as plain files into run/samples/."""
-        folder = self.run / "samples"
-        folder.mkdir(exist_ok=True)
+        """Into TensorBoard, and as plain files into run/samples/."""
         for name, text in media.text.items():
             # TensorBoard reads Markdown: four spaces keep a sample as it is
             self._board.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
-            (folder / f"step-{step:08d}-{_plain(name)}.txt").write_text(text, encoding="utf-8")
         for name, image in media.images.items():
             self._board.add_image(name, image, step)
         for name, (samples, rate) in media.audio.items():
             self._board.add_audio(name, samples[None], step, sample_rate=rate)
-            _write_wav(folder / f"step-{step:08d}-{_plain(name)}.wav", samples, rate)
+        write_media(media, self.run / "samples", f"step-{step:08d}-")
 
     def flush(self) -> None:
         self._board.flush()
@@ -165,6 +163,23 @@ class Silence(RunLog):
 
     def flush(self) -> None:
         pass
+
+
+def write_media(media: Media, folder: Path, prefix: str = "") -> list[Path]:
+    """Texts as .txt, images as .png, sounds as .wav; returns what was written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, text in media.text.items():
+        written.append(folder / f"{prefix}{_plain(name)}.txt")
+        written[-1].write_text(text, encoding="utf-8")
+    for name, image in media.images.items():
+        written.append(folder / f"{prefix}{_plain(name)}.png")
+        pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(written[-1])
+    for name, (samples, rate) in media.audio.items():
+        written.append(folder / f"{prefix}{_plain(name)}.wav")
+        _write_wav(written[-1], samples, rate)
+    return written
 
 
 def drop_rows_after(path: Path, step: int) -> None:

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 class TrainConfig:
     """batch_size        examples a step, over all ranks and micro-batches
     micro_batch_size  examples at once on a rank; None: all that a step gives it
-    precision         of the forward pass (autocast); weights and their updates are float32 always
+    precision         of the forward pass (autocast), evaluation's too; weights and their updates are float32 always
     ema               decay of the moving average of the weights that is evaluated and sampled; 0: none
     eval_every        steps; 0 never (so for save_every and sample_every). A run always saves at its end
     eval_batches      of the validation split; 0: all of it
@@ -172,6 +172,7 @@ def what_a_number_carries(recipe: Recipe, task: Task) -> dict[str, Any]:
         "fingerprint": configs.fingerprint(recipe),
         "seed": recipe.train.seed,
         "data": task.provenance(),
+        "frozen": task.frozen(),
         "commit": checkpoint.git_commit(),
         "versions": checkpoint.versions(),
     }
@@ -185,6 +186,7 @@ def check_same(found: Path | None, recipe: Recipe, facts: dict[str, Any], allow_
     manifest = checkpoint.read_manifest(found)
     if manifest["step"] > recipe.train.steps:
         raise ResumeError(f"{found} is at step {manifest['step']}, past train.steps = {recipe.train.steps}")
+    check_frozen(manifest, task_parts=facts["frozen"], origin=str(found))
     changes = configs.difference(manifest["recipe"], recipe)
     data = configs.difference(manifest["data"], facts["data"], "data")
     harmful = [line for line in changes if line.split(":")[0] not in HARMLESS] + data
@@ -196,6 +198,16 @@ def check_same(found: Path | None, recipe: Recipe, facts: dict[str, Any], allow_
             "(allow_changes=True) if you mean it."
         )
     return [f"changed since {found.name}: {line}" for line in changes + data]
+
+
+def check_frozen(manifest: dict[str, Any], task_parts: dict[str, str], origin: str) -> None:
+    """Raises WeightsError where a tokenizer or codec is not the one that the weights were trained on."""
+    for name, sha256 in manifest.get("frozen", {}).items():
+        if task_parts.get(name) != sha256:
+            raise weights.WeightsError(
+                f"{origin} was trained on a {name} with sha256 {sha256}; this one has {task_parts.get(name, 'none')}: "
+                f"the weights mean nothing with another {name}"
+            )
 
 
 def write_run_files(recipe: Recipe, task: Task, run: Path, device: torch.device, facts: dict[str, Any]) -> None:
@@ -263,8 +275,10 @@ def load_run(
     """
     run = Path(run)
     path = newest_checkpoint(run)
-    recipe = configs.build(Recipe, checkpoint.read_manifest(path)["recipe"], overrides or {})
+    manifest = checkpoint.read_manifest(path)
+    recipe = configs.build(Recipe, manifest["recipe"], overrides or {})
     task = make_task(recipe, run / "assets")
+    check_frozen(manifest, task.frozen(), str(path))
     model = make_model(recipe, task)
     tensors = (checkpoint.read_tensors(path, "ema") if ema else None) or checkpoint.read_tensors(path, "model")
     weights.load_into(model, tensors or {}, origin=str(path))
