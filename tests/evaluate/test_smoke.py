@@ -10,6 +10,9 @@ from zoo.evaluate.plots import drawn_digest, plan
 from zoo.evaluate.rows import read_rows
 
 
+pytestmark = pytest.mark.timeout(900)  # well under a minute of work, on machines that may be busy
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smoke")

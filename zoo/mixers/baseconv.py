@@ -40,7 +40,7 @@ class BaseConv(Mixer):
         self.projection = nn.Linear(dims.width, dims.width)
         nn.init.zeros_(self.projection.bias)
         bound = config.kernel_size**-0.5  # as nn.Conv1d begins with one channel a group
-        self.filter = nn.Parameter(torch.empty(dims.width, self.taps).uniform_(-bound, bound))  # [:, i] for x_{t-i}
+        self.filter = nn.Parameter(torch.empty(dims.width, 1, self.taps).uniform_(-bound, bound))  # […, i]: x_{t-i}
         self.filter_bias = nn.Parameter(torch.empty(dims.width).uniform_(-bound, bound))
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
@@ -53,12 +53,12 @@ class BaseConv(Mixer):
         tail = x.new_zeros(x.shape[0], self.reach, self.width) if state is None else state["tail"].to(x.dtype)
         longer = torch.cat((tail, x), dim=1)  # (B, k - 1 + T, C)
         place = None if ctx.cu_seqlens is None else document_positions(ctx.cu_seqlens, tokens)
-        y = self.filter_bias + self.filter[:, 0] * x
+        y = self.filter_bias + self.filter[:, 0, 0] * x
         for i in range(1, self.taps):
             shifted = longer[:, self.reach - i : self.reach - i + tokens]
             if place is not None:  # nothing comes in from the document before
                 shifted = shifted.masked_fill((place < i)[None, :, None], 0)
-            y = y + self.filter[:, i] * shifted
+            y = y + self.filter[:, 0, i] * shifted
         if state is not None:
             state["tail"].copy_(self._last(longer, ctx, tokens))
         return y
