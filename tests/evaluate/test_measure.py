@@ -76,6 +76,21 @@ def test_a_decoding_step_for_speed_goes_on_from_the_state(model):
     assert 0 < seconds < 1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", ["softmax", "gatedfwa", "gatedfwa_nsa", "baseconv"])
+def test_a_decoding_step_on_a_gpu_is_one_graph(mixer):
+    from zoo.config import build, recipe_layers
+    from zoo.train import Recipe
+    from zoo.train.recipe import make_model, make_task
+
+    words = ["train.precision=bf16", f"model.name=text_{mixer}_1m"]
+    recipe, cuda = build(Recipe, *recipe_layers("text/smoke", words)), torch.device("cuda")
+    model = make_model(recipe, make_task(recipe)).to(cuda).eval()
+    batch = Batch(torch.randint(256, (1, 200), device=cuda))
+    assert 0 < speed.decode_seconds(model, batch, 200, 4, recipe, cuda) < 0.1
+    assert speed.prefill_seconds(model, batch, 200, recipe, cuda) > 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,6 @@ from zoo.evaluate import report
 from zoo.evaluate.plots import drawn_digest, plan
 from zoo.evaluate.rows import read_rows
 
-
 pytestmark = pytest.mark.timeout(900)  # well under a minute of work, on machines that may be busy
 
 

@@ -87,7 +87,8 @@ class Stack:
         not finite, or would make weights that are not, or whose batch scores nothing, stays as it was."""
         with autocast:
             loss_sum, count, metrics = self.forward(batch, compiled=compiled)
-        gradients = torch.autograd.grad((loss_sum / count.clamp(min=1)).sum(), list(self.parameters.values()))
+        mean = (loss_sum / count.clamp(min=1)).sum()
+        gradients = torch.autograd.grad(mean, list(self.parameters.values()), allow_unused=True, materialize_grads=True)
         with torch.no_grad():
             norm, taken = (self._compiled_update if compiled else adamw_step)(
                 {name: p.detach() for name, p in self.parameters.items()},
