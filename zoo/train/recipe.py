@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field, fields
@@ -169,9 +170,15 @@ def check_same(found: Path | None, recipe: Recipe, facts: dict[str, Any], allow_
 def write_run_files(recipe: Recipe, task: Task, run: Path, device: torch.device, facts: dict[str, Any]) -> None:
     """recipe.yaml, assets/ and provenance.json: what evaluating, sampling and citing the run need."""
     run.mkdir(parents=True, exist_ok=True)
+    for leftover in run.glob(".*.part"):  # of a process that was killed while it wrote
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     weights.replace_file(run / "recipe.yaml", configs.to_yaml(recipe).encode())
-    (run / "assets").mkdir(exist_ok=True)
-    task.save_assets(run / "assets")
+    if not checkpoint.steps_in(run / "checkpoints"):  # else weights were trained with the assets that are there
+        beside = run / f".assets.{os.getpid()}.part"
+        beside.mkdir()
+        task.save_assets(beside)
+        shutil.rmtree(run / "assets", ignore_errors=True)
+        os.rename(beside, run / "assets")
     path = run / "provenance.json"
     try:
         sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]
