@@ -59,7 +59,7 @@ def choose_backend(op: str, device: torch.device, dtype: torch.dtype, head_dim: 
             raise BackendError(f"ZOO_BACKEND={forced} can't run this call: {reason}. Unset it to fall back")
         return backend
     backend, reasons = _first_willing(op, device, dtype, head_dim)
-    if device.type == "cuda" and backend is BACKENDS[-1] and ("triton", op) not in ON_TRIAL:
+    if device.type == "cuda" and backend is BACKENDS[-1]:
         _warn_once(f"zoo.ops falls back to its {backend.name} path on a CUDA device: {'; '.join(reasons)}")
     return backend
 
@@ -145,15 +145,9 @@ BACKENDS = (
 )
 
 
-# Kernels that the interpreter has checked and no device has run yet: taken when ZOO_BACKEND asks for them.
-ON_TRIAL = {("triton", "ring"), ("triton", "loss"), ("triton", "nsa")}
-
-
 def _objection(backend: Backend, op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if op not in backend.modules:
         return f"{backend.name} has no kernel for op {op!r}"
-    if (backend.name, op) in ON_TRIAL:
-        return f"its kernel is on trial, ZOO_BACKEND={backend.name} asks for it"
     return backend.refuses(device, dtype, head_dim)
 
 
