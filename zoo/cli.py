@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   zoo evaluate smoke                                bring a suite of comparisons up to date
   zoo sample runs/text-demo --prompt "def "         write text, as it is drawn
   zoo sample runs/image-mnist --class 3 --out threes.png
+  zoo sample runs/series-etth1 --csv mine.csv --target load --horizon 168 --out forecast.csv --plot forecast.png
 """
 
 
@@ -107,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--given", type=Path, metavar="FILE", help="what to complete: an image whose upper half is kept"
     )
-    sample.add_argument("--out", type=Path, metavar="FILE", help="where to write, such as grid.png")
+    sample.add_argument("--out", type=Path, metavar="FILE", help="where to write, such as grid.png, forecast.csv")
     sample.add_argument(
         "--guidance", type=float, default=1.0, help="towards the class, classifier-free (default 1: none)"
     )
@@ -122,6 +123,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--stop", action="append", default=[], help="end before this string; may be given more than once"
     )
     sample.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
+    table = sample.add_argument_group("forecasts of a table")
+    table.add_argument("--csv", type=Path, metavar="FILE", help="a .csv or .parquet table of series to forecast")
+    table.add_argument("--horizon", type=int, help="steps to forecast")
+    table.add_argument("--target", action="append", default=[], help="a column to forecast (default: all numbers)")
+    table.add_argument("--known", action="append", default=[], help="a covariate known ahead, with its rows to come")
+    table.add_argument("--time", default="", help="the column of time stamps (default: found)")
+    table.add_argument("--id", default="", help="the column that names the series of a long table")
+    table.add_argument("--frequency", default="", help="of the steps: h, 15min, D, MS (default: inferred)")
+    table.add_argument("--plot", type=Path, metavar="FILE", help="a picture of history, median and bands")
     sample.set_defaults(run=run_sample)
 
     listing = commands.add_parser("list", allow_abbrev=False, help="names that zoo knows")
@@ -222,6 +232,8 @@ def run_sample(args: argparse.Namespace) -> int:
     from zoo.task import Request
 
     pipe = pipeline(args.model, device=args.device)
+    if args.csv is not None:
+        return run_forecast(pipe, args)
     if args.out is not None and args.out.suffix.lower() not in pipe.task.endings:
         raise ValueError(f"--out {args.out} does not end in {' or '.join(pipe.task.endings)}")
     asked = pipe.task.ask(Request(args.prompt, args.label, args.count, args.given))
@@ -247,6 +259,22 @@ def run_sample(args: argparse.Namespace) -> int:
         return 0
     for number, (prompt, text) in enumerate(zip(args.prompt, drawn, strict=True), 1):
         print(f"--- {number}\n{prompt}{text}")
+    return 0
+
+
+def run_forecast(pipe: Any, args: argparse.Namespace) -> int:
+    if args.horizon is None:
+        raise ValueError("a forecast needs --horizon, its number of steps")
+    columns = {
+        "time": args.time,
+        "id": args.id,
+        "targets": args.target,
+        "known": args.known,
+        "frequency": args.frequency,
+    }
+    forecast = pipe.task.forecast_file(args.csv, args.horizon, columns=columns, out=args.out, plot=args.plot)
+    written = [str(path) for path in (args.out, args.plot) if path is not None]
+    print("\n".join(written) if written else forecast.to_string(index=False))
     return 0
 
 

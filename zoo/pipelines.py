@@ -25,6 +25,9 @@ class Pipeline:
     model: Model
     task: Task
 
+    def __post_init__(self):
+        self.task.attach(self.model)
+
     def sample(
         self,
         prompt: Any,

@@ -121,6 +121,15 @@ class Task:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(map(str, artefacts)), encoding="utf-8")
 
+    def attach(self, model: nn.Module) -> None:
+        """The model that this task came with, from a pipeline: for what a domain offers beyond samples."""
+
+    def forecast_file(
+        self, path: Path, horizon: int, *, columns: dict[str, Any], out: Path | None, plot: Path | None
+    ) -> Any:
+        """A table with the `horizon` steps after the end of the table in `path`, for `zoo sample --csv`."""
+        raise ValueError(f"{self.domain} makes no forecasts: --csv and --horizon are for series")
+
     def metrics(self, split: str) -> dict[str, Metric]:
         """What is measured in one pass over `split`."""
         raise NotImplementedError

@@ -16,8 +16,11 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(reference_nsa, "CHUNK_ELEMENTS", 1 << 11)
 
 
+@pytest.mark.parametrize("short", [0, 3])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_equals_the_loops(case):
+def test_equals_the_loops(case, short, monkeypatch):
+    """The chosen keys gathered, and all keys under a mask."""
+    monkeypatch.setattr(reference_nsa, "SHORT", short)
     tensors = case.tensors(torch.float32)
     expected = case.expected(tensors)
     found = {name: relative_error(x, expected[name]) for name, x in run(case, tensors).items()}
@@ -66,7 +69,9 @@ def test_paper_weights():
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, (0, 5, 5, 31, 50)])
-def test_every_block_selected_is_full_attention(cu_seqlens):
+@pytest.mark.parametrize("short", [0, 3])
+def test_every_block_selected_is_full_attention(cu_seqlens, short, monkeypatch):
+    monkeypatch.setattr(reference_nsa, "SHORT", short)
     x = NSACase("all", 50, group=2, kv_heads=2).tensors()
     q, k, v = (x[name].requires_grad_() for name in ("q", "k", "v"))
     index = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)

@@ -7,7 +7,7 @@ Shapes: q (B,T,H,D); k, v (B,N,G,D); compressed keys and values (B,M,G,D); block
 heads share one key/value head. Where a query stands is a `Places`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,9 @@ from torch.nn import functional as F
 from zoo.ops.reference import accumulator
 
 CHUNK_ELEMENTS = 1 << 21  # of the largest tensor of a chunk
+SHORT = 3  # up to so many times the keys that a query chose, all keys are computed with and the others masked
+
+Mask = Callable[[int, int], Tensor]  # for queries first .. last: the keys that each sees, (B, 1 or G, t, M) bool
 
 
 @dataclass(frozen=True)
@@ -75,21 +78,13 @@ def compressed_forward(
     q: Tensor, k: Tensor, v: Tensor, places: Places, geometry: Geometry, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out like q, natural-log lse (B,T,H), block_index (B,T,G,top), ascending, -1 where fewer blocks exist."""
-    batch, length, heads, _ = q.shape
-    wide, kv_heads = accumulator(q.dtype), k.shape[2]
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((batch, length, heads), dtype=wide)
-    index = torch.empty(batch, length, kv_heads, geometry.top, dtype=torch.int32, device=q.device)
-    keys, values = _by_head(k, wide), _by_head(v, wide)
-    for first, last in _chunks(length, batch * heads * keys.shape[2]):
-        here = places.slice(first, last)
-        logits = _compressed_logits(q[:, first:last], keys, here, geometry, scale)
-        row_lse = logits.logsumexp(-1)
-        p = (logits - row_lse.masked_fill(row_lse == -torch.inf, 0)[..., None]).exp_()  # (B,G,R,t,M)
-        out[:, first:last] = torch.einsum("bgrtm,bgmd->btgrd", p, values).flatten(2, 3)
-        lse[:, first:last] = row_lse.permute(0, 3, 1, 2).flatten(2)
+    index = torch.empty(*q.shape[:2], k.shape[2], geometry.top, dtype=torch.int32, device=q.device)
+
+    def choose(first: int, last: int, p: Tensor) -> None:
         if geometry.top:
-            index[:, first:last] = _choose(p.sum(2), here, geometry).transpose(1, 2)
+            index[:, first:last] = _choose(p.sum(2), places.slice(first, last), geometry).transpose(1, 2)
+
+    out, lse = _masked_forward(q, k, v, _complete(k, places, geometry), scale, choose)
     return out, lse, index
 
 
@@ -106,35 +101,19 @@ def compressed_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv; nothing flows through the choice."""
-    batch, length, heads, _ = q.shape
-    wide, kv_heads = accumulator(q.dtype), k.shape[2]
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    keys, values = _by_head(k, wide), _by_head(v, wide)
-    dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
-    delta, lse = _rows(dout, dlse, out, lse, wide)
-    for first, last in _chunks(length, batch * heads * keys.shape[2]):
+    return _masked_backward(dout, dlse, q, k, v, out, lse, _complete(k, places, geometry), scale)
+
+
+def _complete(k: Tensor, places: Places, geometry: Geometry) -> Mask:
+    """Of the compressed keys: those whose block is over and of the query's document."""
+    slot = torch.arange(k.shape[1], device=k.device)
+
+    def visible(first: int, last: int) -> Tensor:
         here = places.slice(first, last)
-        p = _compressed_logits(q[:, first:last], keys, here, geometry, scale)
-        p = (p - _grouped(lse[:, first:last], kv_heads)[..., None]).exp_()
-        douts = _grouped(dout[:, first:last].to(wide), kv_heads)  # (B,G,R,t,D)
-        queries = _grouped(q[:, first:last].to(wide), kv_heads)
-        dvalues += torch.einsum("bgrtm,bgrtd->bgmd", p, douts)
-        ds = torch.einsum("bgrtd,bgmd->bgrtm", douts, values)
-        ds = ds.sub_(_grouped(delta[:, first:last], kv_heads)[..., None]).mul_(p).mul_(scale)
-        dkeys += torch.einsum("bgrtm,bgrtd->bgmd", ds, queries)
-        dq[:, first:last] = torch.einsum("bgrtm,bgmd->btgrd", ds, keys).flatten(2, 3)
-    blocks = k.shape[1]
-    dk, dv = (x[:, :, :blocks].transpose(1, 2).to(k.dtype).contiguous() for x in (dkeys, dvalues))
-    return dq, dk, dv
+        lowest = (here.first_block * geometry.ratio)[..., None]
+        return ((slot >= lowest) & (slot < lowest + geometry.visible(here.place)[..., None]))[:, None]
 
-
-def _compressed_logits(q: Tensor, keys: Tensor, places: Places, geometry: Geometry, scale: float) -> Tensor:
-    """(B,G,R,t,M), -inf where a block isn't over yet or belongs to another document."""
-    logits = torch.einsum("bgrtd,bgmd->bgrtm", _grouped(q.to(keys.dtype), keys.shape[1]), keys) * scale
-    lowest = (places.first_block * geometry.ratio)[..., None]
-    slot = torch.arange(keys.shape[2], device=q.device)
-    visible = (slot >= lowest) & (slot < lowest + geometry.visible(places.place)[..., None])
-    return logits.masked_fill_(~visible[:, None, None], -torch.inf)
+    return visible
 
 
 def _choose(importance: Tensor, places: Places, geometry: Geometry) -> Tensor:
@@ -167,6 +146,8 @@ def selected_forward(
     """out like q and natural-log lse (B,T,H)."""
     batch, length, heads, dim = q.shape
     wide, kv_heads = accumulator(q.dtype), k.shape[2]
+    if _is_short(k, block_index, block):
+        return _masked_forward(q, k, v, _chosen(k, block_index, places, block), scale)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((batch, length, heads), dtype=wide)
     keys, values = (_by_head(x, wide).flatten(0, 2) for x in (k, v))
@@ -194,6 +175,8 @@ def selected_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv."""
+    if _is_short(k, block_index, block):
+        return _masked_backward(dout, dlse, q, k, v, out, lse, _chosen(k, block_index, places, block), scale)
     batch, length, heads, dim = q.shape
     wide, kv_heads = accumulator(q.dtype), k.shape[2]
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -217,6 +200,27 @@ def selected_backward(
     return dq, dk, dv
 
 
+def _is_short(k: Tensor, block_index: Tensor, block: int) -> bool:
+    """Whether all the keys under a mask cost less than gathering the chosen ones (measured on a CPU)."""
+    return k.shape[1] <= SHORT * block_index.shape[3] * block
+
+
+def _chosen(k: Tensor, block_index: Tensor, places: Places, block: int) -> Mask:
+    """Of all the keys: those at or before the query in a block that it chose."""
+    key, count = torch.arange(k.shape[1], device=k.device), -(-k.shape[1] // block)
+    listed = torch.where((block_index >= 0) & (block_index < count), block_index, count).long().transpose(1, 2)
+
+    def visible(first: int, last: int) -> Tensor:
+        here, some = places.slice(first, last), listed[:, :, first:last]
+        taken = torch.zeros(*some.shape[:3], count + 1, dtype=torch.bool, device=k.device).scatter_(3, some, True)
+        place = key - here.first_key[..., None]  # (B,t,N) of each key in the query's document
+        seen = (place >= 0) & (place <= here.place[..., None])
+        of_key = torch.div(place.clamp_(0), block, rounding_mode="floor")[:, None].expand(-1, some.shape[1], -1, -1)
+        return taken.gather(3, of_key) & seen[:, None]
+
+    return visible
+
+
 def _gather_index(block_index: Tensor, places: Places, k: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Rows of the flattened (B*G*N, D) keys that each query reads, (B,t,G,top*block), and which of them it sees."""
     batch, _, kv_heads, _ = block_index.shape
@@ -231,6 +235,70 @@ def _selected_logits(q: Tensor, near: Tensor, visible: Tensor, scale: float) -> 
     queries = q.to(near.dtype).unflatten(2, (near.shape[2], -1))
     logits = torch.einsum("btgrd,btgnd->btgrn", queries, near) * scale
     return logits.masked_fill_(~visible[..., None, :], -torch.inf)
+
+
+# ------------------------------------------------------------------------------------------------- keys under a mask
+
+
+def _masked_forward(
+    q: Tensor, k: Tensor, v: Tensor, visible: Mask, scale: float, look: Callable[[int, int, Tensor], None] | None = None
+) -> tuple[Tensor, Tensor]:
+    """out like q and lse (B,T,H); `look` is shown each chunk's probabilities (B,G,R,t,M)."""
+    batch, length, heads, _ = q.shape
+    wide, kv_heads = accumulator(q.dtype), k.shape[2]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((batch, length, heads), dtype=wide)
+    keys, values = _by_head(k, wide), _by_head(v, wide)
+    for first, last in _chunks(length, batch * heads * keys.shape[2]):
+        logits = _masked_logits(_grouped(q[:, first:last].to(wide), kv_heads), keys, visible(first, last), scale)
+        top = logits.amax(-1, keepdim=True)
+        p = logits.sub_(top.masked_fill(top == -torch.inf, 0)).exp_()  # (B,G,R,t,M); 0 in a row that sees nothing
+        total = p.sum(-1, keepdim=True)
+        p /= total.clamp_min(torch.finfo(wide).tiny)
+        out[:, first:last] = torch.einsum("bgrtm,bgmd->btgrd", p, values).flatten(2, 3)
+        lse[:, first:last] = total.log_().add_(top).squeeze(-1).permute(0, 3, 1, 2).flatten(2)
+        if look is not None:
+            look(first, last, p)
+    return out, lse
+
+
+def _masked_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    visible: Mask,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv."""
+    batch, length, heads, _ = q.shape
+    wide, kv_heads = accumulator(q.dtype), k.shape[2]
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    keys, values = _by_head(k, wide), _by_head(v, wide)
+    dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
+    delta, lse = _rows(dout, dlse, out, lse, wide)
+    for first, last in _chunks(length, batch * heads * keys.shape[2]):
+        queries, douts = (_grouped(x[:, first:last].to(wide), kv_heads) for x in (q, dout))  # (B,G,R,t,D)
+        p = _masked_logits(queries, keys, visible(first, last), scale)
+        p = p.sub_(_grouped(lse[:, first:last], kv_heads)[..., None]).exp_()
+        dvalues += torch.einsum("bgrtm,bgrtd->bgmd", p, douts)
+        ds = torch.einsum("bgrtd,bgmd->bgrtm", douts, values)
+        ds = ds.sub_(_grouped(delta[:, first:last], kv_heads)[..., None]).mul_(p).mul_(scale)
+        dkeys += torch.einsum("bgrtm,bgrtd->bgmd", ds, queries)
+        dq[:, first:last] = torch.einsum("bgrtm,bgmd->btgrd", ds, keys).flatten(2, 3)
+    dk, dv = (x[:, :, : k.shape[1]].transpose(1, 2).to(k.dtype).contiguous() for x in (dkeys, dvalues))
+    return dq, dk, dv
+
+
+def _masked_logits(queries: Tensor, keys: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """(B,G,R,t,M), -inf where not visible (B,1 or G,t,M)."""
+    logits = torch.einsum("bgrtd,bgmd->bgrtm", queries, keys).mul_(scale)
+    if visible.shape[-1] < keys.shape[2]:  # no keys at all, but for the row that `_by_head` adds
+        visible = F.pad(visible, (0, keys.shape[2] - visible.shape[-1]))
+    return logits.masked_fill_(~visible[:, :, None], -torch.inf)
 
 
 # ------------------------------------------------------------------------------------------------------------ shared
