@@ -148,16 +148,16 @@ class Problem:
         return bias
 
     @gluon.jit
-    def first_visible(self, batch, position):
-        """The oldest key that each row sees, and the latest of the rows' starts."""
-        first = position - self.window + 1
+    def reach(self, batch, position):
+        """How many keys each row may see, itself included, and the latest of the rows' starts."""
+        reach = gl.zeros_like(position) + self.window
         latest = gl.to_tensor(0)
         if self.BOUNDED:
             at = self.starts + batch.to(gl.int64) * self.keys + position
             start = gl.load(at, mask=position < self.keys, other=0)
-            first = gl.maximum(first, start)
+            reach = gl.maximum(gl.minimum(reach, position - start + 1), 0)
             latest = gl.max(start, 0)
-        return first, latest
+        return reach, latest
 
 
 @gluon.jit
@@ -181,10 +181,16 @@ def bias_columns(bias, layout: gl.constexpr):
 
 
 @gluon.jit
-def visible(first, position, first_visible, layout: gl.constexpr):
-    """(64, 64) mask of the key tile that starts at `first`."""
-    key = first + gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, layout)), 0)
-    return (key <= gl.expand_dims(position, 1)) & (key >= gl.expand_dims(first_visible, 1))
+def within(distance, reach):
+    """0 <= distance < reach in one comparison, negative numbers being large unsigned ones. reach >= 0."""
+    return distance.to(gl.uint32, bitcast=True) < reach.to(gl.uint32, bitcast=True)
+
+
+@gluon.jit
+def visible(first, position, reach, layout: gl.constexpr):
+    """(64, 64) mask of the key tile that starts at `first`: each row sees the `reach` keys up to its own."""
+    key = gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, layout)), 0)
+    return within(gl.expand_dims(position - first, 1) - key, gl.expand_dims(reach, 1))
 
 
 @gluon.jit

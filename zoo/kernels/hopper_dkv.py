@@ -23,6 +23,7 @@ from zoo.kernels.hopper_band import (
     lane_sum,
     split_in_three,
     start_ring,
+    within,
 )
 from zoo.kernels.hopper_channels import announce, as_operand, load_held, load_passing, open_channels, score
 
@@ -176,6 +177,7 @@ def dkv_consume(
         key = tile * TILE + gl.arange(0, TILE, layout=row_layout)
         last = last_queries(problem, ends, batch, key)
         clear = gl.min(last, 0)  # a query tile up to here has no far edge
+        reach = gl.maximum(last - key + 1, 0)
 
         own, side = load_keys(C, problem, rows, batch, kv_head * problem.group, block_tile, key, row_layout)
         mbarrier.wait(channels.held_ready.index(C), parity)
@@ -200,8 +202,8 @@ def dkv_consume(
                 s = warpgroup_mma_wait(1, deps=(s,))
                 first = (oldest + i) * TILE
                 if (first < tile * TILE + TILE) | (first + TILE - 1 > clear):
-                    query = first + gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, s_layout)), 0)
-                    seen = (query >= gl.expand_dims(key, 1)) & (query <= gl.expand_dims(last, 1))
+                    query = gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, s_layout)), 0)
+                    seen = within(query + gl.expand_dims(first - key, 1), gl.expand_dims(reach, 1))
                     s = gl.where(seen, s, float("-inf"))
                 e = gl.exp2(s * scale_log2 + gl.expand_dims(own, 1))
                 p = gl.convert_layout(e.to(dtype), p_layout)
@@ -211,9 +213,10 @@ def dkv_consume(
                 else:  # a left side in registers is listed too: ptxas has overwritten one that was still wanted
                     dp, k, v = warpgroup_mma_wait(1, deps=(dp, k, v))
                 e *= dp
-                gathered += lane_sum(e, 64)
                 ds = gl.convert_layout(e.to(dtype), p_layout)
                 dk = warpgroup_mma(ds, channels.passing.index(ring.slot).reshape([TILE, D]), dk, is_async=True)
+                if problem.GATED:
+                    gathered += lane_sum(e, 64)  # while the tensor core works
                 dk, dv, p, ds = warpgroup_mma_wait(0, deps=(dk, dv, p, ds))
                 mbarrier.arrive(channels.free.index(ring.slot), count=1)
                 ring = ring.next()

@@ -79,7 +79,7 @@ def dq_consume(
         oldest = problem.oldest(tile, batch)
         inside = tile <= newest
         position = tile * TILE + gl.arange(0, TILE, layout=row_layout)
-        first_visible, latest_start = problem.first_visible(batch, position)
+        reach, latest_start = problem.reach(batch, position)
         shift = gl.zeros([TILE], gl.float32, row_layout)
         if problem.GATED:
             shift = problem.row_bias(tile, block_newest, batch, head, position, problem.CONSUMERS - 1 - C)
@@ -122,7 +122,7 @@ def dq_consume(
                 do, channels.passing_too.index(ring.slot), D, ones, channels.columns.index(ring.slot), False, s_layout
             )
             s = warpgroup_mma_wait(1, deps=(s,))
-            s = gl.where(visible(newest * TILE, position, first_visible, s_layout), s, float("-inf"))
+            s = gl.where(visible(newest * TILE, position, reach, s_layout), s, float("-inf"))
             p = gl.exp2(s * scale_log2 - gl.expand_dims(shift, 1))
             dp = warpgroup_mma_wait(0, deps=(dp,))
             ds = p * (dp - gl.expand_dims(delta, 1))
@@ -154,7 +154,7 @@ def dq_consume(
                 s = warpgroup_mma_wait(2, deps=(s,))
                 first = (newest - 1 - i) * TILE
                 if first < clear:
-                    s = gl.where(visible(first, position, first_visible, s_layout), s, float("-inf"))
+                    s = gl.where(visible(first, position, reach, s_layout), s, float("-inf"))
                 p = gl.exp2(s * scale_log2 - gl.expand_dims(shift, 1))
                 if problem.A_SHARED:
                     dq, dp, ds = warpgroup_mma_wait(0, deps=(dq, dp, ds))

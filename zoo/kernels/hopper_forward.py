@@ -247,7 +247,7 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, 
     inside = tile <= newest  # else all rows lie past the last key: nothing to do but to pass everything on
 
     position = tile * TILE + gl.arange(0, TILE, layout=row_layout)
-    first_visible, latest_start = problem.first_visible(batch, position)
+    reach, latest_start = problem.reach(batch, position)
     own_bias = gl.zeros([TILE], gl.float32, row_layout)
     if problem.GATED:
         own_bias = problem.row_bias(tile, block_newest, batch, head, position, problem.CONSUMERS - 1 - C)
@@ -267,7 +267,7 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, 
         # the newest tile: always an edge, and the reference of the softmax
         mbarrier.wait(channels.kv_ready.index(ring.slot), ring.parity)
         s = warpgroup_mma_wait(0, deps=(logits(q, ones, channels, ring.slot, problem, s_layout),))
-        s = gl.where(visible(newest * TILE, position, first_visible, s_layout), s * scale_log2, float("-inf"))
+        s = gl.where(visible(newest * TILE, position, reach, s_layout), s * scale_log2, float("-inf"))
         m = gl.maximum(gl.max(s, 1), NOTHING)
         p = gl.exp2(s - gl.expand_dims(m, 1))
         total = lane_sum(p, 64)
@@ -284,7 +284,7 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, 
             s = warpgroup_mma_wait(1, deps=(s,))
             first = (newest - 1 - i) * TILE
             if first < clear:
-                s = gl.where(visible(first, position, first_visible, s_layout), s, float("-inf"))
+                s = gl.where(visible(first, position, reach, s_layout), s, float("-inf"))
             if CAREFUL:
                 m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
                 alpha = gl.exp2(m - m_new)
