@@ -248,7 +248,7 @@ def measure_gate() -> Iterable[dict[str, Any]]:
     yield {
         "peer": "zoo",
         "what": "gate backward",
-        "ms": time_ms(lambda: gate.prefix_backward(grad, (z, u), None)),
+        "ms": time_ms(lambda: gate.prefix_backward(grad, grad, (z, u), None)),
         **shape,
     }
 

@@ -128,6 +128,24 @@ def test_chunk_prefix(length):
     torch.testing.assert_close(bias, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("segments", [1, 2, 512])
+@pytest.mark.parametrize(("length", "queries"), [(1, 1), (128, 128), (700, 700), (700, 300)])
+@pytest.mark.parametrize("documents", [False, True])
+def test_prefix_backward(length, queries, documents, segments, monkeypatch):
+    """Both sides of d prefix to d z and d u: segments of several chunks, of one, and a row that is all one segment."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(gates, "SEGMENTS", segments)
+    z, u = torch.randn(2, 1, length, 20).unbind()
+    keys, few = torch.randn(1, 20, length), torch.randn(1, 20, queries)
+    spans = reference.document_spans(torch.tensor([0, length // 3, length], dtype=torch.int32), length)
+    both = keys.double() + torch.nn.functional.pad(few, (length - queries, 0)).double()
+    spans = spans if documents else None
+    expected = reference._gate_backward(both[:, :, None], (z.double(), u.double()), spans)
+    actual = gates.prefix_backward(keys, few, (z, u), None if spans is None else spans[1])
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads", "dim", "slots"),
     [(2, 4, 2, 32, 70), (3, 4, 4, 64, 300), (1, 16, 1, 80, 1000), (2, 2, 2, 16, 1)],
