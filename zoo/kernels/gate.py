@@ -63,7 +63,8 @@ def prefix_backward(
     _segment_sums[grid](key_side, query_side, sums, length, offset, heads, steps, segments, **shape)
     _segment_backward[grid](
         key_side, query_side, sums, first, second, grads[0], grads[-1],
-        *strides, length, offset, heads, steps, segments, **activation, BOUNDED=end is not None, SEGMENTS=SEGMENTS, **shape,
+        *strides, length, offset, heads, steps, segments,
+        BOUNDED=end is not None, SEGMENTS=SEGMENTS, **activation, **shape,
     )  # fmt: skip
     if end is not None:
         _bounded_backward[(triton.cdiv(length, CHUNK), *grid[1:])](

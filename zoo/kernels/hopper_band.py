@@ -6,7 +6,7 @@ queries too, so that a tile of rows meets itself on the diagonal and lies in one
 
 The gate is what zoo/kernels/gate.py leaves: suffix_j, the sum over (j, end of j's chunk], and each chunk's total, both
 in log2 units. The bias of key j for all rows of an item is suffix_j plus the totals of the chunks after j's, up to an
-anchor chunk. It is off by a constant per row, which `row_bias` gives back.
+anchor chunk. It is off by a constant per row, which `load_row_bias` tells.
 """
 
 from dataclasses import dataclass
@@ -138,14 +138,20 @@ class Problem:
         return (self.batches * self.heads).to(gl.int64) * self.queries
 
     @gluon.jit
-    def row_bias(self, tile, newest, batch, head, position, AHEAD: gl.constexpr):
-        """What a key at each row's own position gets as bias when the anchor is the chunk of tile `newest`."""
-        suffix, total = self.gate_rows(batch, head)
-        bias = gl.load(suffix + position, mask=position < self.keys, other=0.0)
-        chunk = tile // TILES_PER_CHUNK
-        for i in gl.static_range((AHEAD + TILES_PER_CHUNK - 1) // TILES_PER_CHUNK):
-            bias += gl.load(total + chunk + 1 + i, mask=chunk + 1 + i <= newest // TILES_PER_CHUNK, other=0.0)
-        return bias
+    def load_row_bias(self, tile, newest, batch, head, AHEAD: gl.constexpr, layout: gl.constexpr):
+        """What a key at each row's own position gets as bias when the anchor is the chunk of tile `newest`, at most
+        AHEAD tiles on: the sum of the two, left to the caller, so that nobody waits for them before it needs them."""
+        gl.static_assert(AHEAD <= TILES_PER_CHUNK)
+        suffix = gl.zeros([TILE], gl.float32, layout)
+        newer = gl.to_tensor(0.0)
+        if self.GATED:
+            suffixes, total = self.gate_rows(batch, head)
+            position = tile * TILE + gl.arange(0, TILE, layout=layout)
+            suffix = gl.load(suffixes + position, mask=position < self.keys, other=0.0)
+            if AHEAD > 0:
+                chunk = tile // TILES_PER_CHUNK + 1
+                newer = gl.load(total + chunk, mask=chunk <= newest // TILES_PER_CHUNK, other=0.0)
+        return suffix, newer
 
     @gluon.jit
     def reach(self, batch, position):

@@ -248,9 +248,7 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, 
 
     position = tile * TILE + gl.arange(0, TILE, layout=row_layout)
     reach, latest_start = problem.reach(batch, position)
-    own_bias = gl.zeros([TILE], gl.float32, row_layout)
-    if problem.GATED:
-        own_bias = problem.row_bias(tile, block_newest, batch, head, position, problem.CONSUMERS - 1 - C)
+    own_suffix, newer = problem.load_row_bias(tile, block_newest, batch, head, problem.CONSUMERS - 1 - C, row_layout)
 
     for _ in range(gl.where(inside, block_newest - newest, block_newest - block_oldest + 1)):
         ring = pass_on(channels, ring)
@@ -310,7 +308,7 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, 
 
         # the row sums, the log-sum-exp in nats without the tile's anchor, the output
         total = gl.convert_layout(gl.sum(total, 1), row_layout)
-        lse = gl.where(total > 0.0, (m + gl.log2(total) - own_bias) * LN2, float("-inf"))
+        lse = gl.where(total > 0.0, (m + gl.log2(total) - (own_suffix + newer)) * LN2, float("-inf"))
         if not CAREFUL:
             row = position - (problem.keys - problem.queries)
             bad = gl.where((total < OUTGROWN) | (row < 0) | (row >= problem.queries), 0, 1)
