@@ -15,6 +15,7 @@ from zoo.kernels import loss as losses
 from zoo.kernels import window as kernels
 from zoo.kernels.tiles import CHUNK, Tile, Tiles
 from zoo.ops import backend, linear_cross_entropy, log_decay, reference
+from zoo.ops.prune import pruned_spans
 
 repair()
 SMALL = Tiles(forward=Tile(32, 16, 4, 1), dkdv=Tile(16, 32, 4, 1), dq=Tile(32, 32, 4, 1))
@@ -86,6 +87,31 @@ def test_strided_inputs(tiles):
     expected = reference.window_backward(dout, None, q, k, v, out, lse, gate, **options)
     for a, e in zip((*actual[:3], *actual[3]), (*expected[:3], *expected[3]), strict=True):
         assert relative_error(a, e.double()) <= 1e-4
+
+
+@pytest.mark.parametrize("chosen", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("documents", [None, torch.tensor([0, 90, 90, 260], dtype=torch.int32)])
+def test_pruned_tiles(documents, chosen, tiles):
+    """The tiles that the reference skips, and no other, also where they matter: values and gradients agree."""
+    tiles(chosen)
+    torch.manual_seed(0)
+    queries = 200 if documents is None else 260
+    q, dout = torch.randn(2, 1, queries, 4, 16)
+    k, v = torch.randn(2, 1, 260, 2, 16)
+    decay = -torch.rand(1, 260, 4)
+    decay /= 100
+    first = torch.tensor([[[0, 0, 1, 2, 2], [0, 1, 1, 3, 4]]], dtype=torch.int32)
+    spans = None if documents is None else reference.document_spans(documents, 260)
+    options = {"window": 200, "scale": 0.25, "spans": pruned_spans(first, spans, 260)}
+    results = []
+    for module in (kernels, reference):
+        out, lse = module.window_forward(q, k, v, (decay,), **options)
+        *grads, gate = module.window_backward(dout, None, q, k, v, out, lse, (decay,), **options)
+        results.append((out, lse, *grads, *gate))
+    for a, e in zip(*results, strict=True):
+        assert relative_error(a, e.double()) <= 1e-4
+    whole, _ = kernels.window_forward(q, k, v, (decay,), **options | {"spans": spans})
+    assert relative_error(whole, results[0][0].double()) > 1e-2
 
 
 def test_same_bits_every_time(tiles):

@@ -13,6 +13,7 @@ from tests.ops.cases import CASES
 from tests.ops.definition import Case, relative_error
 from tests.ops.run_case import run
 from zoo.ops import backend, gated_window_attention, linear_cross_entropy, log_decay, reference, window_attention
+from zoo.ops.prune import first_tiles, pruned_spans
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -119,6 +120,49 @@ def test_many_items_for_each_program(dim, groups):
     for name, x in many.items():
         assert torch.equal(x[0], x[2]), name
         assert torch.equal(x[:1], one[name]), name
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("window", [None, 1500])
+@pytest.mark.parametrize("documents", [None, (0, 1, 700, 700, 2000)])
+def test_pruned_tiles(documents, window, dim, groups):
+    """The kernels skip what they are told to, also where it matters: against float64 with the same tiles masked."""
+    torch.manual_seed(0)
+    length, heads = 2000, 2 * groups
+    q, dout = torch.randn(2, 1, length, heads, dim, device="cuda").bfloat16().unbind()
+    k, v = torch.randn(2, 1, length, 2, dim, device="cuda").bfloat16().unbind()
+    decay = -0.002 * torch.rand(1, length, heads, device="cuda")
+    cut = None if documents is None else torch.tensor(documents, dtype=torch.int32, device="cuda")
+    spans = None if cut is None else reference.document_spans(cut, length)
+    tile = torch.arange(32, device="cuda")
+    first = torch.stack([(tile - 3).clamp(min=0), tile // 2]).int()[None]
+    spans = pruned_spans(first, spans, length)
+    found = []
+    for dtype in (torch.float64, torch.bfloat16, None):  # exact, plain PyTorch, ours
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        x = [y.detach().to(dtype or y.dtype).requires_grad_() for y in (q, k, v)] + [decay.to(wide).requires_grad_()]
+        if dtype is None:
+            out, _ = torch.ops.zoo.window_attention(*x, None, None, window, dim**-0.5, cut, None, first)
+        else:
+            out, _ = reference.definition(*x, window=window, spans=spans)
+        found.append([out.detach(), *torch.autograd.grad(out, x, dout.to(out.dtype))])
+    for truth, plain, ours in zip(*found, strict=True):
+        bound = 2 * relative_error(plain, truth) + 2 * torch.finfo(torch.bfloat16).eps
+        assert relative_error(ours, truth) <= bound
+
+
+def test_pruning_stays_within_its_bound():
+    """The public argument: something is skipped, and out moves by no more than 2 prune max |v| beside rounding."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4000, 4, 64, device="cuda").bfloat16().unbind()
+    decay = -0.1 * torch.rand(2, 4000, 4, device="cuda")
+    assert first_tiles(q, k, decay, window=2048, scale=0.125, prune=1e-3).max() > 40
+    out, less = (window_attention(q, k, v, decay, window=2048, prune=prune).double() for prune in (None, 1e-3))
+    rounding = 2**-8 * out.abs().max()
+    assert (out - less).norm(dim=-1).max() <= 2e-3 * v.double().norm(dim=-1).max() + rounding
+    again = window_attention(q, k, v, decay, window=2048, prune=1e-3).double()
+    assert torch.equal(less, again)
 
 
 @pytest.mark.parametrize("documents", [False, True])

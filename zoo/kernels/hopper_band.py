@@ -63,9 +63,10 @@ class Problem:
     queries: gl.tensor
     keys: gl.tensor
     window: gl.tensor
+    bound_group: gl.tensor  # query heads that share a row of `starts`: all of a batch row's, or those of one key head
     blocks: gl.tensor  # items per head
     items: gl.tensor
-    starts: gl.tensor  # (B, N) int32: first valid key of each position; read where BOUNDED
+    starts: gl.tensor  # (B or B G, N) int32: first valid key of each position; read where BOUNDED
     suffix: gl.tensor  # (B, H, N) fp32; read where GATED
     total: gl.tensor  # (B, H, chunks) fp32; read where GATED
     CONSUMERS: gl.constexpr
@@ -75,14 +76,15 @@ class Problem:
     A_SHARED: gl.constexpr  # the resident operands stay in shared memory instead of registers
 
     @gluon.constexpr_function
-    def __init__(self, batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
-                 CONSUMERS, D, GATED, BOUNDED, A_SHARED):  # fmt: skip
+    def __init__(self, batches, heads, group, queries, keys, window, bound_group, blocks, items, starts,
+                 suffix, total, CONSUMERS, D, GATED, BOUNDED, A_SHARED):  # fmt: skip
         self.batches = batches
         self.heads = heads
         self.group = group
         self.queries = queries
         self.keys = keys
         self.window = window
+        self.bound_group = bound_group
         self.blocks = blocks
         self.items = items
         self.starts = starts
@@ -107,12 +109,17 @@ class Problem:
         return gl.minimum(tile, (self.keys - 1) // TILE)
 
     @gluon.jit
-    def oldest(self, tile, batch):
+    def bounds(self, base, batch, head):
+        """Where a head's row of `starts` (or of their mirror, ends) begins."""
+        return base + ((batch * self.heads + head) // self.bound_group).to(gl.int64) * self.keys
+
+    @gluon.jit
+    def oldest(self, tile, batch, head):
         """The oldest key tile that the first row of `tile` sees."""
         position = tile * TILE
         first = gl.maximum(position - self.window + 1, 0)
         if self.BOUNDED:
-            start = gl.load(self.starts + batch.to(gl.int64) * self.keys + gl.minimum(position, self.keys - 1))
+            start = gl.load(self.bounds(self.starts, batch, head) + gl.minimum(position, self.keys - 1))
             first = gl.minimum(gl.maximum(first, start), position)  # rows before their own start still take one tile
         return gl.minimum(first // TILE, self.newest(tile))
 
@@ -154,13 +161,12 @@ class Problem:
         return suffix, newer
 
     @gluon.jit
-    def reach(self, batch, position):
+    def reach(self, batch, head, position):
         """How many keys each row may see, itself included, and the latest of the rows' starts."""
         reach = gl.zeros_like(position) + self.window
         latest = gl.to_tensor(0)
         if self.BOUNDED:
-            at = self.starts + batch.to(gl.int64) * self.keys + position
-            start = gl.load(at, mask=position < self.keys, other=0)
+            start = gl.load(self.bounds(self.starts, batch, head) + position, mask=position < self.keys, other=0)
             reach = gl.maximum(gl.minimum(reach, position - start + 1), 0)
             latest = gl.max(start, 0)
         return reach, latest
@@ -255,3 +261,8 @@ def copyable(x: torch.Tensor) -> torch.Tensor:
 def programs(x: torch.Tensor) -> int:
     """One persistent program per multiprocessor."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def bound_group(q: torch.Tensor, k: torch.Tensor, spans: tuple[torch.Tensor, ...] | None) -> int:
+    """How many query heads share one row of spans, (B,N) or (B,G,N)."""
+    return q.shape[2] // k.shape[2] if spans is not None and spans[0].dim() == 3 else q.shape[2]

@@ -29,23 +29,23 @@ from zoo.kernels.hopper_channels import announce, as_operand, load_held, load_pa
 
 
 @gluon.jit
-def last_queries(problem, ends, batch, key):
+def last_queries(problem, ends, batch, head, key):
     """The newest position that sees each key; before the key itself where none does (padding)."""
     last = gl.minimum(key + problem.window, problem.keys) - 1
     if problem.BOUNDED:
-        at = batch.to(gl.int64) * problem.keys + gl.minimum(key, problem.keys - 1)
-        last = gl.minimum(last, gl.load(ends + at) - 1)
-        last = gl.where(gl.load(problem.starts + at) > key, -1, last)
+        at = gl.minimum(key, problem.keys - 1)
+        last = gl.minimum(last, gl.load(problem.bounds(ends, batch, head) + at) - 1)
+        last = gl.where(gl.load(problem.bounds(problem.starts, batch, head) + at) > key, -1, last)
     return last
 
 
 @gluon.jit
-def newest_query(problem, ends, batch, tile):
+def newest_query(problem, ends, batch, head, tile):
     """The newest query tile that sees anything of key tile `tile`."""
     key = gl.minimum(tile * TILE + TILE, problem.keys) - 1
     last = gl.minimum(key + problem.window, problem.keys) - 1
     if problem.BOUNDED:
-        last = gl.minimum(last, gl.load(ends + batch.to(gl.int64) * problem.keys + key) - 1)
+        last = gl.minimum(last, gl.load(problem.bounds(ends, batch, head) + key) - 1)
     return gl.maximum(last, key) // TILE
 
 
@@ -60,7 +60,7 @@ def dkv_produce(problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows
         batch, kv_head, tile = locate_keys(problem, item)
         oldest = gl.maximum(tile, offset // TILE)
         last_tile = gl.minimum(tile + CONSUMERS - 1, (problem.keys - 1) // TILE)
-        count = gl.maximum(newest_query(problem, ends, batch, last_tile) - oldest + 1, 1)
+        count = gl.maximum(newest_query(problem, ends, batch, kv_head * problem.group, last_tile) - oldest + 1, 1)
         for member in range(problem.group):
             head = kv_head * problem.group + member
             carry = gl.to_tensor(0.0)  # the totals of the chunks after the item's first, up to this tile's
@@ -173,12 +173,14 @@ def dkv_consume(
         tile = block_tile + C
         block_oldest = gl.maximum(block_tile, offset // TILE)
         last_tile = gl.minimum(block_tile + problem.CONSUMERS - 1, (problem.keys - 1) // TILE)
-        block_newest = gl.maximum(newest_query(problem, ends, batch, last_tile), block_oldest)
+        block_newest = gl.maximum(newest_query(problem, ends, batch, kv_head * problem.group, last_tile), block_oldest)
         oldest = gl.minimum(gl.maximum(tile, block_oldest), block_newest + 1)
-        newest = gl.minimum(newest_query(problem, ends, batch, gl.minimum(tile, last_tile)), block_newest)
+        newest = gl.minimum(
+            newest_query(problem, ends, batch, kv_head * problem.group, gl.minimum(tile, last_tile)), block_newest
+        )
         newest = gl.where(tile <= last_tile, gl.maximum(newest, oldest - 1), oldest - 1)
         key = tile * TILE + gl.arange(0, TILE, layout=row_layout)
-        last = last_queries(problem, ends, batch, key)
+        last = last_queries(problem, ends, batch, kv_head * problem.group, key)
         clear = gl.min(last, 0)  # a query tile up to here has no far edge
         reach = gl.maximum(last - key + 1, 0)
 
@@ -255,16 +257,18 @@ def dkv_consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
+@gluon.jit(
+    do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "bound_group", "blocks", "items"]
+)
 def dkv_kernel(
     k_desc, v_desc, q_desc, dout_desc, dk_desc, dv_desc, suffix, total, starts, ends, rows, key_side,
     scale_log2, bias_factor, scale,
-    batches, heads, group, queries, keys, window, blocks, items,
+    batches, heads, group, queries, keys, window, bound_group, blocks, items,
     CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, BOUNDED: gl.constexpr,
     A_SHARED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
-                      CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
+    problem = Problem(batches, heads, group, queries, keys, window, bound_group, blocks, items, starts,
+                      suffix, total, CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
     channels = open_channels(k_desc, q_desc, CONSUMERS, STAGES)
     if A_SHARED:
         dk_tiles = channels.held

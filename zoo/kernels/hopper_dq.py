@@ -28,7 +28,7 @@ def dq_produce(problem, channels, q_desc, dout_desc, k_desc, v_desc, bias_factor
         batch, head, tile = problem.locate(item)
         first_row = tile * TILE - (problem.keys - problem.queries)
         newest = problem.newest(tile + CONSUMERS - 1)
-        count = newest - problem.oldest(tile, batch) + 1
+        count = newest - problem.oldest(tile, batch, head) + 1
         carry = gl.to_tensor(0.0)  # the totals of the chunks after this tile's, up to the newest
         gain = gl.to_tensor(0.0)
         suffix = gl.zeros([TILE], gl.float32, vector_layout)
@@ -76,12 +76,12 @@ def dq_consume(
         next_item = gl.minimum(item + gl.num_programs(0), problem.items - 1)
         tile = block_tile + C
         block_newest = problem.newest(block_tile + problem.CONSUMERS - 1)
-        block_oldest = problem.oldest(block_tile, batch)
+        block_oldest = problem.oldest(block_tile, batch, head)
         newest = problem.newest(tile)
-        oldest = problem.oldest(tile, batch)
+        oldest = problem.oldest(tile, batch, head)
         inside = tile <= newest
         position = tile * TILE + gl.arange(0, TILE, layout=row_layout)
-        reach, latest_start = problem.reach(batch, position)
+        reach, latest_start = problem.reach(batch, head, position)
         row = position - (problem.keys - problem.queries)
         mine = (row >= 0) & (row < problem.queries)
         outs, douts, lses, dlses, suffix, newer = ahead
@@ -209,16 +209,18 @@ def load_rows(C: gl.constexpr, problem, out, dout, lse, dlse, item, row_layout: 
     return outs, douts, lses, dlses, suffix, newer
 
 
-@gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
+@gluon.jit(
+    do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "bound_group", "blocks", "items"]
+)
 def dq_kernel(
     q_desc, dout_desc, k_desc, v_desc, dq_desc, dq_ptr, out, dout, suffix, total, starts, lse, dlse, rows,
     scale_log2, bias_factor, scale,
-    batches, heads, group, queries, keys, window, blocks, items,
+    batches, heads, group, queries, keys, window, bound_group, blocks, items,
     CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, BOUNDED: gl.constexpr,
     A_SHARED: gl.constexpr, WITH_DLSE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
-                      CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
+    problem = Problem(batches, heads, group, queries, keys, window, bound_group, blocks, items, starts,
+                      suffix, total, CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
     channels = open_channels(q_desc, k_desc, CONSUMERS, STAGES)
     dq_tiles = gl.allocate_shared_memory(dq_desc.dtype, [CONSUMERS, 1, TILE, 1, D], dq_desc.layout)
     if CONSUMERS == 2:

@@ -49,6 +49,7 @@ INTEGERS = [
     "N",
     "window",
     "stride_bound",
+    "stride_group",
 ]  # change from call to call: compiling for their values would pay nothing
 
 
@@ -63,13 +64,15 @@ def window_forward(
     *,
     window: int | None,
     scale: float,
-    spans: tuple[Tensor, Tensor] | None,
+    spans: tuple[Tensor, ...] | None,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out like q and natural-log lse (B,T,H) float32. gate is () for none, (log_decay,) or (z, u), each (B,N,H).
 
     Checked tensors on one CUDA device, or on the CPU under Triton's interpreter. spans = (start, end), (B,N) int32: the
-    first visible key of each query, one past the last query that sees each key. `tiles` overrides the table.
+    first visible key of each query, one past the last query that sees each key. Where tiles are pruned they are (B,G,N)
+    and a third follows: the document's end (B,N) or None, which bounds the sums of the gate's gradient. `tiles`
+    overrides the table.
     """
     batch, length, heads, dim = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -101,7 +104,7 @@ def window_backward(
     *,
     window: int | None,
     scale: float,
-    spans: tuple[Tensor, Tensor] | None,
+    spans: tuple[Tensor, ...] | None,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """dq, dk, dv and the gradients of `gate`, from what the forward returned and the gradients of both."""
@@ -137,7 +140,7 @@ def window_backward(
         )  # fmt: skip
         if key_side is None:
             return dq, dk, dv, ()
-        return dq, dk, dv, gates.prefix_backward(key_side, query_side, gate, None if spans is None else spans[1])
+        return dq, dk, dv, gates.prefix_backward(key_side, query_side, gate, None if spans is None else spans[-1])
 
 
 def _query_tiles(q: Tensor, k: Tensor, tile: Tile) -> int:
@@ -171,8 +174,11 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return x.stride()[:3]
 
 
-def _bound(spans: tuple[Tensor, Tensor] | None, side: int) -> tuple[Tensor | None, tuple[int, ...]]:
-    return (None, (0, 0)) if spans is None else (spans[side], spans[side].stride())
+def _bound(spans: tuple[Tensor, ...] | None, side: int) -> tuple[Tensor | None, tuple[int, ...]]:
+    if spans is None:
+        return None, (0, 0, 0)
+    bound = spans[side]
+    return bound, bound.stride() if bound.dim() == 3 else (bound.stride(0), 0, bound.stride(1))
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
@@ -221,7 +227,7 @@ def _row_visible(row, column, start, window, WINDOWED: tl.constexpr, BOUNDED: tl
 def _forward(
     q_ptr, k_ptr, v_ptr, suffix_ptr, total_ptr, start_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_bound, stride_start, T, N, H, window, scale,
+    stride_bound, stride_group, stride_start, T, N, H, window, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
@@ -238,7 +244,7 @@ def _forward(
         total_ptr += (batch * H + head) * tl.cdiv(N, CHUNK)
     oldest, latest_start, start = 0, 0, row
     if BOUNDED:
-        start_ptr += batch * stride_bound
+        start_ptr += batch * stride_bound + head // GROUP * stride_group
         start = tl.load(start_ptr + row * stride_start, mask=row < N, other=0)
         oldest = tl.load(start_ptr + max(q0, offset) * stride_start)
         latest_start = tl.load(start_ptr + (min(q0 + BLOCK_Q, N) - 1) * stride_start)
@@ -311,7 +317,7 @@ def _rows(
 def _dkdv(
     q_ptr, k_ptr, v_ptr, dout_ptr, suffix_ptr, total_ptr, end_ptr, row_lse_ptr, delta_ptr, dk_ptr, dv_ptr, key_side_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_db, stride_dt, stride_dh, stride_bound, stride_end, T, N, H, window, scale,
+    stride_db, stride_dt, stride_dh, stride_bound, stride_group, stride_end, T, N, H, window, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
@@ -323,7 +329,7 @@ def _dkdv(
     column = k0 + tl.arange(0, BLOCK_K)
     beyond, earliest_end, end = N, N, column
     if BOUNDED:
-        end_ptr += batch * stride_bound
+        end_ptr += batch * stride_bound + kv_head * stride_group
         end = tl.load(end_ptr + column * stride_end, mask=column < N, other=0)
         beyond = tl.load(end_ptr + (min(k0 + BLOCK_K, N) - 1) * stride_end)
         earliest_end = tl.load(end_ptr + k0 * stride_end)
@@ -383,7 +389,7 @@ def _dkdv(
 def _dq(
     q_ptr, k_ptr, v_ptr, dout_ptr, suffix_ptr, total_ptr, start_ptr, row_lse_ptr, delta_ptr, dq_ptr, query_side_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_db, stride_dt, stride_dh, stride_bound, stride_start, T, N, H, window, scale,
+    stride_db, stride_dt, stride_dh, stride_bound, stride_group, stride_start, T, N, H, window, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
@@ -402,7 +408,7 @@ def _dq(
         total_ptr += (batch * H + head) * tl.cdiv(N, CHUNK)
     oldest, latest_start, start = 0, 0, row
     if BOUNDED:
-        start_ptr += batch * stride_bound
+        start_ptr += batch * stride_bound + head // GROUP * stride_group
         start = tl.load(start_ptr + row * stride_start, mask=row < N, other=0)
         oldest = tl.load(start_ptr + max(q0, offset) * stride_start)
         latest_start = tl.load(start_ptr + (min(q0 + BLOCK_Q, N) - 1) * stride_start)
