@@ -4,7 +4,8 @@ Samplers are pure functions on logits (B, V). Nothing here reads a tensor on the
 device, so callers that stream pay for the wait only where they look at the tokens.
 """
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
@@ -12,6 +13,10 @@ import torch
 from torch import Tensor
 
 from zoo.model import Batch, Context, Model
+from zoo.state import clone, leaves
+
+CAPTURES = ("cuda",)  # device types with graphs
+WORTH_CAPTURING = 8  # new elements; a capture takes about the time of two steps
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ def generate(
     stream: Literal[False] = False,
     seed: int | None = None,
     chunk: int = 2048,
+    graph: bool = True,
 ) -> Tensor: ...
 @overload
 def generate(
@@ -118,6 +124,7 @@ def generate(
     stream: Literal[True],
     seed: int | None = None,
     chunk: int = 2048,
+    graph: bool = True,
 ) -> Iterator[Tensor]: ...
 def generate(
     model: Model,
@@ -128,6 +135,7 @@ def generate(
     stream: bool = False,
     seed: int | None = None,
     chunk: int = 2048,
+    graph: bool = True,
 ) -> Tensor | Iterator[Tensor]:
     """Continue `inputs` by `max_new` elements, in the model's own world: tensors in, tensors out.
 
@@ -135,6 +143,8 @@ def generate(
     stream  True: an iterator that yields each step's (B, 1, …) as it is drawn; False: all of them, (B, max_new, …)
     seed    of the draws; None takes a fresh one
     chunk   prompt tokens per prefill call: bounds the memory of a long prompt
+    graph   on a CUDA device, capture a step of the model once and replay it: the same values without the time that the
+            host takes to launch it. A model that cannot be captured runs step by step, with one warning
     """
     if max_new < 1:
         raise ValueError(f"max_new = {max_new}; it takes 1 or more")
@@ -142,7 +152,7 @@ def generate(
         raise ValueError(f"chunk = {chunk}; it takes 1 or more")
     batch = inputs if isinstance(inputs, Batch) else Batch(inputs)
     _check_prompt(batch)
-    steps = _steps(model, batch, max_new, sampling, seed, chunk)
+    steps = _steps(model, batch, max_new, sampling, seed, chunk, graph)
     return steps if stream else torch.cat(list(steps), dim=1)
 
 
@@ -162,7 +172,7 @@ def _check_prompt(batch: Batch) -> None:
 
 @torch.inference_mode()
 def _steps(
-    model: Model, batch: Batch, max_new: int, sampling: Sampling, seed: int | None, chunk: int
+    model: Model, batch: Batch, max_new: int, sampling: Sampling, seed: int | None, chunk: int, graph: bool
 ) -> Iterator[Tensor]:
     device = next(model.parameters()).device
     batch = batch.to(device)
@@ -175,16 +185,71 @@ def _steps(
         cache: Any = model.backbone.init_cache(rows, tokens + max_new)
         head_state: Any = model.head.init_state(batch.inputs, batch.condition, batch.ctx.lengths)
         h_last, cache, head_state = prefill(model, batch, cache, head_state, chunk)
+        params = model.head.logits(h_last, head_state)
+        replay: Callable[[Tensor], Tensor] | None = None
+        graph = graph and device.type in CAPTURES and max_new >= WORTH_CAPTURING
         for step in range(max_new):
-            params = model.head.logits(h_last, head_state)
-            drawn, head_state = model.head.sample(params, head_state, sampling, generator)
+            drawn, after = model.head.sample(params, head_state, sampling, generator)
             yield drawn
-            if step + 1 < max_new:
-                h, head_state = model.head.embed(drawn, Context(), head_state)
-                h, cache = model.backbone(h, Context(), cache)
-                h_last = h[:, -1]
+            if step + 1 == max_new:
+                break
+            if graph and replay is None:
+                head_state = after
+                replay = _capture(model, drawn, cache, head_state)
+                graph = replay is not None
+            if replay is None:
+                params, cache, head_state = _step(model, drawn, cache, after)
+            else:
+                _write(head_state, after)
+                params = replay(drawn)
     finally:
         model.train(training)
+
+
+def _step(model: Model, drawn: Tensor, cache: Any, head_state: Any) -> tuple[Tensor, Any, Any]:
+    """What the next element's distribution depends on, once `drawn` (B, 1, …) is part of the past."""
+    h, head_state = model.head.embed(drawn, Context(), head_state)
+    h, cache = model.backbone(h, Context(), cache)
+    return model.head.logits(h[:, -1], head_state), cache, head_state
+
+
+def _step_in_place(model: Model, drawn: Tensor, cache: Any, head_state: Any) -> Tensor:
+    """`_step` on the tensors given: the states afterwards stand where they stood before."""
+    params, *after = _step(model, drawn, cache, head_state)
+    _write([cache, head_state], after)
+    return params
+
+
+def _write(state: Any, after: Any) -> None:
+    """Leaves of `after` over those of `state`, as far as they are not the same tensors."""
+    pairs = [(old, new) for old, new in zip(leaves(state), leaves(after), strict=True) if new is not old]
+    for old, new in [(old, new.clone()) for old, new in pairs]:  # one may be a view of what another overwrites
+        old.copy_(new)
+
+
+def _capture(model: Model, drawn: Tensor, cache: Any, head_state: Any) -> Callable[[Tensor], Tensor] | None:
+    """A function from drawn to params that advances `cache` and `head_state` in place, as one CUDA graph; or None."""
+    given, graph = drawn.clone(), torch.cuda.CUDAGraph()
+    aside = torch.cuda.Stream(drawn.device)
+    aside.wait_stream(torch.cuda.current_stream(drawn.device))
+    with torch.cuda.stream(
+        aside
+    ):  # kernels are compiled and libraries set up before a capture; on copies of the states
+        _step_in_place(model, given, clone(cache), clone(head_state))
+    torch.cuda.current_stream(drawn.device).wait_stream(aside)
+    try:
+        with torch.cuda.graph(graph):  # records, runs nothing: the states stay as they are
+            params = _step_in_place(model, given, cache, head_state)
+    except RuntimeError as error:
+        warnings.warn(f"steps run one by one, this model cannot be captured: {error}", RuntimeWarning, stacklevel=2)
+        return None
+
+    def replay(drawn: Tensor) -> Tensor:
+        given.copy_(drawn)
+        graph.replay()
+        return params
+
+    return replay
 
 
 def prefill(model: Model, batch: Batch, cache: Any, head_state: Any, chunk: int) -> tuple[Tensor, Any, Any]:
