@@ -138,7 +138,7 @@ def window_backward(
             q, k, v, dout, suffix, total, start, row_lse, delta, dq, query_side,
             *strides, *bound_strides, **sizes, **switches, **_schedule(tiles.dq),
         )  # fmt: skip
-        if key_side is None:
+        if key_side is None or query_side is None:
             return dq, dk, dv, ()
         return dq, dk, dv, gates.prefix_backward(key_side, query_side, gate, None if spans is None else spans[-1])
 
