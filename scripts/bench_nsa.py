@@ -18,7 +18,7 @@ import torch
 
 from zoo import ops
 from zoo.kernels import nsa_compressed, nsa_selected
-from zoo.ops import backend, nsa, reference_nsa
+from zoo.ops import nsa, reference_nsa
 
 HEADS, DIM, BLOCK, TOP, WINDOW = 64, 128, 64, 16, 512
 TILES = {
@@ -192,7 +192,7 @@ def main() -> None:
     for mode in ("tune", "crossover", "decode"):
         parser.add_argument(f"--{mode}", action="store_true")
     options = parser.parse_args()
-    backend.ON_TRIAL.discard(("triton", "nsa"))  # what is measured here, whether it runs by itself or not
+
     for group in options.groups:
         if options.crossover:
             for tokens in (1024, 2048, 4096, 8192, 16384, 32768):

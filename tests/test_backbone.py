@@ -7,6 +7,7 @@ from zoo import config
 from zoo.backbone import Backbone, BackboneConfig, parse_pattern
 from zoo.config import ConfigError
 from zoo.mixers.base import Context
+from zoo.registry import mixers
 
 
 def build(**fields) -> BackboneConfig:
@@ -65,6 +66,14 @@ def test_positions_and_mlp_can_be_left_out(positions, mlp):
             backbone(torch.randn(1, 17, 32), Context())
 
 
+def test_steps_past_the_learned_positions_are_named():
+    backbone = Backbone(build(positions="learned", max_len=8)).eval()
+    cache = backbone.init_cache(1, 8)
+    _, cache = backbone(torch.randn(1, 8, 32), Context(), cache)
+    with pytest.raises(ValueError, match="9 tokens exceed max_len = 8"):
+        backbone(torch.randn(1, 1, 32), Context(), cache)
+
+
 def test_two_rotary_axes():
     torch.manual_seed(0)
     backbone = Backbone(build(head_dim=16))
@@ -96,6 +105,27 @@ def test_dropout_and_drop_path_act_in_training_only():
     assert not torch.equal(backbone(h, Context())[0], backbone(h, Context())[0])
     backbone.eval()
     assert torch.equal(backbone(h, Context())[0], backbone(h, Context())[0])
+
+
+def test_a_mixer_initialises_itself(monkeypatch):
+    class Own(mixers.get("swa")):  # type: ignore[misc]
+        def __init__(self, config, dims):
+            super().__init__(config, dims)
+            torch.nn.init.eye_(self.out.weight)
+
+    monkeypatch.setattr(mixers, "_entries", {**mixers._entries, "own": Own})
+    backbone = Backbone(build(mixer={"name": "own"}))
+    for block in backbone.blocks:
+        assert torch.equal(block.mixer.out.weight, torch.eye(32))
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_init_std_is_the_spread_of_every_matrix(name):
+    backbone = Backbone(build(mixer={"name": name}, init_std=0.5, width=64, positions="learned", max_len=50))
+    spreads = {n: p.std().item() for n, p in backbone.named_parameters() if p.ndim == 2 and ".gate." not in n}
+    assert len(spreads) > 4
+    for parameter, spread in spreads.items():
+        assert spread == pytest.approx(0.5, rel=0.2), parameter
 
 
 def test_flops_follow_the_window():

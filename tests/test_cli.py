@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from zoo import cli, config, registry
+from zoo.evaluate import evaluate_run
 from zoo.registry import Registry
 from zoo.train import Recipe, train
 
@@ -99,6 +100,21 @@ def test_an_evaluation_says_how_each_number_came_about(run, capsys):
         assert "context 16" in row["protocol"]
         assert {"seed", "data", "commit", "hardware", "command", "evaluated_with", "split"} <= set(row)
     assert {row["kind"] for row in rows} == {"metric", "baseline"}
+
+
+def test_evaluation_has_the_precision_of_the_validation_while_training(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"{i} and {i * i}\n" for i in range(300)))
+    words = [*SMALL, "train.precision=bf16", "train.eval_every=2", "train.eval_batches=0"]
+    words += ["task.dataset.name=text/folder", f"task.dataset.path={tmp_path / 'text.txt'}"]
+    trained = train(config.build(Recipe, *config.recipe_layers("text/smoke", words)), tmp_path / "run")
+    same, wider = (
+        evaluate_run(tmp_path / "run", split="valid", batch_size=2, device="cpu", overrides=overrides)
+        for overrides in ((), ("train.precision=fp32",))
+    )
+    assert same.values["loss"] == trained.metrics["valid/loss"] != wider.values["loss"]
+    assert ", bf16, " in same.title
+    rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert [row["precision"] for row in rows if row["name"] == "loss"] == ["bf16", "fp32"]
 
 
 def test_sample_prints_prompt_and_continuation(run, capsys):

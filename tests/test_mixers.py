@@ -63,6 +63,22 @@ def test_full_equals_chunks_equals_steps(name, tokens):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("max_len", [WINDOW // 2, 2 * WINDOW])
+def test_a_row_longer_than_its_state_is_right_or_an_error(name, max_len):
+    backbone = small_backbone(name)
+    h = torch.randn(1, 3 * WINDOW, 32, dtype=torch.float64)
+    full, _ = backbone(h, Context())
+    for sizes in ([3 * WINDOW], [1] * (3 * WINDOW), [5, 1] * (WINDOW // 2)):
+        cache = backbone.init_cache(1, max_len, dtype=h.dtype)
+        try:
+            torch.testing.assert_close(run_chunks(backbone, h, sizes, cache), full, rtol=1e-9, atol=1e-9)
+        except ValueError as error:
+            assert f"max_len = {max_len}" in str(error)  # noqa: PT017 (either is right, a wrong output is not)
+            assert int(cache["position"]) <= max_len
+    run_chunks(backbone, h[:, :max_len], [1] * max_len, backbone.init_cache(1, max_len, dtype=h.dtype))
+
+
+@torch.no_grad()
 def test_rows_of_different_lengths(name):
     """Ragged prefill in padded chunks, then steps: every row equals itself alone."""
     backbone = small_backbone(name)

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo import config as configs
 from zoo.config import Choice
-from zoo.layers import MLP, document_positions, rotary_table
+from zoo.layers import MLP, document_positions, init_normal, rotary_table
 from zoo.mixers.base import Context, Dims, Mixer
+from zoo.ops import may_look
 from zoo.registry import mixers, nearest
 from zoo.state import State
 
@@ -30,6 +31,7 @@ class BackboneConfig:
     positions      rotary (inside mixers), learned (added to the input, up to max_len) or none
     dropout        on both residual branches; drop_path drops whole branches per row, linearly more with depth
     checkpoint     recompute blocks in the backward pass instead of keeping their activations
+    init_std       spread of the matrices and learned positions at the start; a mixer may begin with one of its own
     mlp_chunk      tokens that the MLP takes at once when training, recomputing them in the backward pass: its inner
                    activations never stand for a whole long row. 0: all at once
     """
@@ -84,7 +86,8 @@ class BackboneConfig:
 
     @property
     def dims(self) -> Dims:
-        return Dims(self.width, self.heads, self.kv_heads or self.heads, self.head_dim or self.width // self.heads)
+        kv_heads, head_dim = self.kv_heads or self.heads, self.head_dim or self.width // self.heads
+        return Dims(self.width, self.heads, kv_heads, head_dim, self.init_std)
 
     def layers(self) -> list[Choice]:
         """One mixer choice per layer."""
@@ -182,11 +185,7 @@ class Backbone(nn.Module):
             for i, layer in enumerate(config.layers())
         )
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.apply(self._init)
-
-    def _init(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.init_std)
+        init_normal((self.positions, *(block.mlp for block in self.blocks)), config.init_std)  # type: ignore[arg-type]
 
     def forward(self, h: Tensor, ctx: Context, cache: Any = None) -> tuple[Tensor, Any]:
         """With a cache (`init_cache`) the T tokens continue it; it is consumed and the next one returned."""
@@ -220,17 +219,24 @@ class Backbone(nn.Module):
                 positions = torch.arange(tokens, device=h.device).unsqueeze(0)
                 if start is not None:
                     positions = positions + start.unsqueeze(1)
-        if self.positions is not None and start is None and tokens > self.config.max_len:
-            raise ValueError(f"{tokens} tokens exceed max_len = {self.config.max_len} of the learned positions")
+        if self.positions is not None:
+            self._check_learned(tokens if start is None or not may_look(start) else int(start.max()) + tokens)
         rotary = None
         if self.config.positions == "rotary":
             rotary = rotary_table(positions, self.config.dims.head_dim, self.config.rope_base)
         return replace(ctx, positions=positions, start=start, rotary=rotary)
 
+    def _check_learned(self, tokens: int) -> None:
+        if tokens > self.config.max_len:
+            raise ValueError(f"{tokens} tokens exceed max_len = {self.config.max_len} of the learned positions")
+
     def init_cache(self, batch: int, max_len: int, *, device: Any = None, dtype: Any = None) -> dict[str, Any]:
-        """The state of `batch` rows before their first token: {"position": (B,) int64, "blocks": [State, …]}."""
-        if self.positions is not None and max_len > self.config.max_len:
-            raise ValueError(f"{max_len} tokens exceed max_len = {self.config.max_len} of the learned positions")
+        """The state of `batch` rows before their first token: {"position": (B,) int64, "blocks": [State, …]}.
+
+        max_len  the most tokens that a row will have, prompt and steps together; see Mixer.init_state for longer ones
+        """
+        if self.positions is not None:
+            self._check_learned(max_len)
         weight = self.norm.weight
         device, dtype = device or weight.device, dtype or weight.dtype
         return {

@@ -81,7 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
     evaluate.add_argument("--no-ema", action="store_true", help="take the raw weights, not their average")
     evaluate.add_argument("--nproc", type=int, default=1, help="processes on this machine that share the split")
-    evaluate.add_argument("override", nargs="*", help="fields of the recipe to change, such as task.stride=64")
+    evaluate.add_argument(
+        "override", nargs="*", help="fields of the recipe to change, such as task.stride=64 or train.precision=fp32"
+    )
     evaluate.set_defaults(run=run_evaluate)
 
     sample = commands.add_parser("sample", allow_abbrev=False, help="generate from a run")

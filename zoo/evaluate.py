@@ -17,6 +17,7 @@ from zoo import config as configs
 from zoo.task import run_metrics
 from zoo.train import (
     ParallelConfig,
+    autocast,
     git_commit,
     load_run,
     newest_checkpoint,
@@ -55,7 +56,7 @@ def evaluate_run(
     """All metrics of a run's task over one split, in one pass; appends a row a number to <run>/results.jsonl.
 
     batch_size  of each process: under torchrun or `--nproc` they share the split, with the same numbers as one alone
-    overrides   fields of the recipe's task to change for this evaluation ("task.stride=64")
+    overrides   fields of the recipe to change for this evaluation ("task.stride=64", "train.precision=fp32")
     Returns None on all ranks but the first.
     Raises FileNotFoundError when the folder holds no run, ValueError for an unknown split.
     """
@@ -68,7 +69,10 @@ def evaluate_run(
     )
     stream = task.stream(split, batch_size=batch_size, rank=ranks.rank, world=ranks.world)
     began = time.perf_counter()
-    values = run_metrics(model, task.metrics(split), stream, device=place, ranks=ranks, progress=progress_bar(split))
+    with autocast(recipe.train.precision, place):  # as the validation while training: the same numbers
+        values = run_metrics(
+            model, task.metrics(split), stream, device=place, ranks=ranks, progress=progress_bar(split)
+        )
     seconds = time.perf_counter() - began
     ranks.close()
     if ranks.rank > 0:
@@ -78,6 +82,7 @@ def evaluate_run(
         "split": split,
         "protocol": task.describe(split),
         "batch_size": batch_size,
+        "precision": recipe.train.precision,
         "weights": "ema" if ema and recipe.train.ema else "raw",
         "overrides": list(overrides),
         "evaluated_on": task.provenance(),
@@ -91,7 +96,8 @@ def evaluate_run(
     ]
     with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    return Scores(f"{folder} at step {common['step']}, {split} split, {task.describe(split)}", values, baselines)
+    title = f"{folder} at step {common['step']}, {split} split, {recipe.train.precision}, {task.describe(split)}"
+    return Scores(title, values, baselines)
 
 
 # DESIGN.md section 8: what stands beside every number.

@@ -145,6 +145,8 @@ def generate(
     chunk   prompt tokens per prefill call: bounds the memory of a long prompt
     graph   on a CUDA device, capture a step of the model once and replay it: the same values without the time that the
             host takes to launch it. A model that cannot be captured runs step by step, with one warning
+    Raises ValueError for an empty prompt, wrong lengths, or inputs that the head cannot embed (looked at on the CPU
+    always, on a GPU under ZOO_DEBUG=1 only).
     """
     if max_new < 1:
         raise ValueError(f"max_new = {max_new}; it takes 1 or more")
@@ -152,6 +154,7 @@ def generate(
         raise ValueError(f"chunk = {chunk}; it takes 1 or more")
     batch = inputs if isinstance(inputs, Batch) else Batch(inputs)
     _check_prompt(batch)
+    model.head.check(batch.inputs)  # where the caller has them: an index out of range on a GPU ends its context
     steps = _steps(model, batch, max_new, sampling, seed, chunk, graph)
     return steps if stream else torch.cat(list(steps), dim=1)
 

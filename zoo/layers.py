@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, H or G heads, D head dim, C width.
 """
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -59,6 +60,14 @@ def document_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
     place = torch.arange(tokens, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens.long(), place, right=True) - 1
     return place - cu_seqlens.long()[document]
+
+
+def init_normal(parts: Iterable[nn.Module | None], std: float) -> None:
+    """N(0, std^2) for the weights of every linear layer and embedding in `parts`; biases stay as they are."""
+    for part in filter(None, parts):
+        for module in part.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=std)
 
 
 class MLP(nn.Module):

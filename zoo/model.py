@@ -80,6 +80,9 @@ class Head(nn.Module):
     Config: ClassVar[type]
     tokenwise: ClassVar[bool] = False  # embed and loss look at each token alone: rows may be split between ranks
 
+    def check(self, inputs: Any) -> None:
+        """Raises ValueError for inputs with values that cannot be embedded, where `ops.may_look` allows to look."""
+
     def init_state(self, inputs: Any, condition: Any = None, lengths: Tensor | None = None) -> State:
         """What sampling must remember between steps (history, scaling, place in a pattern); {} if nothing. `lengths`
         (B,) int64 where the rows of `inputs` are padded on the right."""
@@ -133,6 +136,7 @@ class Model(nn.Module):
             )
         if batch.ctx.halo is not None and not self.head.tokenwise:
             raise ValueError(f"rows cannot be split between ranks: {type(self.head).__name__} is not tokenwise")
+        self.head.check(batch.inputs)
         h, _ = self.head.embed(batch.inputs, batch.ctx)
         h, _ = self.backbone(h, batch.ctx)
         return self.head.loss(h, batch)

@@ -3,17 +3,21 @@
 text = zoo.pipeline("runs/text-demo").sample("def ", max_new=200)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from zoo.generation import Sampling, generate
 from zoo.model import Model
 from zoo.task import Task
 from zoo.train import load_run
+
+LOOK_EVERY = 8  # steps between two looks for stop strings: a look waits for the device
 
 
 @dataclass
@@ -31,24 +35,13 @@ class Pipeline:
         stop: Sequence[str] = (),
     ) -> Any:
         """Continue a prompt, or each prompt of a list, by at most `max_new` elements; returns what was added, as the
-        task's artefact (text, image, …), or a list of them. `stop`: for text, cut before the first of these strings.
+        task's artefact (text, image, …), or a list of them.
+
+        stop  for text: end before the first of these strings to be complete
         """
-        several = isinstance(prompt, (list, tuple))
-        steps = generate(
-            self.model, self.task.prompt(prompt), max_new=max_new, sampling=sampling, stream=True, seed=seed
-        )
-        drawn: list[torch.Tensor] = []
-        artefacts: list[Any] = []
-        for step in steps:
-            drawn.append(step)
-            look = stop and len(drawn) % 8 == 0  # decoding waits for the device, so it is not done at every step
-            if look or len(drawn) == max_new:
-                artefacts = [self.task.artefact(row) for row in torch.cat(drawn, dim=1).cpu()]
-                if stop and all(cut(text, stop) is not None for text in artefacts):
-                    break
-        if stop:
-            artefacts = [text if (kept := cut(text, stop)) is None else kept for text in artefacts]
-        return artefacts if several else artefacts[0]
+        steps = self._steps(prompt, max_new, sampling, seed)
+        artefacts = self._up_to_stop(steps, stop) if stop else [self.task.artefact(row) for row in joined(steps)]
+        return artefacts if isinstance(prompt, (list, tuple)) else artefacts[0]
 
     def stream(
         self,
@@ -59,41 +52,119 @@ class Pipeline:
         seed: int | None = None,
         stop: Sequence[str] = (),
     ) -> Iterator[str]:
-        """The same for one text prompt, piece by piece as it is drawn. A character made of several tokens comes whole,
-        and what might be the beginning of a stop string is held back until it is known not to be."""
-        steps = generate(
-            self.model, self.task.prompt(prompt), max_new=max_new, sampling=sampling, stream=True, seed=seed
-        )
-        drawn: list[torch.Tensor] = []
-        shown = ""
-        for step in steps:
-            drawn.append(step[0].cpu())
-            text = self.task.artefact(torch.cat(drawn))
-            if not isinstance(text, str):
-                raise TypeError(f"stream() is for text; {type(self.task).__name__} makes {type(text).__name__}")
-            kept = cut(text, stop)
-            if kept is not None:
-                yield kept[len(shown) :]
+        """The same for one text prompt, piece by piece as it is drawn."""
+        transcript = Transcript(self._text, stop)
+        for step in self._steps(prompt, max_new, sampling, seed):
+            if piece := transcript.add(step[0].cpu()):
+                yield piece
+            if transcript.stopped:
                 return
-            ready = text[: len(text) - held_back(text, stop)]
-            if len(ready) > len(shown):
-                yield ready[len(shown) :]
-                shown = ready
-        if drawn:
-            yield text[len(shown) :]
+        if piece := transcript.finish():
+            yield piece
+
+    def _steps(self, prompt: Any, max_new: int, sampling: Sampling, seed: int | None) -> Iterator[Tensor]:
+        inputs = self.task.prompt(prompt)
+        return generate(self.model, inputs, max_new=max_new, sampling=sampling, stream=True, seed=seed)
+
+    def _up_to_stop(self, steps: Iterator[Tensor], stop: Sequence[str]) -> list[str]:
+        rows: list[Transcript] = []
+        texts: list[str] = []
+        while block := list(islice(steps, LOOK_EVERY)):
+            fresh = joined(block)
+            rows = rows or [Transcript(self._text, stop) for _ in fresh]
+            texts = texts or [""] * len(rows)
+            texts = [text + row.add(tokens) for text, row, tokens in zip(texts, rows, fresh, strict=True)]
+            if all(row.stopped for row in rows):
+                break
+        return [text + row.finish() for text, row in zip(texts, rows, strict=True)]
+
+    def _text(self, row: Tensor) -> str:
+        text = self.task.artefact(row)
+        if not isinstance(text, str):
+            raise TypeError(
+                f"streams and stop strings are for text; {type(self.task).__name__} makes {type(text).__name__}"
+            )
+        return text
+
+
+def joined(steps: Iterable[Tensor]) -> Tensor:
+    """(B, N, …) on the CPU."""
+    return torch.cat(list(steps), dim=1).cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text that grows
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # what the beginning of a character is decoded to
+LONG = 32  # undecoded tokens from which on it is worth a try to settle some of them
+
+
+class Transcript:
+    """The text of one row of tokens as it grows, up to the first stop string. Only the newest tokens are decoded, with
+    those of the piece before them in front: a decoder may treat the beginning of a text differently.
+
+    A character made of several tokens comes whole, and what might be the beginning of a stop string is held back until
+    it is known not to be. The pieces are together `decode` of all tokens, cut where a stop string is first complete.
+    """
+
+    def __init__(self, decode: Callable[[Tensor], str], stop: Sequence[str] = ()):
+        self.decode, self.stop = decode, [s for s in stop if s]
+        self.stopped = False
+        self._context = self._pending = torch.empty(0, dtype=torch.int64)  # tokens, decoded and not yet
+        self._behind = 0  # characters that the context alone is decoded to
+        self._held = ""
+
+    def add(self, tokens: Tensor) -> str:
+        """tokens (N,), the next ones; returns the text that is settled by them, which may be none."""
+        if self.stopped:
+            return ""
+        self._pending = torch.cat((self._pending, tokens)) if len(self._pending) else tokens
+        return self._show(self._settled(), final=False)
+
+    def finish(self) -> str:
+        """What is left when no more tokens come."""
+        return "" if self.stopped else self._show(self._decode_on(self._pending), final=True)
+
+    def _settled(self) -> str:
+        """Of the pending tokens, the text that no further token can change."""
+        whole, count = self._decode_on(self._pending), len(self._pending)
+        if whole.endswith(BROKEN):
+            # The last bytes may begin a character, of which at most three can be missing its end. Where bytes are no
+            # characters at all this goes on and on, so all but the last tokens are taken if they can be told apart.
+            count -= 4
+            settled = self._decode_on(self._pending[:count]) if count > LONG else None
+            if settled is None or settled + self.decode(self._pending[count:]) != whole:
+                return ""
+            whole = settled
+        self._context, self._pending = self._pending[:count], self._pending[count:]
+        self._behind = len(self.decode(self._context))
+        return whole
+
+    def _decode_on(self, tokens: Tensor) -> str:
+        if not len(self._context):
+            return self.decode(tokens) if len(tokens) else ""
+        return self.decode(torch.cat((self._context, tokens)))[self._behind :]
+
+    def _show(self, text: str, *, final: bool) -> str:
+        text = self._held + text
+        kept = cut(text, self.stop)
+        self.stopped = kept is not None
+        if kept is not None:
+            return kept
+        ready = len(text) - (0 if final else begun(text, self.stop))
+        self._held = text[ready:]
+        return text[:ready]
 
 
 def cut(text: str, stop: Sequence[str]) -> str | None:
-    """`text` up to the first stop string that it holds; None if it holds none."""
-    places = [place for place in (text.find(s) for s in stop if s) if place >= 0]
-    return text[: min(places)] if places else None
+    """`text` up to the stop string that is complete first; None if it holds none."""
+    found = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
+    return text[: min(found)[1]] if found else None
 
 
-def held_back(text: str, stop: Sequence[str]) -> int:
-    """How many characters at the end may still change or begin a stop string."""
-    settled = text.rstrip("\N{REPLACEMENT CHARACTER}")  # behind it stands the beginning of a character
-    begun = max((n for s in stop for n in range(1, len(s)) if settled.endswith(s[:n])), default=0)
-    return len(text) - len(settled) + begun
+def begun(text: str, stop: Sequence[str]) -> int:
+    """How many characters at the end may begin a stop string."""
+    return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
 
 def pipeline(name: str | Path, *, device: str | None = None, ema: bool = True) -> Pipeline:

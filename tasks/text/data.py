@@ -9,7 +9,7 @@ import json
 import logging
 import platform
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -104,12 +104,31 @@ def split_by_name(files: list[tuple[str, str]], held_out: int) -> dict[str, list
         chosen[name] = split
         if split in sizes:
             sizes[split] += len(text.encode())
-    return {split: [text for name, text in files if chosen[name] == split] for split in SPLITS}
+    return by_split((chosen[name], text) for name, text in files)
 
 
-class WikiText2:
+class Published:
+    """A corpus of files that are known by their digests; there is nothing to set."""
+
+    NAME: ClassVar[str]
+    LICENCE: ClassVar[str]
+    SHA256: ClassVar[str | dict[str, str]]
+
+    @dataclass
+    class Config:
+        pass
+
+    def __init__(self, config: Config):
+        pass
+
+    def provenance(self) -> dict[str, Any]:
+        return {"corpus": self.NAME, "sha256": self.SHA256, "licence": self.LICENCE}
+
+
+class WikiText2(Published):
     """WikiText-2 (Merity et al., arXiv 1609.07843), word level: 2,088,628 / 217,646 / 245,569 tokens, 33,278 words."""
 
+    NAME, LICENCE = "text/wikitext2", "CC BY-SA"
     URL = "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/{}.txt"
     SHA256: ClassVar = {
         "train": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
@@ -117,54 +136,36 @@ class WikiText2:
         "test": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
     }
 
-    @dataclass
-    class Config:
-        pass
-
-    def __init__(self, config: Config):
-        pass
-
     def documents(self, split: str) -> list[str]:
-        check_split(split, SPLITS, "text/wikitext2")
+        check_split(split, SPLITS, self.NAME)
         return [read_checked(f"wikitext-2/{split}.txt", self.URL.format(split), self.SHA256[split])]
 
-    def provenance(self) -> dict[str, Any]:
-        return {"corpus": "text/wikitext2", "sha256": self.SHA256, "licence": "CC BY-SA"}
 
-
-class TinyShakespeare:
+class TinyShakespeare(Published):
     """tiny Shakespeare (karpathy/char-rnn): the first 1,003,854 characters train, the last 111,540 validate.
 
     The corpus has two parts only: split test is the validation part.
     """
 
+    NAME, LICENCE = "text/tinyshakespeare", "public domain text, MIT copy"
     URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
     SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-    @dataclass
-    class Config:
-        pass
-
-    def __init__(self, config: Config):
-        pass
-
     def documents(self, split: str) -> list[str]:
-        check_split(split, SPLITS, "text/tinyshakespeare")
+        check_split(split, SPLITS, self.NAME)
         text = read_checked("tinyshakespeare/input.txt", self.URL, self.SHA256)
         cut = int(0.9 * len(text))
         return [text[:cut] if split == "train" else text[cut:]]
 
-    def provenance(self) -> dict[str, Any]:
-        return {"corpus": "text/tinyshakespeare", "sha256": self.SHA256, "licence": "public domain text, MIT copy"}
 
-
-class Gutenberg:
+class Gutenberg(Published):
     """Book-length documents from Project Gutenberg: NLTK's selection and War and Peace, split by whole book.
 
     Texts are the files as they are, line ends included (Moby Dick and War and Peace have CR LF). Two files are Latin-1,
     seven characters beyond ASCII in all; these count two bytes each in bits per byte.
     """
 
+    NAME, LICENCE = "text/gutenberg", "public domain"
     ARCHIVE = "https://raw.githubusercontent.com/nltk/nltk_data/gh-pages/packages/corpora/gutenberg.zip"
     WAR_AND_PEACE = "https://cs.stanford.edu/people/karpathy/char-rnn/warpeace_input.txt"
     LATIN_1 = ("chesterton-ball", "shakespeare-caesar")
@@ -186,15 +187,8 @@ class Gutenberg:
         "whitman-leaves": "93ebaf1dccc8f1514b4b1c2f52e64e81829113fc58cff63fb51ada0c72f99c3e",
     }
 
-    @dataclass
-    class Config:
-        pass
-
-    def __init__(self, config: Config):
-        pass
-
     def documents(self, split: str) -> list[str]:
-        check_split(split, SPLITS, "text/gutenberg")
+        check_split(split, SPLITS, self.NAME)
         held_out = {book for books in self.HELD_OUT.values() for book in books}
         books = self.HELD_OUT.get(split) or [book for book in self.SHA256 if book not in held_out]
         return [self._read(book) for book in books]
@@ -204,22 +198,13 @@ class Gutenberg:
         encoding = "latin-1" if book in self.LATIN_1 else "utf-8"
         return read_checked(f"gutenberg/{book}.txt", url, self.SHA256[book], encoding)
 
-    def provenance(self) -> dict[str, Any]:
-        return {"corpus": "text/gutenberg", "sha256": self.SHA256, "licence": "public domain"}
 
-
-class Lambada:
+class Lambada(Published):
     """LAMBADA (Paperno et al., arXiv 1606.06031), OpenAI's version: passages whose last word is to be predicted."""
 
+    NAME, LICENCE = "text/lambada", "not stated"
     URL = "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"
     SHA256 = "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"
-
-    @dataclass
-    class Config:
-        pass
-
-    def __init__(self, config: Config):
-        pass
 
     def documents(self, split: str) -> list[str]:
         if split != "test":
@@ -230,9 +215,6 @@ class Lambada:
         text = read_checked("lambada/lambada_test.jsonl", self.URL, self.SHA256)
         return [json.loads(line)["text"] for line in text.splitlines()]
 
-    def provenance(self) -> dict[str, Any]:
-        return {"corpus": "text/lambada", "sha256": self.SHA256, "licence": "not stated"}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -242,9 +224,10 @@ class Folder:
 
     path   a folder, searched through but for hidden parts, or one file. Sub-folders or files named train, valid and
            test are those splits (and what is under none of these names trains); where no name says so, documents go to
-           splits by a hash of their text, or, if they are too few, the end of the whole is held out.
+           splits by a hash of their text, so that further documents move none. Where that would hold out less than half
+           or more than twice the share, documents being few or of very different length, it is the end of the whole.
     field  of a .jsonl or .parquet row, holding its text
-    share  of the documents for valid and for test, each, where no name says so
+    share  of the bytes for valid and for test, each, where no name says so
     Files that cannot be read (not UTF-8, no such field, damaged) or are empty are skipped, counted and listed; more
     than `max_bad` of them are refused, as is a folder with no text at all.
     """
@@ -312,20 +295,16 @@ class Folder:
 
     @cached_property
     def _documents(self) -> dict[str, list[str]]:
-        splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-        for path in self._files:
-            for text in self._texts(path):
-                named = self._named.get(path, "train") if self._named else None
-                splits[named or hashed_split(text, self.config.share)].append(text)
+        read = [(path, text) for path in self._files for text in self._texts(path)]
+        listed = "\n  ".join(self.bad)
         if self.bad:
-            listed = "\n  ".join(self.bad)
             log.warning("%s: %d of %d files were skipped:\n  %s", self.root, len(self.bad), len(self._files), listed)
-        if not any(splits.values()):
-            listed = "\n  ".join(self.bad)
+        if not read:
             raise ValueError(f"{self.root} has no text: every file is empty or cannot be read:\n  {listed}")
-        if not self._named and not all(splits.values()):  # too few documents for every split to get one
-            return cut("\n".join(text for documents in splits.values() for text in documents), self.config.share)
-        return splits
+        if self._named:
+            return by_split((self._named.get(path, "train"), text) for path, text in read)
+        splits = by_split((hashed_split(text, self.config.share), text) for _, text in read)
+        return splits if shares_hold(splits, self.config.share) else cut([text for _, text in read], self.config.share)
 
     def _texts(self, path: Path) -> list[str]:
         try:
@@ -347,16 +326,41 @@ def is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
+def by_split(documents: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """(split, text) -> texts by split, each in the order given."""
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for split, text in documents:
+        splits[split].append(text)
+    return splits
+
+
 def hashed_split(text: str, share: float) -> str:
     place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
     return "valid" if place < share else "test" if place < 2 * share else "train"
 
 
-def cut(text: str, share: float) -> dict[str, list[str]]:
-    """The beginning trains, the end validates and tests."""
-    first, second = int(len(text) * (1 - 2 * share)), int(len(text) * (1 - share))
-    parts = {"train": text[:first], "valid": text[first:second], "test": text[second:]}
-    return {split: [part] if part else [] for split, part in parts.items()}
+def shares_hold(splits: dict[str, list[str]], share: float) -> bool:
+    """Whether valid and test have half to twice their share of all bytes."""
+    sizes = {split: sum(len(text.encode()) for text in documents) for split, documents in splits.items()}
+    least, most = share / 2 * sum(sizes.values()), share * 2 * sum(sizes.values())
+    return all(least <= sizes[split] <= most for split in ("valid", "test"))
+
+
+def cut(documents: list[str], share: float) -> dict[str, list[str]]:
+    """The beginning of the whole trains, its end validates and tests, by bytes; a document on a border is parted."""
+    encoded = [text.encode() for text in documents]
+    total = sum(map(len, encoded))
+    borders = [0, int(total * (1 - 2 * share)), int(total * (1 - share)), total]
+    parts, at = [], 0
+    for text, data in zip(documents, encoded, strict=True):
+        places = [len(data[: max(0, border - at)].decode(errors="ignore")) for border in borders]  # whole characters
+        parts += [
+            (split, text[begin:end])
+            for split, begin, end in zip(SPLITS, places, places[1:], strict=False)
+            if begin < end
+        ]
+        at += len(data)
+    return by_split(parts)
 
 
 def read_txt(path: Path, field: str) -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from zoo.generation import Sampling, sample_logits
 from zoo.model import Batch, Context, Head, Output
-from zoo.ops import linear_cross_entropy
+from zoo.ops import linear_cross_entropy, may_look
 from zoo.state import State
 
 
@@ -50,6 +50,16 @@ class TextHead(Head):
     @property
     def out_weight(self) -> Tensor:
         return self.embedding.weight if self.out is None else self.out.weight
+
+    def check(self, inputs: Tensor) -> None:
+        if not may_look(inputs) or not inputs.numel():
+            return
+        low, high = (int(x) for x in inputs.aminmax())
+        if low < 0 or high >= self.config.vocabulary:
+            raise ValueError(
+                f"token {low if low < 0 else high} is outside the vocabulary: this model has {self.config.vocabulary} "
+                f"tokens, 0 to {self.config.vocabulary - 1}"
+            )
 
     def embed(self, inputs: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """Tokens (B, T) int64 -> (B, T, C)."""

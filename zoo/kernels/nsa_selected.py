@@ -121,8 +121,9 @@ def selected_backward(
             )  # fmt: skip
             part_dk, part_dv = piece.keys(dk), piece.keys(dv)
             _sum_items[items.blocks,](
-                items.order, items.first, items.begin, piece.first_key, piece.first_block, item_dk, item_dv,
-                part_dk, part_dv, *_strides(part_dk), **piece.sizes(scale), **piece.switches(), num_warps=4,
+                items.order, items.first, items.last, items.begin, piece.place, piece.first_key, piece.first_block,
+                item_dk, item_dv, part_dk, part_dv, *_strides(part_dk), **piece.sizes(scale), **piece.switches(),
+                num_warps=4,
             )  # fmt: skip
             part_dq = piece.queries(dq)
             _sum_pairs[triton.cdiv(part_lse.numel(), MERGE_ROWS),](
@@ -395,21 +396,29 @@ def _grads(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _sum_items(
-    order_ptr, item_first_ptr, begin_ptr, first_key_ptr, first_block_ptr, item_dk_ptr, item_dv_ptr, dk_ptr, dv_ptr,
+    order_ptr, item_first_ptr, item_last_ptr, begin_ptr, place_ptr, first_key_ptr, first_block_ptr,
+    item_dk_ptr, item_dv_ptr, dk_ptr, dv_ptr,
     stride_b, stride_n, stride_h, T, N, G, slots, scale,
     TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Adds a block's items to what earlier pieces left in dk and dv (B,N,G,D) float32. One program per block."""
+    """Adds a block's items to what earlier pieces left in dk and dv (B,N,G,D) float32. One program per block.
+
+    It touches only the keys that some query saw: a document's last block reaches into the next one, whose keys are
+    another program's to add to.
+    """
     block = tl.program_id(0)
     begin, end = tl.load(begin_ptr + block), tl.load(begin_ptr + block + 1)
     if begin >= end:
         return
     batch, kv_head, slot = block // slots // G, block // slots % G, block % slots
     token = tl.load(order_ptr + tl.load(item_first_ptr + begin)) // (G * TOP)
-    key0 = tl.load(first_key_ptr + token) + (slot - tl.load(first_block_ptr + token)) * BLOCK
+    before = (slot - tl.load(first_block_ptr + token)) * BLOCK
+    key0 = tl.load(first_key_ptr + token) + before
+    latest = tl.load(order_ptr + tl.load(item_last_ptr + end - 1) - 1) // (G * TOP)  # pairs are sorted by token
+    seen = tl.minimum(tl.load(place_ptr + latest) + 1 - before, BLOCK)
     column = tl.arange(0, BLOCK_K)
-    inside = (column < BLOCK) & (key0 + column < N)
+    inside = (column < seen) & (key0 + column < N)
     corner = tl.cast(batch, tl.int64) * stride_b + tl.cast(kv_head, tl.int64) * stride_h
     dk = load_rows(dk_ptr + corner, key0 + column, column * 0, stride_n, 0, inside, D, BLOCK_D)
     dv = load_rows(dv_ptr + corner, key0 + column, column * 0, stride_n, 0, inside, D, BLOCK_D)

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo import ops
-from zoo.layers import apply_rotary, document_starts, token_shift
+from zoo.layers import apply_rotary, document_starts, init_normal, token_shift
 from zoo.mixers.base import Context, Dims, Mixer, visible_pairs
-from zoo.mixers.cache import cache_bytes, init_cache, past_in_order, put_chunk, put_token, start_of, take
+from zoo.mixers.cache import cache_bytes, check_room, init_cache, past_in_order, put_chunk, put_token, start_of, take
 from zoo.state import State
 
 
@@ -39,31 +39,27 @@ class AttentionConfig:
     token_shift: bool = False
 
 
-@dataclass
-class GateConfig:
-    """Initial gate. gate_bias is z at the start: 0 forgets half a token's past at once (the paper), 2 remembers about
-    8 tokens, 4 to 6 suit recall (SPEC.md section 6, 3). gate_amplitude is u: 0 makes beta 1."""
-
-    gate_bias: float = 0.0
-    gate_amplitude: float = 0.0
-
-
 def check_window(window: int) -> None:
     if window < 1:
         raise ValueError(f"window = {window}; it is the number of visible keys, the token itself included: 1 or more")
 
 
 class Gate(nn.Module):
-    """x (B, T, C) -> pre-activations z, u, each (B, T, H) float32."""
+    """x (B, T, C) -> pre-activations z, u, each (B, T, H) float32.
 
-    def __init__(self, dims: Dims, config: GateConfig):
+    bias       `gate_bias` in configs, z at the start: 0 forgets half a token's past at once (the paper), 2 remembers
+               about 8 tokens, 4 to 6 suit recall (SPEC.md section 6, 3)
+    amplitude  `gate_amplitude` in configs, u at the start: 0 makes beta 1
+    """
+
+    def __init__(self, dims: Dims, bias: float, amplitude: float):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(2 * dims.heads, dims.width))  # rows: W_g, then W_beta (zero at start)
         self.bias = nn.Parameter(torch.zeros(2 * dims.heads))
         with torch.no_grad():
             self.weight[: dims.heads].normal_(std=0.02)
-            self.bias[: dims.heads] = config.gate_bias
-            self.bias[dims.heads :] = config.gate_amplitude
+            self.bias[: dims.heads] = bias
+            self.bias[dims.heads :] = amplitude
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # A rounding error in z is carried along the whole window, so the projection is float32 under autocast too.
@@ -74,9 +70,7 @@ class Gate(nn.Module):
 
 
 class Attention(Mixer):
-    def __init__(
-        self, config: AttentionConfig, dims: Dims, *, window: int | None, gate: GateConfig | None, kv_sets: int = 1
-    ):
+    def __init__(self, config: AttentionConfig, dims: Dims, *, window: int | None, gate: Gate | None, kv_sets: int = 1):
         """kv_sets: how many sets of G key/value heads are projected, shifted, normalised and rotated side by side."""
         super().__init__()
         if window is not None:
@@ -92,7 +86,8 @@ class Attention(Mixer):
         per_head = config.qk_norm == "head"
         self.q_norm = None if config.qk_norm == "none" else nn.RMSNorm(dims.head_dim if per_head else queries, eps=1e-6)
         self.k_norm = None if config.qk_norm == "none" else nn.RMSNorm(dims.head_dim if per_head else keys, eps=1e-6)
-        self.gate = None if gate is None else Gate(dims, gate)
+        self.gate = gate
+        init_normal((self.qkv, self.out, self.shift), dims.init_std)
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         q, k, v = self._project(x)  # (B, T, H|G|G, D)
@@ -155,13 +150,14 @@ class Attention(Mixer):
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: Context, state: Any) -> Tensor:
         """Attend to the cached past and to the call's own tokens, and add them to the cache."""
-        tokens, start = x.shape[1], start_of(ctx, x)
+        tokens, start, slots = x.shape[1], start_of(ctx, x), state["k"].shape[1]
+        if self.window is None or slots < self.window:
+            check_room(slots, start, tokens if ctx.lengths is None else ctx.lengths)
         log_decay = None if self.gate is None else ops.log_decay(*self.gate(x))
         if tokens == 1 and ctx.lengths is None:
             live = put_token(state, k, v, log_decay, start)
             held = state["k"].dtype  # the cache may be kept in another dtype than the call computes in
             return ops.ring_attention(q.to(held), state["k"], state["v"], state.get("decay"), live).to(v.dtype)
-        slots = state["k"].shape[1]
         past = slots if self.window is None else min(self.window - 1, slots)
         past_k, past_v, past_decay, key_start = past_in_order(state, start, past)
         y = ops.window_attention(

@@ -36,12 +36,14 @@ class Context:
 
 @dataclass(frozen=True)
 class Dims:
-    """The widths that all mixers of a backbone share."""
+    """The widths that all mixers of a backbone share, and the spread that their matrices begin with unless they know
+    better: a mixer initialises itself, and the backbone leaves it as it is."""
 
     width: int
     heads: int
     kv_heads: int
     head_dim: int
+    init_std: float = 0.02
 
 
 class Mixer(nn.Module):
@@ -60,7 +62,11 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def init_state(self, batch: int, max_len: int, *, device: Any, dtype: Any) -> State:
-        """The state before the first token, for rows of at most `max_len` tokens."""
+        """The state before the first token, for rows of at most `max_len` tokens.
+
+        A longer row is a ValueError where its length is at hand (ops.may_look: on a CPU; on a GPU under ZOO_DEBUG=1, or
+        the oldest tokens are lost without a word). A mixer whose window is at most `max_len` may go on for ever.
+        """
         raise NotImplementedError
 
     def flops(self, tokens: int) -> int:

@@ -1,8 +1,9 @@
 """Keys and values of the past, for attention mixers: a ring of `slots` tokens, or all of them when it never wraps.
 
-Token p lives in slot p % slots. A gated cache keeps, per slot and query head, the log-decay from that slot's token to
-the newest one (<= 0): a step adds its own log-decay to every slot and writes 0 in the new one, so no prefix grows and
-precision does not depend on position.
+Token p lives in slot p % slots. Where a token would still be visible when its slot is taken again (fewer slots than the
+window, or no window), a row may not outgrow them: `check_room`. A gated cache keeps, per slot and query head, the
+log-decay from that slot's token to the newest one (<= 0): a step adds its own log-decay to every slot and writes 0 in
+the new one, so no prefix grows and precision does not depend on position.
 
     k, v    (B, slots, G, D)
     decay   (B, slots, H) float32 (float64 for a float64 cache), only with a gate
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo import ops
 from zoo.mixers.base import Context, Dims
 
 Cache = dict[str, Any]
@@ -36,6 +38,19 @@ def cache_bytes(slots: int, dims: Dims, gated: bool, element_size: int) -> int:
 def start_of(ctx: Context, like: Tensor) -> Tensor:
     """(B,) tokens that each row has seen before this call."""
     return ctx.start if ctx.start is not None else torch.zeros(like.shape[0], dtype=torch.int64, device=like.device)
+
+
+def check_room(slots: int, start: Tensor, new: int | Tensor) -> None:
+    """For a cache that may not wrap: raises ValueError when rows of `start` (B,) tokens get `new` more, an int or (B,),
+    and one has then more than `slots`. Known from the shapes alone, or looked at where `ops.may_look` allows."""
+    longest = new if isinstance(new, int) else 0
+    if longest <= slots and start.numel() and ops.may_look(start):
+        longest = int((start + new).max())
+    if longest > slots:
+        raise ValueError(
+            f"a state for rows of at most max_len = {slots} tokens is given a row of {longest}: "
+            "make it with the longest length that the rows will reach (init_cache)"
+        )
 
 
 def put_token(cache: Cache, k: Tensor | None, v: Tensor | None, log_decay: Tensor | None, start: Tensor) -> Tensor:

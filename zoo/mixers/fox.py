@@ -5,7 +5,7 @@ With the amplitude learned (SPEC.md 1.3) it is GatedFWA without a window; beta =
 
 from dataclasses import dataclass
 
-from zoo.mixers.attention import Attention, AttentionConfig, GateConfig
+from zoo.mixers.attention import Attention, AttentionConfig, Gate
 from zoo.mixers.base import Dims
 from zoo.registry import mixers
 
@@ -13,8 +13,11 @@ from zoo.registry import mixers
 @mixers.register("fox")
 class FoX(Attention):
     @dataclass
-    class Config(GateConfig, AttentionConfig):
+    class Config(AttentionConfig):
         token_shift: bool = True
+        gate_bias: float = 0.0
+        gate_amplitude: float = 0.0
 
     def __init__(self, config: Config, dims: Dims):
-        super().__init__(config, dims, window=None, gate=config)
+        gate = Gate(dims, config.gate_bias, config.gate_amplitude)
+        super().__init__(config, dims, window=None, gate=gate)

@@ -8,7 +8,7 @@ Time is linear in T, the state a ring of `window` keys, values and decays.
 
 from dataclasses import dataclass
 
-from zoo.mixers.attention import Attention, AttentionConfig, GateConfig, check_window
+from zoo.mixers.attention import Attention, AttentionConfig, Gate, check_window
 from zoo.mixers.base import Dims
 from zoo.registry import mixers
 
@@ -16,12 +16,14 @@ from zoo.registry import mixers
 @mixers.register("gatedfwa")
 class GatedFWA(Attention):
     @dataclass
-    class Config(GateConfig, AttentionConfig):
+    class Config(AttentionConfig):
         """prune: the share of its probability that a token may lose to skipped tiles (zoo/ops/prune.py); null skips
         none. A call with a state skips none either, and flops counts all."""
 
         window: int = 512
         token_shift: bool = True
+        gate_bias: float = 0.0
+        gate_amplitude: float = 0.0
         prune: float | None = None
 
         def __post_init__(self):
@@ -30,5 +32,6 @@ class GatedFWA(Attention):
                 raise ValueError(f"prune = {self.prune}; it takes a number above 0 and below 1, or null")
 
     def __init__(self, config: Config, dims: Dims):
-        super().__init__(config, dims, window=config.window, gate=config)
+        gate = Gate(dims, config.gate_bias, config.gate_amplitude)
+        super().__init__(config, dims, window=config.window, gate=gate)
         self.prune = config.prune

@@ -7,17 +7,19 @@ The compressed and selected branches stay ungated (SPEC.md 5.4): the gate is nei
 
 from dataclasses import dataclass
 
-from zoo.mixers.attention import GateConfig
+from zoo.mixers.attention import Gate
 from zoo.mixers.base import Dims
-from zoo.mixers.nsa import NSA, SparseConfig
+from zoo.mixers.nsa import NSA
 from zoo.registry import mixers
 
 
 @mixers.register("gatedfwa_nsa")
 class GatedFWANSA(NSA):
     @dataclass
-    class Config(GateConfig, SparseConfig):
+    class Config(NSA.Config):
         token_shift: bool = True
+        gate_bias: float = 0.0
+        gate_amplitude: float = 0.0
 
     def __init__(self, config: Config, dims: Dims):
-        super().__init__(config, dims, gate=config)
+        super().__init__(config, dims, gate=Gate(dims, config.gate_bias, config.gate_amplitude))

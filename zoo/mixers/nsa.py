@@ -21,55 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo import ops
-from zoo.mixers.attention import Attention, AttentionConfig, GateConfig, check_window
+from zoo.layers import init_normal
+from zoo.mixers.attention import Attention, AttentionConfig, Gate, check_window
 from zoo.mixers.base import Context, Dims, visible_pairs
-from zoo.mixers.cache import past_in_order, put_chunk, put_token, start_of, take
+from zoo.mixers.cache import check_room, past_in_order, put_chunk, put_token, start_of, take
 from zoo.registry import mixers
 from zoo.state import State
-
-
-@dataclass
-class SparseConfig(AttentionConfig):
-    """A 0 stands for 'derived': compressed_block = block, stride = compressed_block.
-
-    block             tokens of a block that is selected
-    top               selected blocks per query, the first, the previous and the own included
-    window            visible keys of the window branch, the token itself included
-    compressed_block  tokens of a compressed block; it holds `stride` tokens that the next one doesn't
-    compression       a compressed key or value is the mean over its block, or that plus an MLP of the whole block
-    separate_kv       each branch has keys and values of its own
-    """
-
-    block: int = 64
-    top: int = 16
-    window: int = 512
-    compressed_block: int = 0
-    stride: int = 0
-    compression: Literal["mean", "mlp"] = "mean"
-    separate_kv: bool = False
-
-    def __post_init__(self):
-        check_window(self.window)
-        length, step = self.compressed_length, self.compressed_step
-        if min(self.block, length, step) < 1 or self.block % step or length % step or length > self.block:
-            raise ValueError(
-                f"block = {self.block}, compressed_block = {length}, stride = {step}: the stride must divide both, and "
-                f"compressed_block be at most block"
-            )
-        if self.top < 3:
-            raise ValueError(f"top = {self.top}; it takes 3 or more: the first, the previous and the own block")
-
-    @property
-    def compressed_length(self) -> int:
-        return self.compressed_block or self.block
-
-    @property
-    def compressed_step(self) -> int:
-        return self.stride or self.compressed_length
-
-    def compressed_blocks(self, tokens: int) -> int:
-        """Complete ones among `tokens` tokens."""
-        return max(0, (tokens - self.compressed_length) // self.compressed_step + 1)
 
 
 class BlockMLP(nn.Module):
@@ -89,19 +46,59 @@ class BlockMLP(nn.Module):
 @mixers.register("nsa")
 class NSA(Attention):
     @dataclass
-    class Config(SparseConfig):
-        pass
+    class Config(AttentionConfig):
+        """A 0 stands for 'derived': compressed_block = block, stride = compressed_block.
 
-    config: SparseConfig
+        block             tokens of a block that is selected
+        top               selected blocks per query, the first, the previous and the own included
+        window            visible keys of the window branch, the token itself included
+        compressed_block  tokens of a compressed block; it holds `stride` tokens that the next one doesn't
+        compression       a compressed key or value is the mean over its block, or that plus an MLP of the whole block
+        separate_kv       each branch has keys and values of its own
+        """
+
+        block: int = 64
+        top: int = 16
+        window: int = 512
+        compressed_block: int = 0
+        stride: int = 0
+        compression: Literal["mean", "mlp"] = "mean"
+        separate_kv: bool = False
+
+        def __post_init__(self):
+            check_window(self.window)
+            length, step = self.compressed_length, self.compressed_step
+            if min(self.block, length, step) < 1 or self.block % step or length % step or length > self.block:
+                raise ValueError(
+                    f"block = {self.block}, compressed_block = {length}, stride = {step}: the stride must divide both, "
+                    "and compressed_block be at most block"
+                )
+            if self.top < 3:
+                raise ValueError(f"top = {self.top}; it takes 3 or more: the first, the previous and the own block")
+
+        @property
+        def compressed_length(self) -> int:
+            return self.compressed_block or self.block
+
+        @property
+        def compressed_step(self) -> int:
+            return self.stride or self.compressed_length
+
+        def compressed_blocks(self, tokens: int) -> int:
+            """Complete ones among `tokens` tokens."""
+            return max(0, (tokens - self.compressed_length) // self.compressed_step + 1)
+
+    config: Config
     window: int
 
-    def __init__(self, config: SparseConfig, dims: Dims, gate: GateConfig | None = None):
+    def __init__(self, config: Config, dims: Dims, gate: Gate | None = None):
         super().__init__(config, dims, window=config.window, gate=gate, kv_sets=3 if config.separate_kv else 1)
         self.branch_gates = nn.Linear(dims.width, 3 * dims.heads)
         nn.init.zeros_(self.branch_gates.bias)
         learned = config.compression == "mlp"
         self.compress_k = BlockMLP(config.compressed_length, dims.head_dim) if learned else None
         self.compress_v = BlockMLP(config.compressed_length, dims.head_dim) if learned else None
+        init_normal((self.branch_gates, self.compress_k, self.compress_v), dims.init_std)
 
     # -- attention -----------------------------------------------------------------------------------------------------
 
@@ -131,6 +128,7 @@ class NSA(Attention):
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: Context, state: Any) -> Tensor:
         start = start_of(ctx, x)
+        check_room(state["selected"]["k"].shape[1], start, x.shape[1] if ctx.lengths is None else ctx.lengths)
         log_decay = None if self.gate is None else ops.log_decay(*self.gate(x))
         k_sets, v_sets = self._sets(k), self._sets(v)
         self._put_blocks(state, k_sets[0], v_sets[0], start, ctx.lengths)

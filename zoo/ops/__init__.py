@@ -3,6 +3,7 @@
 Layout (B, T, H, D) everywhere. `window` counts the visible keys, the token's own included; None is full causal.
 """
 
+from zoo.ops.backend import may_look
 from zoo.ops.decode import ring_attention
 from zoo.ops.gate import log_decay
 from zoo.ops.loss import linear_cross_entropy
@@ -22,6 +23,7 @@ __all__ = [
     "gather_blocks",
     "linear_cross_entropy",
     "log_decay",
+    "may_look",
     "mix_branches",
     "nsa_attention",
     "pool_blocks",

@@ -8,7 +8,7 @@ architecture, say) is one more row.
 
 Environment, read at every call:
     ZOO_BACKEND       a name of `BACKENDS`: that one or an error, never a fallback
-    ZOO_DEBUG=1       check values on the GPU too (log_decay <= 0, cu_seqlens): stalls the device
+    ZOO_DEBUG=1       check values on the GPU too (log_decay <= 0, cu_seqlens, token ids): stalls the device
     TRITON_INTERPRET=1 lets `triton` run on CPU tensors, slowly (Triton reads it when it is first imported)
 """
 
@@ -59,7 +59,7 @@ def choose_backend(op: str, device: torch.device, dtype: torch.dtype, head_dim: 
             raise BackendError(f"ZOO_BACKEND={forced} can't run this call: {reason}. Unset it to fall back")
         return backend
     backend, reasons = _first_willing(op, device, dtype, head_dim)
-    if device.type == "cuda" and backend is BACKENDS[-1] and ("triton", op) not in ON_TRIAL:
+    if device.type == "cuda" and backend is BACKENDS[-1]:
         _warn_once(f"zoo.ops falls back to its {backend.name} path on a CUDA device: {'; '.join(reasons)}")
     return backend
 
@@ -87,6 +87,12 @@ def explain(op: str, device: torch.device | str, dtype: torch.dtype, head_dim: i
 def debug() -> bool:
     """Whether values are checked on devices where looking at them costs a stall."""
     return os.environ.get("ZOO_DEBUG") == "1"
+
+
+def may_look(tensor: torch.Tensor) -> bool:
+    """Whether a check may read the values of `tensor`: on a CPU always, elsewhere under ZOO_DEBUG=1 only, and never
+    while compiling, when there are none."""
+    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or debug())
 
 
 def _refuses_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -139,15 +145,9 @@ BACKENDS = (
 )
 
 
-# Kernels that the interpreter has checked and no device has run yet: taken when ZOO_BACKEND asks for them.
-ON_TRIAL = {("triton", "ring"), ("triton", "loss"), ("triton", "nsa")}
-
-
 def _objection(backend: Backend, op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if op not in backend.modules:
         return f"{backend.name} has no kernel for op {op!r}"
-    if (backend.name, op) in ON_TRIAL:
-        return f"its kernel is on trial, ZOO_BACKEND={backend.name} asks for it"
     return backend.refuses(device, dtype, head_dim)
 
 

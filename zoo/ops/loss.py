@@ -27,6 +27,8 @@ def linear_cross_entropy(
     targets  (...) int64 in [0, V), or `ignore_index` for an element that is not scored
     Returns (loss_sum () float32 (float64 for float64 input), count () int64). Differentiable in hidden and weight.
     Under autocast hidden and weight enter in the autocast dtype; sums stay float32.
+    Raises ValueError for shapes that do not belong together, and for a target outside [0, V) (looked at on the CPU, or
+    under ZOO_DEBUG=1).
     """
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
@@ -49,6 +51,7 @@ def _linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss_sum, d loss_sum / d hidden, d loss_sum / d weight); the gradients are empty unless asked for."""
+    _check_targets(targets, weight.shape[0], ignore_index)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if needs_grad else hidden.new_empty(0)
@@ -63,6 +66,17 @@ def _linear_cross_entropy(
             torch.mm(logits, weight, out=grad_hidden[begin : begin + rows])
             grad_weight += logits.T @ part
     return loss_sum, grad_hidden, grad_weight
+
+
+def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    if not backend.may_look(targets):
+        return
+    wrong = targets[((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)]
+    if wrong.numel():
+        raise ValueError(
+            f"target {int(wrong[0])} is none of the {vocabulary} classes, 0 to {vocabulary - 1}; "
+            f"{ignore_index} marks what is not scored"
+        )
 
 
 def chunk_rows(hidden: Tensor, vocabulary: int) -> int:

@@ -12,7 +12,7 @@ from zoo.train.checkpoint import (
 from zoo.train.loop import Result, train
 from zoo.train.parallel import ParallelConfig, start_ranks
 from zoo.train.recipe import Recipe, ResumeError, TrainConfig, load_run, newest_checkpoint, pick_device
-from zoo.train.run import Diverged
+from zoo.train.run import Diverged, autocast
 
 __all__ = [
     "CheckpointError",
@@ -24,6 +24,7 @@ __all__ = [
     "Result",
     "ResumeError",
     "TrainConfig",
+    "autocast",
     "git_commit",
     "load_run",
     "newest_checkpoint",

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class TrainConfig:
     """batch_size        examples a step, over all ranks and micro-batches
     micro_batch_size  examples at once on a rank; None: all that a step gives it
-    precision         of the forward pass (autocast); weights and their updates are float32 always
+    precision         of the forward pass (autocast), evaluation's too; weights and their updates are float32 always
     ema               decay of the moving average of the weights that is evaluated and sampled; 0: none
     eval_every        steps; 0 never (so for save_every and sample_every). A run always saves at its end
     eval_batches      of the validation split; 0: all of it

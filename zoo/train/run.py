@@ -286,6 +286,7 @@ class Run:
 
 
 def autocast(precision: str, device: torch.device) -> Any:
+    """The context that a forward pass of this `train.precision` runs in, for training and evaluation alike."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)

@@ -210,6 +210,20 @@ def test_one_text_is_cut(tmp_path):
     assert [len(corpus.documents(split)[0]) for split in SPLITS] == [800, 100, 100]
 
 
+@pytest.mark.parametrize("sizes", [[10] * 3, [9000, *[7] * 100], [*[7] * 100, 9000], [50, 3000, 3, 2000] * 3])
+def test_held_out_is_a_share_of_the_bytes(tmp_path, sizes):
+    documents = [(f"{i} ä" * size)[:size] for i, size in enumerate(sizes)]
+    write(tmp_path / "all.jsonl", documents)
+    corpus = folder(tmp_path, share=0.1)
+    held = {split: sum(len(text.encode()) for text in corpus.documents(split)) for split in SPLITS}
+    total = sum(len(text.encode()) for text in documents)
+    assert sum(held.values()) == total  # nothing lost, nothing twice
+    assert all(0.05 * total <= held[split] <= 0.2 * total for split in ("valid", "test")), held
+    assert "".join(sorted("".join(sum((corpus.documents(split) for split in SPLITS), [])))) == "".join(
+        sorted("".join(documents))
+    )
+
+
 def test_what_cannot_be_read_is_skipped_and_listed(tmp_path, caplog):
     write(tmp_path / "train" / "good.txt", ["fine"])
     (tmp_path / "train" / "empty.txt").write_bytes(b"")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tasks.text.head import TextHead
 from zoo import config as configs
 from zoo import create_model, list_models
-from zoo.generation import Sampling
+from zoo.generation import Sampling, generate
 from zoo.model import Batch, Context
 
 
@@ -41,6 +41,26 @@ def test_initial_spread():
     head = TextHead(TextHead.Config(vocabulary=1000, tied=False), 64)
     assert head.embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert head.out_weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("token", [11, 300, -1])
+def test_a_token_outside_the_vocabulary_is_named(token):
+    model = create_model("text_gatedfwa_1m", head={"vocabulary": 11}, backbone={"depth": 1})
+    tokens = torch.tensor([[1, 2, token, 4]])
+    with pytest.raises(ValueError, match=f"token {token} is outside the vocabulary.* 11 tokens, 0 to 10"):
+        generate(model, tokens, max_new=1, stream=True)  # before the first step is asked for
+    with pytest.raises(ValueError, match=f"token {token} is outside the vocabulary"):
+        model(Batch(tokens, torch.zeros_like(tokens)))
+    with pytest.raises(ValueError, match=f"target {token} is none of the 11 classes, 0 to 10"):
+        model(Batch(torch.zeros_like(tokens), tokens))
+
+
+def test_values_off_the_cpu_are_looked_at_under_debug_only(monkeypatch):
+    tokens = torch.empty(2, 3, dtype=torch.int64, device="meta")  # a look at its values raises
+    make().check(tokens)
+    monkeypatch.setenv("ZOO_DEBUG", "1")
+    with pytest.raises(RuntimeError):
+        make().check(tokens)
 
 
 def test_dropout_is_for_training():

@@ -125,6 +125,39 @@ def test_a_stop_string_of_several_bytes_is_held_back_whole(folder, monkeypatch):
     assert "".join(pipe.stream("x", max_new=5, stop=["bx"])) == "abé!"
 
 
+def fed(pipe, monkeypatch, tokens, **options):
+    monkeypatch.setattr("zoo.pipelines.generate", lambda *_, **__: iter([torch.tensor([[t]]) for t in tokens]))
+    return "".join(pipe.stream("words", **options)), pipe.sample("words", **options)
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "word", {"name": "bpe", "size": 300}])
+def test_pieces_of_a_stream_are_the_whole(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "text.txt").write_text("süße 四つの 🙂🙃 words and\nmore words of it\n" * 20, encoding="utf-8")
+    task = text_task(tmp_path, tokenizer=tokenizer, context=4)
+    pipe = Pipeline(small_model(task), task)
+    tokens = [int(t) for t in task.tokens("train")[:150]]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(task.tokenizer.vocabulary, (300,), generator=generator).tolist()  # bytes: mostly no UTF-8
+    for drawn in (tokens, noise, [*tokens[:20], *[tokens[5]] * 100, *tokens]):
+        whole = task.artefact(torch.tensor(drawn))
+        streamed, sampled = fed(pipe, monkeypatch, drawn)
+        assert streamed == sampled == whole
+        stops = [whole[40:43], whole[41:42], "never"]
+        streamed, sampled = fed(pipe, monkeypatch, drawn, stop=stops)
+        assert streamed == sampled
+        assert whole.startswith(streamed)
+        assert not any(stop in streamed for stop in stops)
+
+
+@pytest.mark.parametrize("drawn", [list(b"plain text ") * 40, [0x80] * 440, [0xE2, 0x82] * 220])
+def test_a_stream_decodes_no_token_again_and_again(folder, monkeypatch, drawn):
+    task = text_task(folder)
+    pipe, decoded, artefact = Pipeline(small_model(task), task), [], task.artefact
+    monkeypatch.setattr(task, "artefact", lambda row: decoded.append(len(row)) or artefact(row))
+    assert fed(pipe, monkeypatch, drawn, stop=["#"])[0] == artefact(torch.tensor(drawn))
+    assert max(decoded) < 100  # whatever is drawn: at each step as much work as at the one before
+
+
 @pytest.mark.parametrize("prompt", ["", [], ["a", ""]])
 def test_an_empty_prompt_is_refused(folder, prompt):
     with pytest.raises(ValueError, match="prompt is empty"):
