@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tests.ops.definition import relative_error
+from zoo.mixers.base import Context, Dims
+from zoo.mixers.gatedfwa import GatedFWA
 from zoo.ops import gated_window_attention, reference, window_attention
 from zoo.ops.prune import TILE, first_tiles, pruned_spans
 
@@ -128,3 +130,18 @@ def test_errors_name_the_argument():
     for bad in (0.0, 1.0, -1, math.nan):
         with pytest.raises(ValueError, match="prune is"):
             window_attention(q, k, v, decay, prune=bad)
+
+
+def test_gatedfwa_prunes_within_its_bound():
+    """Off by default; on, what a full call loses is small, and a config that asks for nonsense names the field."""
+    assert GatedFWA.Config().prune is None
+    torch.manual_seed(0)
+    dims = Dims(width=32, heads=2, kv_heads=1, head_dim=16)
+    mixer = GatedFWA(GatedFWA.Config(window=512), dims)
+    x = torch.randn(1, 700, 32)
+    full, _ = mixer(x, Context())
+    mixer.prune = 1e-6
+    pruned, _ = mixer(x, Context())
+    torch.testing.assert_close(pruned, full, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match=r"prune = 1\.5; it takes"):
+        GatedFWA.Config(prune=1.5)
