@@ -51,9 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def is_users_to_mend(error: Exception) -> bool:
     """Wrong words, files and fields, rather than a fault of the program."""
     from zoo.registry import Shadowed, UnknownName
-    from zoo.train import Diverged, NonFinite
 
-    return isinstance(error, (UnknownName, Shadowed, OSError, ValueError, Diverged, NonFinite))
+    mendable: tuple[type[Exception], ...] = (UnknownName, Shadowed, OSError, ValueError)
+    if (training := sys.modules.get("zoo.train")) is not None:  # not imported for a mistyped name: it brings torch
+        mendable += (training.Diverged, training.NonFinite)
+    return isinstance(error, mendable)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -129,9 +131,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_train(args: argparse.Namespace) -> int:
     from zoo.config import build, recipe_layers
+
+    layers = recipe_layers(args.recipe, args.override)  # a mistyped recipe is told before torch is imported
     from zoo.train import Recipe, train
 
-    recipe = build(Recipe, *recipe_layers(args.recipe, args.override))
+    recipe = build(Recipe, *layers)
     is_file = args.recipe.endswith((".yaml", ".yml"))
     folder = args.folder or Path("runs") / (Path(args.recipe).stem if is_file else args.recipe.replace("/", "-"))
     train(recipe, folder, resume=args.resume, allow_changes=args.allow_changes, profile=args.profile)

@@ -16,6 +16,7 @@ from zoo import registry
 from zoo.backbone import Backbone, BackboneConfig
 from zoo.config import Choice
 from zoo.mixers.base import Context
+from zoo.registry import heads
 from zoo.state import State
 
 __all__ = ["Batch", "Context", "Head", "Model", "ModelConfig", "Output", "create_model", "heads", "list_models"]
@@ -103,10 +104,6 @@ class Head(nn.Module):
     def sample(self, params: Tensor, state: Any, sampling: Any, generator: Any) -> tuple[Any, Any]:
         """Draw the next element: (inputs of one more token for `embed`, the head's next state)."""
         raise NotImplementedError
-
-
-# Heads are found by name like everything else: a domain registers its head class.
-heads = registry.Registry("head", lambda _: registry.tasks.names())
 
 
 @dataclass

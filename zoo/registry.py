@@ -1,6 +1,6 @@
-"""Names for the things that people add: models, mixers, tasks, datasets.
+"""Names for the things that people add: models, mixers, tasks with their heads, datasets.
 
-One `Registry` class, four instances. An entry is an object registered by decorator, or a string
+One `Registry` class, five instances. An entry is an object registered by decorator, or a string
 "package.module:attribute" that is imported on first use: listing names imports nothing.
 """
 
@@ -164,5 +164,6 @@ def _load_mixers(registry: Registry) -> None:
 
 mixers = Registry("mixer", _load_mixers)
 tasks = Registry("task", _load_domains)
+heads = Registry("head", lambda _: tasks.names())
 models = Registry("model", lambda _: tasks.names())
 datasets = Registry("dataset", lambda _: tasks.names())

@@ -20,4 +20,4 @@ def register() -> None:
     for name, attribute in DATASETS.items():
         registry.datasets.add(name, f"tasks.text.data:{attribute}")
     import_module("tasks.text.models")
-    import_module("zoo.model").heads.add("text", "tasks.text.head:TextHead")
+    registry.heads.add("text", "tasks.text.head:TextHead")

@@ -1,10 +1,13 @@
 """Sizes of text models: text_<mixer>_<size>, the same for every mixer but for the mixer itself."""
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from zoo import config
-from zoo.model import ModelConfig
 from zoo.registry import models
+
+if TYPE_CHECKING:
+    from zoo.model import ModelConfig
 
 # width, depth, heads, window; parameters without embedding as the name says, roughly
 SIZES = {
@@ -25,7 +28,9 @@ MIXERS = ("softmax", "swa", "fox", "gatedfwa", "nsa", "gatedfwa_nsa")
 VOCABULARY = {"125m": 50304}  # GPT-2 words, padded; else 256 bytes. A task sets its own tokenizer's
 
 
-def text_model(mixer: str, size: str) -> ModelConfig:
+def text_model(mixer: str, size: str) -> "ModelConfig":
+    from zoo.model import ModelConfig  # with torch, which a list of names does without
+
     shape = dict(SIZES[size])
     window = shape.pop("window")
     node = {"name": mixer} | ({"window": window} if mixer not in ("softmax", "fox") else {})

@@ -388,10 +388,10 @@ def test_readable_refusals():
         configs.build(ParallelConfig, {"name": "fdsp"}, path="parallel")
     halo = Halo(0, 4, 0, None)
     with pytest.raises(ValueError, match="holds 5 tokens of a row, but a layer needs the last 6.*fewer ranks"):
-        halo(6, torch.zeros(1, 5, 2))
+        halo.exchange(6, torch.zeros(1, 5, 2))
     backbone = Backbone(BackboneConfig(width=8, heads=2, depth=1, mixer=Choice("softmax", Softmax.Config())))
     with pytest.raises(ValueError, match="Softmax layer sees the whole past.*windowed mixers"):
-        backbone(torch.zeros(1, 4, 8), Context(halo=halo))
+        backbone(torch.zeros(1, 4, 8), Context(halo=halo.exchange))
     made = rows_recipe(batch_size=8, micro_batch_size=3 - 1)
     ranks = Ranks.__new__(Ranks)
     ranks.data_world = 3

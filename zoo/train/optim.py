@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal
 
-import timm.optim
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +35,7 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.name.lower() not in timm.optim.list_optimizers():
+        if self.name.lower() not in FUSED and self.name.lower() not in timm_optim().list_optimizers():
             raise ValueError(
                 f"optimizer.name {self.name!r} is not one of timm's; for example adamw, lion, adafactor, muon"
             )
@@ -82,6 +82,11 @@ def lr_share(schedule: ScheduleConfig, step: int, steps: int) -> float:
         return 1.0 - (1.0 - schedule.min_lr) * done
     done = min(1.0, (step + 1 - schedule.warmup) / max(1, steps - schedule.warmup))
     return schedule.min_lr + (1.0 - schedule.min_lr) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def timm_optim() -> Any:
+    """Imported where it is used: timm brings torchvision, and a recipe is read without."""
+    return import_module("timm.optim")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,7 +153,7 @@ def make_optimizer(
 
 def _make(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     fused: dict[str, Any] = {"fused": True} if config.name.lower() in FUSED else {}
-    return timm.optim.create_optimizer_v2(
+    return timm_optim().create_optimizer_v2(
         model,
         opt=config.name,
         lr=config.lr,

@@ -12,6 +12,7 @@ any number of ranks gives the gradients of one process, up to rounding.
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -21,8 +22,6 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from zoo import weights
 from zoo.backbone import Block
@@ -162,6 +161,8 @@ class Ranks:
         gathered one by one, the rest of the model together."""
         if not self.sharded:
             return None
+        from torch.distributed.fsdp import FSDPModule, fully_shard  # half a second, for those who shard alone
+
         skeleton = Skeleton(model, self.device)
         for part in [*(module for module in model.modules() if isinstance(module, Block)), model]:
             fully_shard(part, mesh=self.mesh, reshard_after_forward=self.config.reshard and part is not model)
@@ -195,7 +196,7 @@ class Ranks:
             with forward.no_sync():
                 yield
             return
-        if isinstance(forward, FSDPModule):
+        if self.sharded:
             forward.set_requires_gradient_sync(last)
             forward.set_is_last_backward(last)
         yield
@@ -249,13 +250,19 @@ def _sum_bucket(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's slice of a tensor that is spread over ranks; sharing memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[operator]
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether fsdp holds `tensor` in slices; only then is the module of their class imported at all."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def held(model: nn.Module) -> dict[str, Tensor]:
     """The module's parameters by name, as this rank holds them: what its optimizer updates."""
     return {
-        name: nn.Parameter(local(p.detach()), p.requires_grad) if isinstance(p, DTensor) else p
+        name: nn.Parameter(local(p.detach()), p.requires_grad) if is_spread(p) else p
         for name, p in model.named_parameters()
     }
 
@@ -293,7 +300,7 @@ def _is_slice(tensor: Tensor, parameter: Tensor) -> bool:
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    return {name: t for name, t in module.state_dict().items() if not isinstance(t, DTensor)}
+    return {name: t for name, t in module.state_dict().items() if not is_spread(t)}
 
 
 def slices_of(ranks: Ranks, parameters: Mapping[str, Tensor], optimizer: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -321,7 +328,7 @@ class Skeleton:
         """A copy of the sharded `model` that any rank may use alone. All ranks have to call it."""
         memo: dict[int, Any] = {}
         for empty, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
-            full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.clone()
+            full = parameter.full_tensor() if is_spread(parameter) else parameter.clone()
             memo[id(empty)] = nn.Parameter(full, requires_grad=False)
         made = deepcopy(self.model, memo).to(self.device)
         for own, buffer in zip(made.buffers(), model.buffers(), strict=True):
@@ -340,6 +347,7 @@ class Halo:
         self.place, self.size, self.group = place, size, group
         self.before = rank - 1 if place > 0 else None  # global ranks
         self.after = rank + 1 if place < size - 1 else None
+        self.exchange = torch.compiler.disable(self._exchange)  # a decorator would import the compiler at every start
 
     def split(self, batch: Batch) -> Batch:
         """The slice of this rank. Raises ValueError for rows that cannot be split."""
@@ -362,11 +370,10 @@ class Halo:
         positions = batch.ctx.positions
         if positions is None:
             positions = torch.arange(tokens).unsqueeze(0)
-        ctx = replace(batch.ctx, positions=cut(positions), halo=self)
+        ctx = replace(batch.ctx, positions=cut(positions), halo=self.exchange)
         return replace(batch, inputs=cut(batch.inputs), targets=cut(batch.targets), mask=cut(batch.mask), ctx=ctx)
 
-    @torch.compiler.disable
-    def __call__(self, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def _exchange(self, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Tensors (B, n, …) -> (B, count + n, …): with the last `count` tokens of the rank before in front; on the
         first rank as they are. Differentiable: gradients of what came from before go back there."""
         if count > (n := tensors[0].shape[1]):
