@@ -161,3 +161,12 @@ def test_mlp_in_chunks_changes_nothing_but_memory():
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
     with pytest.raises(ValueError, match="mlp_chunk = -1"):
         BackboneConfig(mlp_chunk=-1)
+
+
+def test_an_identity_mlp_adds_the_normalised_stream():
+    torch.manual_seed(0)
+    backbone = Backbone(build(mlp="identity", depth=1)).double()
+    block, h = backbone.blocks[0], torch.randn(2, 5, 32, dtype=torch.float64)
+    mixed = h + block.mixer(block.mixer_norm(h), backbone._place(h, Context(), None))[0]
+    torch.testing.assert_close(backbone(h, Context())[0], backbone.norm(mixed + block.mlp_norm(mixed)))
+    assert backbone.flops(10) == block.mixer.flops(10)
