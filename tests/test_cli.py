@@ -34,8 +34,9 @@ def test_the_public_options_are_these():
         "train": ["--allow-changes", "--help", "--nproc", "--profile", "--resume", "--run"],
         "evaluate": ["--batch-size", "--device", "--help", "--no-ema", "--nproc", "--split"],
         "sample": [
-            *("--device", "--help", "--max-new", "--min-p", "--prompt", "--repetition-penalty", "--seed", "--stop"),
-            *("--temperature", "--top-k", "--top-p"),
+            *("--class", "--count", "--csv", "--device", "--frequency", "--given", "--guidance", "--help", "--horizon"),
+            *("--id", "--known", "--max-new", "--min-p", "--out", "--plot", "--prompt", "--repetition-penalty"),
+            *("--seed", "--stop", "--target", "--temperature", "--time", "--top-k", "--top-p"),
         ],
         "list": ["--help", "--kind"],
         "bench": ["--help", "--out", "--rounds"],

@@ -21,16 +21,18 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     ("registry", "config", "state", "files"),  # know nothing else of zoo
     ("kernels",),
-    ("ops", "layers", "loss"),
+    ("ops", "layers", "loss", "quantize"),
     ("mixers",),
     ("backbone",),
     ("model",),
     ("data",),
     ("weights",),
+    ("frozen",),
     ("generation",),  # zoo.generate is its function
     ("task",),
     ("train",),
-    ("evaluate", "pipelines"),  # both open a run that train has left
+    ("pipelines",),  # opens a run that train has left
+    ("evaluate",),
     ("doctor", "bench"),
     ("cli",),
 )

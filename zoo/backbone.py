@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo import config as configs
 from zoo.config import Choice
-from zoo.layers import MLP, document_positions, init_normal, rotary_table
+from zoo.layers import MLP, PassOn, document_positions, init_normal, rotary_table
 from zoo.mixers.base import Context, Dims, Mixer
 from zoo.ops import may_look
 from zoo.registry import mixers, nearest
@@ -28,6 +28,7 @@ class BackboneConfig:
     mixer          the mixer of every layer, or of those that the pattern names so
     other_mixers   configs of further mixers that the pattern names; one that is not listed has its defaults
     pattern        "" (all `mixer`), or names with repeats, "gatedfwa*3, softmax", tiled over the layers
+    mlp            swiglu, gelu; identity adds the normalised stream to itself, as Zoology's models do; none
     positions      rotary (inside mixers), learned (added to the input, up to max_len) or none
     dropout        on both residual branches; drop_path drops whole branches per row, linearly more with depth
     checkpoint     recompute blocks in the backward pass instead of keeping their activations
@@ -44,7 +45,7 @@ class BackboneConfig:
     mixer: Choice | None = configs.choice(mixers, "gatedfwa")
     other_mixers: list[Choice] = configs.choices(mixers)
     pattern: str = ""
-    mlp: Literal["swiglu", "gelu", "none"] = "swiglu"
+    mlp: Literal["swiglu", "gelu", "identity", "none"] = "swiglu"
     mlp_width: int = 0
     positions: Literal["rotary", "learned", "none"] = "rotary"
     rope_base: float = 10000.0
@@ -122,7 +123,7 @@ class Block(nn.Module):
         if config.mlp != "none":
             hidden = config.mlp_width or -(-8 * config.width // 3 // 64) * 64
             self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-            self.mlp = MLP(config.width, hidden, config.mlp)
+            self.mlp = PassOn() if config.mlp == "identity" else MLP(config.width, hidden, config.mlp)
         self.mlp_chunk = config.mlp_chunk
         self.drop = residual_drop(config.dropout, drop_path)
 

@@ -8,8 +8,9 @@ import argparse
 import fnmatch
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 EXAMPLES = """examples:
   zoo doctor                                        what this machine will run, and why
@@ -18,7 +19,10 @@ EXAMPLES = """examples:
   zoo train text/demo train.steps=600 --resume      go on, for longer
   zoo train text/demo --nproc 4                     on four GPUs, or four processes of a CPU
   zoo evaluate runs/text-demo                       score the held-out split
+  zoo evaluate smoke                                bring a suite of comparisons up to date
   zoo sample runs/text-demo --prompt "def "         write text, as it is drawn
+  zoo sample runs/image-mnist --class 3 --out threes.png
+  zoo sample runs/series-etth1 --csv mine.csv --target load --horizon 168 --out forecast.csv --plot forecast.png
 """
 
 
@@ -76,13 +80,21 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--profile", action="store_true", help="trace a few steps; a table of where their time goes")
     train.set_defaults(run=run_train)
 
-    evaluate = commands.add_parser("evaluate", allow_abbrev=False, help="score a run on held-out data")
-    evaluate.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
+    evaluate = commands.add_parser("evaluate", allow_abbrev=False, help="score a run, or bring a suite up to date")
+    evaluate.add_argument("what", metavar="RUN|SUITE", help="a run folder, or a suite (zoo list --kind suites)")
     evaluate.add_argument("--split", default="test", choices=["test", "valid"], help="test (default), valid")
     evaluate.add_argument("--batch-size", type=int, default=16)
     evaluate.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
     evaluate.add_argument("--no-ema", action="store_true", help="take the raw weights, not their average")
     evaluate.add_argument("--nproc", type=int, default=1, help="processes on this machine that share the split")
+    evaluate.add_argument("--harness", metavar="TASKS", help="a text run on tasks of lm-evaluation-harness, a,b,c")
+    suite = evaluate.add_argument_group("of suites")
+    suite.add_argument(
+        "--out", type=Path, default=Path("runs/results"), help="folder for rows and plots; page beside it"
+    )
+    suite.add_argument("--jobs", type=int, default=1, help="cells at once, each in a process of its own")
+    suite.add_argument("--only", action="append", default=[], metavar="PATTERN", help="cells whose name fits")
+    suite.add_argument("--dry-run", action="store_true", help="say what is missing, and do nothing")
     evaluate.add_argument(
         "override", nargs="*", help="fields of the recipe to change, such as task.stride=64 or train.precision=fp32"
     )
@@ -90,9 +102,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser("sample", allow_abbrev=False, help="generate from a run")
     sample.add_argument("model", metavar="RUN", help="a run folder")
-    sample.add_argument("--prompt", action="append", required=True, help="given more than once: a batch")
-    sample.add_argument("--max-new", type=int, default=256, help="elements to add (default 256)")
-    sample.add_argument("--temperature", type=float, default=0.8)
+    sample.add_argument("--prompt", action="append", default=[], help="text to continue; given more than once: a batch")
+    sample.add_argument("--class", dest="label", help="of what to draw, by name or number")
+    sample.add_argument("--count", type=int, help="how many samples (default 16)")
+    sample.add_argument(
+        "--given", type=Path, metavar="FILE", help="what to complete: an image whose upper half is kept"
+    )
+    sample.add_argument("--out", type=Path, metavar="FILE", help="where to write, such as grid.png, forecast.csv")
+    sample.add_argument(
+        "--guidance", type=float, default=1.0, help="towards the class, classifier-free (default 1: none)"
+    )
+    sample.add_argument("--max-new", type=int, help="elements to add (default: 256 of text, the rest of an image)")
+    sample.add_argument("--temperature", type=float, help="default 0.8 for text, 1 else")
     sample.add_argument("--top-k", type=int, default=0)
     sample.add_argument("--top-p", type=float, default=1.0)
     sample.add_argument("--min-p", type=float, default=0.0)
@@ -102,11 +123,22 @@ def build_parser() -> argparse.ArgumentParser:
         "--stop", action="append", default=[], help="end before this string; may be given more than once"
     )
     sample.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
+    table = sample.add_argument_group("forecasts of a table")
+    table.add_argument("--csv", type=Path, metavar="FILE", help="a .csv or .parquet table of series to forecast")
+    table.add_argument("--horizon", type=int, help="steps to forecast")
+    table.add_argument("--target", action="append", default=[], help="a column to forecast (default: all numbers)")
+    table.add_argument("--known", action="append", default=[], help="a covariate known ahead, with its rows to come")
+    table.add_argument("--time", default="", help="the column of time stamps (default: found)")
+    table.add_argument("--id", default="", help="the column that names the series of a long table")
+    table.add_argument("--frequency", default="", help="of the steps: h, 15min, D, MS (default: inferred)")
+    table.add_argument("--plot", type=Path, metavar="FILE", help="a picture of history, median and bands")
     sample.set_defaults(run=run_sample)
 
     listing = commands.add_parser("list", allow_abbrev=False, help="names that zoo knows")
     listing.add_argument("pattern", nargs="?", default="*", help='shell pattern, such as "text_*"')
-    listing.add_argument("--kind", choices=["models", "recipes", "mixers", "tasks", "datasets"], default="models")
+    listing.add_argument(
+        "--kind", choices=["models", "recipes", "suites", "mixers", "tasks", "datasets"], default="models"
+    )
     listing.set_defaults(run=run_list)
 
     bench = commands.add_parser("bench", allow_abbrev=False, help="measure the kernels beside their peers, on a GPU")
@@ -145,10 +177,21 @@ def run_on_ranks(count: int, words: Sequence[str]) -> int:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    from zoo.evaluate import evaluate_run
+    from zoo.evaluate import evaluate_run, list_suites
 
+    if not Path(args.what).is_dir() and (args.what in list_suites() or args.what.endswith((".yaml", ".yml"))):
+        return run_suite(args)
+    if not Path(args.what).exists() and "/" not in args.what:
+        from zoo.registry import nearest
+
+        raise FileNotFoundError(f"{args.what} is no run folder and no suite{nearest(args.what, list_suites())}")
+    if args.harness:
+        from zoo.evaluate.harness import run_harness
+
+        print(run_harness(Path(args.what), args.harness.split(","), device=args.device, ema=not args.no_ema).table())
+        return 0
     scores = evaluate_run(
-        args.folder,
+        Path(args.what),
         split=args.split,
         batch_size=args.batch_size,
         device=args.device,
@@ -160,21 +203,76 @@ def run_evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_suite(args: argparse.Namespace) -> int:
+    import logging
+
+    from zoo.evaluate import run_suite
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    done = run_suite(
+        args.what, out=args.out, jobs=args.jobs, only=args.only, overrides=args.override, dry_run=args.dry_run
+    )
+    print(done.table or "nothing is missing")
+    if args.dry_run:
+        print(f"{len(done.ran)} of {done.cells} cells lack something")
+        return 0
+    print(f"{len(done.ran)} of {done.cells} cells lacked something; rows: {done.rows}; page: {done.page}")
+    for name, why in done.failed.items():
+        print(f"failed: {name}: {why}", file=sys.stderr)
+    return 1 if done.failed else 0
+
+
 def run_sample(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     from zoo.generation import Sampling
     from zoo.pipelines import pipeline
+    from zoo.task import Request
 
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     pipe = pipeline(args.model, device=args.device)
-    if len(args.prompt) == 1:
+    if args.csv is not None:
+        return run_forecast(pipe, args)
+    if args.out is not None and args.out.suffix.lower() not in pipe.task.endings:
+        raise ValueError(f"--out {args.out} does not end in {' or '.join(pipe.task.endings)}")
+    asked = pipe.task.ask(Request(args.prompt, args.label, args.count, args.given))
+    temperature = args.temperature if args.temperature is not None else 0.8 if args.prompt else 1.0
+    knobs = (args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.guidance)
+    sampling = Sampling(temperature, *knobs)
+    if len(args.prompt) == 1 and args.out is None:
         pieces = pipe.stream(args.prompt[0], max_new=args.max_new, sampling=sampling, seed=args.seed, stop=args.stop)
         for number, piece in enumerate(pieces):
             print(piece if number else args.prompt[0] + piece, end="", flush=True)
         print()
         return 0
-    texts = pipe.sample(args.prompt, max_new=args.max_new, sampling=sampling, seed=args.seed, stop=args.stop)
-    for number, (prompt, text) in enumerate(zip(args.prompt, texts, strict=True), 1):
+    if not args.prompt and args.out is None:
+        raise ValueError(f"where to? {pipe.task.domain} is written to a file: --out FILE")
+
+    def bar(steps: Iterator[Any], total: int) -> Iterable[Any]:
+        return tqdm(steps, total=total, desc="sampling", leave=False, disable=not sys.stderr.isatty())
+
+    drawn = pipe.sample(asked, max_new=args.max_new, sampling=sampling, seed=args.seed, stop=args.stop, progress=bar)
+    if args.out is not None:
+        pipe.task.write(drawn, args.out)
+        print(args.out)
+        return 0
+    for number, (prompt, text) in enumerate(zip(args.prompt, drawn, strict=True), 1):
         print(f"--- {number}\n{prompt}{text}")
+    return 0
+
+
+def run_forecast(pipe: Any, args: argparse.Namespace) -> int:
+    if args.horizon is None:
+        raise ValueError("a forecast needs --horizon, its number of steps")
+    columns = {
+        "time": args.time,
+        "id": args.id,
+        "targets": args.target,
+        "known": args.known,
+        "frequency": args.frequency,
+    }
+    forecast = pipe.task.forecast_file(args.csv, args.horizon, columns=columns, out=args.out, plot=args.plot)
+    written = [str(path) for path in (args.out, args.plot) if path is not None]
+    print("\n".join(written) if written else forecast.to_string(index=False))
     return 0
 
 
@@ -182,8 +280,11 @@ def run_list(args: argparse.Namespace) -> int:
     from zoo import registry
     from zoo.config import list_recipes
 
-    if args.kind == "recipes":
-        names = [name for name in list_recipes() if fnmatch.fnmatch(name, args.pattern)]
+    if args.kind in ("recipes", "suites"):
+        from zoo.evaluate import list_suites
+
+        listed = list_recipes() if args.kind == "recipes" else list_suites()
+        names = [name for name in listed if fnmatch.fnmatch(name, args.pattern)]
     else:
         names = getattr(registry, args.kind).names(args.pattern)
     if not names:

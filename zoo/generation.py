@@ -4,7 +4,7 @@ Samplers are pure functions on logits (B, V). Nothing here reads a tensor on the
 device, so callers that stream pay for the wait only where they look at the tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zoo.model import Batch, Context, Model
+from zoo.state import clone, leaves
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Sampling:
     top_p               keep the smallest set whose probability reaches p (Holtzman et al., arXiv 1904.09751)
     min_p               keep those at least min_p times as likely as the most likely one (arXiv 2407.01082)
     repetition_penalty  divide positive and multiply negative logits of elements that occurred (arXiv 1909.05858)
+    guidance            of a conditional model: how far the parameters of the distribution go from those without the
+                        condition (0) to those with it (1) and beyond (classifier-free guidance, arXiv 2207.12598)
     """
 
     temperature: float = 1.0
@@ -30,6 +33,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    guidance: float = 1.0
 
     def __post_init__(self):
         accepted = {
@@ -38,6 +42,7 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "a number above 0, at most 1"),
             "min_p": (0 <= self.min_p <= 1, "a number from 0 to 1"),
             "repetition_penalty": (self.repetition_penalty > 0, "a number above 0; 1 is none"),
+            "guidance": (self.guidance >= 0, "0 or more; 1 is none"),
         }
         for name, (fine, takes) in accepted.items():
             if not fine:
@@ -107,6 +112,7 @@ def generate(
     stream: Literal[False] = False,
     seed: int | None = None,
     chunk: int = 2048,
+    graph: bool = ...,
 ) -> Tensor: ...
 @overload
 def generate(
@@ -118,6 +124,7 @@ def generate(
     stream: Literal[True],
     seed: int | None = None,
     chunk: int = 2048,
+    graph: bool = ...,
 ) -> Iterator[Tensor]: ...
 def generate(
     model: Model,
@@ -128,13 +135,16 @@ def generate(
     stream: bool = False,
     seed: int | None = None,
     chunk: int = 2048,
+    graph: bool = False,
 ) -> Tensor | Iterator[Tensor]:
     """Continue `inputs` by `max_new` elements, in the model's own world: tensors in, tensors out.
 
-    inputs  a prompt as the head takes it, batch first, or a Batch: ctx.lengths (B,) for rows padded on the right
+    inputs  a prompt as the head takes it, batch first, or a Batch: ctx.lengths (B,) for rows padded on the right, and
+            condition
     stream  True: an iterator that yields each step's (B, 1, …) as it is drawn; False: all of them, (B, max_new, …)
     seed    of the draws; None takes a fresh one
     chunk   prompt tokens per prefill call: bounds the memory of a long prompt
+    graph   on a CUDA device, record a step once and replay it: small batches no longer wait for Python
     Raises ValueError for an empty prompt, wrong lengths, or inputs that the head cannot embed (looked at on the CPU
     always, on a GPU under ZOO_DEBUG=1 only).
     """
@@ -143,14 +153,19 @@ def generate(
     if chunk < 1:
         raise ValueError(f"chunk = {chunk}; it takes 1 or more")
     batch = inputs if isinstance(inputs, Batch) else Batch(inputs)
-    _check_prompt(batch)
+    _check_prompt(batch, sampling)
     model.head.check(batch.inputs)  # where the caller has them: an index out of range on a GPU ends its context
-    steps = _steps(model, batch, max_new, sampling, seed, chunk)
+    device = next(model.parameters()).device
+    if graph and device.type != "cuda":
+        raise ValueError(f"graph = True records a CUDA graph; the model is on {device}, where it takes False")
+    steps = _steps(model, batch, max_new, sampling, seed, chunk, graph)
     return steps if stream else torch.cat(list(steps), dim=1)
 
 
-def _check_prompt(batch: Batch) -> None:
+def _check_prompt(batch: Batch, sampling: Sampling) -> None:
     """What would fail late or silently; before the first step a look at values costs nothing."""
+    if sampling.guidance != 1 and batch.condition is None:
+        raise ValueError(f"guidance = {sampling.guidance} needs a condition to guide towards; without one it takes 1")
     tokens = batch.inputs.shape[1]
     if tokens < 1:
         raise ValueError("the prompt is empty; a model needs at least one element to continue from")
@@ -165,7 +180,7 @@ def _check_prompt(batch: Batch) -> None:
 
 @torch.inference_mode()
 def _steps(
-    model: Model, batch: Batch, max_new: int, sampling: Sampling, seed: int | None, chunk: int
+    model: Model, batch: Batch, max_new: int, sampling: Sampling, seed: int | None, chunk: int, graph: bool
 ) -> Iterator[Tensor]:
     device = next(model.parameters()).device
     batch = batch.to(device)
@@ -175,36 +190,102 @@ def _steps(
     model.eval()
     try:
         rows, tokens = batch.inputs.shape[:2]
-        cache: Any = model.backbone.init_cache(rows, tokens + max_new)
+        guided = sampling.guidance != 1
+        cache: Any = model.backbone.init_cache(rows * (2 if guided else 1), tokens + max_new)
         head_state: Any = model.head.init_state(batch.inputs, batch.condition, batch.ctx.lengths)
-        h_last, cache, head_state = prefill(model, batch, cache, head_state, chunk)
-        for step in range(max_new):
-            params = model.head.logits(h_last, head_state)
-            drawn, head_state = model.head.sample(params, head_state, sampling, generator)
-            yield drawn
-            if step + 1 < max_new:
-                h, head_state = model.head.embed(drawn, Context(), head_state)
-                h, cache = model.backbone(h, Context(), cache)
-                h_last = h[:, -1]
+        h_last, cache, head_state = prefill(model, batch, cache, head_state, chunk, guided)
+        drawn, head_state = _draw(model, h_last, head_state, sampling, generator)
+        yield drawn
+
+        def step(state: Any) -> Any:
+            h, cache, head_state = _advance(model, state["drawn"], Context(), state["cache"], state["head"], guided)
+            drawn, head_state = _draw(model, h[:, -1], head_state, sampling, generator)
+            return {"drawn": drawn, "cache": cache, "head": head_state}
+
+        state: Any = {"drawn": drawn, "cache": cache, "head": head_state}
+        replay = _recorded(step, state, generator) if graph and max_new > 1 else None
+        for _ in range(max_new - 1):
+            if replay is not None:
+                yield replay()
+            else:
+                state = step(state)
+                yield state["drawn"]
     finally:
         model.train(training)
 
 
-def prefill(model: Model, batch: Batch, cache: Any, head_state: Any, chunk: int) -> tuple[Tensor, Any, Any]:
-    """Feed the prompt in chunks; returns the hidden state (B, C) after each row's last token, and the states."""
+def prefill(
+    model: Model, batch: Batch, cache: Any, head_state: Any, chunk: int, guided: bool = False
+) -> tuple[Tensor, Any, Any]:
+    """Feed the prompt in chunks; returns the hidden state (B, C) after each row's last token, and the states. Guided:
+    the cache and the hidden states have 2 B rows, first those with the condition, then the same without it."""
     rows, tokens = batch.inputs.shape[:2]
     lengths = batch.ctx.lengths
     h_last: Tensor | None = None
     for begin in range(0, tokens, chunk):
         piece = batch.inputs[:, begin : begin + chunk]
         here = None if lengths is None else (lengths - begin).clamp(min=0, max=piece.shape[1])
-        ctx = replace(batch.ctx, lengths=here)
-        h, head_state = model.head.embed(piece, ctx, head_state)
-        h, cache = model.backbone(h, ctx, cache)
+        h, cache, head_state = _advance(model, piece, replace(batch.ctx, lengths=here), cache, head_state, guided)
         if here is None:
             h_last = h[:, -1]
         else:
-            last = h[torch.arange(rows, device=h.device), (here - 1).clamp(min=0)]
+            here = here.repeat(len(h) // rows)
+            last = h[torch.arange(len(h), device=h.device), (here - 1).clamp(min=0)]
             h_last = last if h_last is None else torch.where((here > 0).unsqueeze(1), last, h_last)
     assert h_last is not None
     return h_last, cache, head_state
+
+
+def _advance(
+    model: Model, inputs: Any, ctx: Context, cache: Any, head_state: Any, guided: bool
+) -> tuple[Tensor, Any, Any]:
+    """Hidden states of T more elements, and the states after them. What the head remembers is one for both halves of a
+    guided batch, but for the condition."""
+    if not guided:
+        h, head_state = model.head.embed(inputs, ctx, head_state)
+        return *model.hidden(h, ctx, cache), head_state
+    without, _ = model.head.embed(inputs, ctx, model.head.unconditional(clone(head_state)))
+    given, head_state = model.head.embed(inputs, ctx, head_state)
+    if ctx.lengths is not None:
+        ctx = replace(ctx, lengths=ctx.lengths.repeat(2))
+    return *model.hidden(torch.cat((given, without)), ctx, cache), head_state
+
+
+def _draw(model: Model, h_last: Tensor, head_state: Any, sampling: Sampling, generator: Any) -> tuple[Any, Any]:
+    params = _parameters(model, h_last, head_state, sampling.guidance)
+    return model.head.sample(params, head_state, sampling, generator)
+
+
+def _parameters(model: Model, h_last: Tensor, head_state: Any, guidance: float) -> Tensor:
+    if guidance == 1:
+        return model.head.logits(h_last, head_state)
+    given, without = h_last.chunk(2)
+    free = model.head.logits(without, model.head.unconditional(clone(head_state))).float()
+    return free + guidance * (model.head.logits(given, head_state).float() - free)
+
+
+def _recorded(step: Callable[[Any], Any], state: Any, generator: torch.Generator) -> Callable[[], Tensor]:
+    """`step` as a CUDA graph over the memory of `state` {"drawn", "cache", "head"}; each call goes one step on and
+    returns what it drew. Steps are of fixed shapes and never look at a value, so all of them are the same graph."""
+    state = clone(state)
+    memory, drawn = leaves(state), state["drawn"]
+    before = generator.get_state()
+    warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm):
+        for _ in range(2):  # kernels compile and choose their tiles before the recording
+            step(clone(state))
+    torch.cuda.current_stream().wait_stream(warm)
+    generator.set_state(before)
+
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        for old, new in zip(memory, leaves(step(state)), strict=True):
+            old.copy_(new)
+
+    def replay() -> Tensor:
+        graph.replay()
+        return drawn.clone()
+
+    return replay

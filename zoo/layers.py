@@ -87,3 +87,10 @@ class MLP(nn.Module):
 
     def flops(self, tokens: int) -> int:
         return 2 * tokens * (self.up.weight.numel() + self.down.weight.numel())
+
+
+class PassOn(nn.Identity):
+    """In the place of an MLP: the block then adds its normalised input once more (Zoology's identity state mixer)."""
+
+    def flops(self, tokens: int) -> int:
+        return 0

@@ -29,7 +29,7 @@ class Batch:
     inputs     the head's own form, batch first; tokens (B, T) int64 for text
     targets    aligned with the hidden states: already shifted; -100 is not scored
     mask       (B, T) bool, True where an element is real (series with missing values); None: all
-    condition  class labels or other conditioning in the head's own form, or None
+    condition  class labels or other conditioning in the head's own form, batch first, or None
     ctx        positions, cu_seqlens, lengths
     """
 
@@ -105,6 +105,15 @@ class Head(nn.Module):
         """Draw the next element: (inputs of one more token for `embed`, the head's next state)."""
         raise NotImplementedError
 
+    def coordinates(self, places: Tensor) -> Tensor:
+        """Places counted along the rows (B, T) int64 -> coordinates on the rotary axes, (B, T) or (B, T, A): where the
+        elements of a row stand, if that is no line."""
+        return places
+
+    def unconditional(self, state: State) -> State:
+        """The state without its condition, all else the same: what classifier-free guidance compares with."""
+        raise ValueError(f"{type(self).__name__} was not trained without its condition: guidance takes 1")
+
 
 @dataclass
 class ModelConfig:
@@ -134,9 +143,26 @@ class Model(nn.Module):
         if batch.ctx.halo is not None and not self.head.tokenwise:
             raise ValueError(f"rows cannot be split between ranks: {type(self.head).__name__} is not tokenwise")
         self.head.check(batch.inputs)
-        h, _ = self.head.embed(batch.inputs, batch.ctx)
-        h, _ = self.backbone(h, batch.ctx)
+        h, _ = self.head.embed(batch.inputs, batch.ctx, self._given(batch))
+        h, _ = self.hidden(h, batch.ctx)
         return self.head.loss(h, batch)
+
+    def _given(self, batch: Batch) -> State | None:
+        """A condition reaches the head as it does in sampling: by the state before the first element."""
+        if batch.condition is None:
+            return None
+        return self.head.init_state(batch.inputs, batch.condition, batch.ctx.lengths)
+
+    def hidden(self, h: Tensor, ctx: Context, cache: Any = None) -> tuple[Tensor, Any]:
+        """The backbone on embedded elements, which stand where the head says."""
+        elsewhere = type(self.head).coordinates is not Head.coordinates
+        counted = ctx.positions is None and ctx.cu_seqlens is None
+        if elsewhere and counted and self.backbone.config.positions == "rotary":
+            places = torch.arange(h.shape[1], device=h.device).unsqueeze(0)
+            if cache is not None:
+                places = places + cache["position"].unsqueeze(1)
+            ctx = replace(ctx, positions=self.head.coordinates(places))
+        return self.backbone(h, ctx, cache)
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zoo.generation import Sampling, generate
-from zoo.model import Model
+from zoo.model import Batch, Model
 from zoo.task import Task
 from zoo.train import load_run
 
@@ -25,36 +25,48 @@ class Pipeline:
     model: Model
     task: Task
 
+    def __post_init__(self):
+        self.task.attach(self.model)
+
     def sample(
         self,
         prompt: Any,
         *,
-        max_new: int = 256,
+        max_new: int | None = None,
         sampling: Sampling = Sampling(),
         seed: int | None = None,
         stop: Sequence[str] = (),
+        progress: Callable[[Iterator[Any], int], Iterable[Any]] | None = None,
     ) -> Any:
-        """Continue a prompt, or each prompt of a list, by at most `max_new` elements; returns what was added, as the
-        task's artefact (text, image, …), or a list of them.
+        """Continue a prompt, or each prompt of a list; returns the task's artefact (what was added to a text, a whole
+        image), or a list of them.
 
-        stop  for text: end before the first of these strings to be complete
+        max_new   at most so many elements; None: as many as the task says (256 tokens of text, the rest of an image)
+        stop      for text: end before the first of these strings to be complete
+        progress  wraps the steps, given them and their number: tqdm, for example
         """
-        steps = self._steps(prompt, max_new, sampling, seed)
-        artefacts = self._up_to_stop(steps, stop) if stop else [self.task.artefact(row) for row in joined(steps)]
+        given = self.task.prompt(prompt)
+        count = self.task.length(given) if max_new is None else max_new
+        steps = self._steps(given, count, sampling, seed)
+        if progress is not None:
+            steps = iter(progress(steps, count))
+        artefacts = self._up_to_stop(steps, stop) if stop else self.task.artefacts(given, joined(steps))
         return artefacts if isinstance(prompt, (list, tuple)) else artefacts[0]
 
     def stream(
         self,
         prompt: str,
         *,
-        max_new: int = 256,
+        max_new: int | None = None,
         sampling: Sampling = Sampling(),
         seed: int | None = None,
         stop: Sequence[str] = (),
     ) -> Iterator[str]:
         """The same for one text prompt, piece by piece as it is drawn."""
         transcript = Transcript(self._text, stop)
-        for step in self._steps(prompt, max_new, sampling, seed):
+        given = self.task.prompt(prompt)
+        count = self.task.length(given) if max_new is None else max_new
+        for step in self._steps(given, count, sampling, seed):
             if piece := transcript.add(step[0].cpu()):
                 yield piece
             if transcript.stopped:
@@ -62,9 +74,8 @@ class Pipeline:
         if piece := transcript.finish():
             yield piece
 
-    def _steps(self, prompt: Any, max_new: int, sampling: Sampling, seed: int | None) -> Iterator[Tensor]:
-        inputs = self.task.prompt(prompt)
-        return generate(self.model, inputs, max_new=max_new, sampling=sampling, stream=True, seed=seed)
+    def _steps(self, given: Batch, max_new: int, sampling: Sampling, seed: int | None) -> Iterator[Tensor]:
+        return generate(self.model, given, max_new=max_new, sampling=sampling, stream=True, seed=seed)
 
     def _up_to_stop(self, steps: Iterator[Tensor], stop: Sequence[str]) -> list[str]:
         rows: list[Transcript] = []

@@ -25,6 +25,8 @@ class Metric(Protocol):
 
     def compute(self) -> dict[str, float]: ...
 
+    # A metric may also have `media() -> Media`: what an evaluation shows beside its numbers, once they are computed.
+
 
 @dataclass
 class Media:
@@ -33,6 +35,30 @@ class Media:
     text: dict[str, str] = field(default_factory=dict)
     images: dict[str, torch.Tensor] = field(default_factory=dict)  # (3, H, W) float in [0, 1]
     audio: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)  # (samples,) in [-1, 1], rate in Hz
+
+
+@dataclass
+class Request:
+    """What `zoo sample` was asked for. A task takes the words that it knows, and names those that it does not.
+
+    prompts  texts to continue
+    label    a class, by name or number
+    count    how many samples
+    given    a file that holds the beginning
+    """
+
+    prompts: list[str] = field(default_factory=list)
+    label: str | None = None
+    count: int | None = None
+    given: Path | None = None
+
+    def only(self, domain: str, *known: str) -> None:
+        """Raises ValueError for a word that the domain has no use for."""
+        options = {"prompts": "--prompt", "label": "--class", "count": "--count", "given": "--given"}
+        for name, option in options.items():
+            if name not in known and getattr(self, name):
+                takes = ", ".join(options[one] for one in known)
+                raise ValueError(f"{domain} has no use for {option}; it takes {takes}")
 
 
 class Task:
@@ -44,6 +70,7 @@ class Task:
 
     Config: ClassVar[type]
     domain: ClassVar[str]
+    endings: ClassVar[tuple[str, ...]] = (".txt",)  # of the files that `write` makes
 
     def model_config(self, config: ModelConfig) -> ModelConfig:
         """`config` with what the data decides filled in (vocabulary size, number of classes)."""
@@ -54,6 +81,11 @@ class Task:
 
     def provenance(self) -> dict[str, Any]:
         """What names the data exactly (checksums, interpreter version); stored with the run and each number."""
+        return {}
+
+    def frozen(self) -> dict[str, str]:
+        """Name -> sha256 of what the weights are useless without: a tokenizer, a codec. A run remembers them with its
+        checkpoints, and is refused with others."""
         return {}
 
     def stream(self, split: str, *, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0) -> Stream:
@@ -68,6 +100,35 @@ class Task:
     def artefact(self, inputs: Any) -> Any:
         """Generated inputs of one row -> text, image, audio or DataFrame."""
         raise NotImplementedError
+
+    def artefacts(self, prompt: Batch, drawn: torch.Tensor) -> list[Any]:
+        """One artefact for each row of what was drawn after `prompt`."""
+        return [self.artefact(row) for row in drawn]
+
+    def length(self, prompt: Batch) -> int:
+        """How many elements are drawn after `prompt` where nobody says."""
+        return 256
+
+    def ask(self, request: Request) -> Any:
+        """What `zoo sample` was asked for, as an object for `prompt`."""
+        request.only(self.domain, "prompts")
+        if not request.prompts:
+            raise ValueError(f"{self.domain} continues a prompt: give one with --prompt")
+        return request.prompts
+
+    def write(self, artefacts: list[Any], path: Path) -> None:
+        """Artefacts into one file, its format by the name's ending."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(map(str, artefacts)), encoding="utf-8")
+
+    def attach(self, model: nn.Module) -> None:
+        """The model that this task came with, from a pipeline: for what a domain offers beyond samples."""
+
+    def forecast_file(
+        self, path: Path, horizon: int, *, columns: dict[str, Any], out: Path | None, plot: Path | None
+    ) -> Any:
+        """A table with the `horizon` steps after the end of the table in `path`, for `zoo sample --csv`."""
+        raise ValueError(f"{self.domain} makes no forecasts: --csv and --horizon are for series")
 
     def metrics(self, split: str) -> dict[str, Metric]:
         """What is measured in one pass over `split`."""

@@ -4,7 +4,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from zoo import config
-from zoo.registry import models
+from zoo.registry import mixers, models
 
 if TYPE_CHECKING:
     from zoo.model import ModelConfig
@@ -24,7 +24,6 @@ SPARSE = {
     "10m": {"kv_heads": 2, "block": 16, "top": 8},
     "125m": {"kv_heads": 3, "block": 64, "top": 16},
 }
-MIXERS = ("softmax", "swa", "fox", "gatedfwa", "nsa", "gatedfwa_nsa")
 VOCABULARY = {"125m": 50304}  # GPT-2 words, padded; else 256 bytes. A task sets its own tokenizer's
 
 
@@ -33,8 +32,9 @@ def text_model(mixer: str, size: str) -> "ModelConfig":
 
     shape = dict(SIZES[size])
     window = shape.pop("window")
-    node = {"name": mixer} | ({"window": window} if mixer not in ("softmax", "fox") else {})
-    if mixer in ("nsa", "gatedfwa_nsa"):
+    known = mixers.get(mixer).Config.__dataclass_fields__
+    node = {"name": mixer} | ({"window": window} if "window" in known else {})
+    if {"block", "top"} <= known.keys():
         sparse = dict(SPARSE[size])
         shape["kv_heads"] = sparse.pop("kv_heads")
         node |= sparse
@@ -43,5 +43,5 @@ def text_model(mixer: str, size: str) -> "ModelConfig":
 
 
 for _size in SIZES:
-    for _mixer in MIXERS:
+    for _mixer in mixers.names():
         models.add(f"text_{_mixer}_{_size}", partial(text_model, _mixer, _size))

@@ -9,5 +9,6 @@ for _name, _target in {
     "gatedfwa": "zoo.mixers.gatedfwa:GatedFWA",
     "nsa": "zoo.mixers.nsa:NSA",
     "gatedfwa_nsa": "zoo.mixers.gatedfwa_nsa:GatedFWANSA",
+    "baseconv": "zoo.mixers.baseconv:BaseConv",
 }.items():
     mixers.add(_name, _target)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops import backend
+from zoo.ops.stacking import in_front
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at once on a CPU: 64 MiB in float32
 # On a GPU: 512 MiB in bfloat16. Rows of a chunk are a multiple of ROWS, so that the products have whole tiles; and a
@@ -50,21 +51,25 @@ def linear_cross_entropy(
 def _linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss_sum, d loss_sum / d hidden, d loss_sum / d weight); the gradients are empty unless asked for."""
-    _check_targets(targets, weight.shape[0], ignore_index)
+    """(loss_sum, d loss_sum / d hidden, d loss_sum / d weight); the gradients are empty unless asked for.
+
+    hidden (N, C), weight (V, C), targets (N,); or all of them with a stack of S in front, and loss_sum (S,).
+    """
+    _check_targets(targets, weight.shape[-2], ignore_index)
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
+    loss_sum = torch.zeros(hidden.shape[:-2], dtype=wide, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if needs_grad else hidden.new_empty(0)
     grad_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else weight.new_empty(0, dtype=wide)
     module = backend.choose("loss", hidden.device, hidden.dtype, backend.NO_HEADS)
-    rows = chunk_rows(hidden, weight.shape[0])
-    for begin in range(0, hidden.shape[0], rows):
-        part, target = hidden[begin : begin + rows], targets[begin : begin + rows]
-        logits = part @ weight.T  # becomes its own gradient
-        loss_sum += module.cross_entropy_rows(logits, target, ignore_index, needs_grad).sum(dtype=wide)
+    rows = chunk_rows(hidden, weight.numel() // weight.shape[-1])
+    for begin in range(0, hidden.shape[-2], rows):
+        part, target = hidden[..., begin : begin + rows, :], targets[..., begin : begin + rows]
+        logits = part @ weight.mT  # becomes its own gradient
+        losses = module.cross_entropy_rows(logits.flatten(0, -2), target.flatten(), ignore_index, needs_grad)
+        loss_sum += losses.view(target.shape).sum(dim=-1, dtype=wide)
         if needs_grad:
-            torch.mm(logits, weight, out=grad_hidden[begin : begin + rows])
-            grad_weight += logits.T @ part
+            grad_hidden[..., begin : begin + rows, :] = logits @ weight
+            grad_weight += logits.mT @ part
     return loss_sum, grad_hidden, grad_weight
 
 
@@ -80,7 +85,7 @@ def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
 
 
 def chunk_rows(hidden: Tensor, vocabulary: int) -> int:
-    """Tokens whose logits stand at once."""
+    """Tokens whose logits stand at once; `vocabulary` counts those of a whole stack together."""
     if hidden.device.type == "cpu":
         return max(1, CHUNK_ELEMENTS // vocabulary)
     return max(1, CHUNK_ELEMENTS_GPU // vocabulary // ROWS) * ROWS
@@ -90,7 +95,7 @@ def chunk_rows(hidden: Tensor, vocabulary: int) -> int:
 def _(hidden, weight, targets, ignore_index, needs_grad):
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return (
-        torch.empty((), dtype=wide, device=hidden.device),
+        torch.empty(hidden.shape[:-2], dtype=wide, device=hidden.device),
         torch.empty_like(hidden) if needs_grad else hidden.new_empty(0),
         torch.empty_like(weight, dtype=wide) if needs_grad else weight.new_empty(0, dtype=wide),
     )
@@ -107,6 +112,7 @@ def _keep_gradients(ctx, inputs, output):
 
 def _scale_gradients(ctx, grad_loss, _grad_hidden, _grad_weight):
     grad_hidden, grad_weight = ctx.saved_tensors
+    grad_loss = grad_loss[..., None, None]
     return (
         grad_hidden * grad_loss.to(grad_hidden.dtype),
         (grad_weight * grad_loss).to(ctx.weight_dtype),
@@ -117,3 +123,11 @@ def _scale_gradients(ctx, grad_loss, _grad_hidden, _grad_weight):
 
 
 torch.library.register_autograd("zoo::linear_cross_entropy", _scale_gradients, setup_context=_keep_gradients)
+
+
+@_linear_cross_entropy.register_vmap
+def _(info, in_dims, hidden, weight, targets, ignore_index, needs_grad):
+    tensors = [in_front(x, dim, info.batch_size) for x, dim in zip((hidden, weight, targets), in_dims[:3], strict=True)]
+    # A tensor seen from inside vmap does not say that it requires a gradient; these do
+    needs_grad = needs_grad or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors[:2]))
+    return _linear_cross_entropy(*tensors, ignore_index, needs_grad), (0, 0, 0)

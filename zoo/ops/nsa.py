@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from zoo.ops import backend, reference
 from zoo.ops.reference_nsa import Geometry, Places
+from zoo.ops.stacking import stack_rows
 from zoo.ops.window import window_attention
 
 FORCED = 3  # blocks that are always chosen: the first, the previous, the own
@@ -277,6 +278,8 @@ def _backward_compressed(ctx, dout: Tensor | None, dlse: Tensor | None, _):
 
 
 _compressed_attention.register_autograd(_backward_compressed, setup_context=_save_compressed)
+stack_rows(_compressed_attention, packed=8)
+stack_rows(_compressed_attention_backward, packed=11)
 
 
 @torch.library.custom_op("zoo::selected_attention", mutates_args=())
@@ -342,6 +345,8 @@ def _backward_selected(ctx, dout: Tensor | None, dlse: Tensor | None):
 
 
 _selected_attention.register_autograd(_backward_selected, setup_context=_save_selected)
+stack_rows(_selected_attention, packed=6)
+stack_rows(_selected_attention_backward, packed=10)
 
 
 def _kernels(q: Tensor) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zoo.ops import backend, reference
 from zoo.ops.gate import check_gate
+from zoo.ops.stacking import stack_rows
 
 
 def window_attention(
@@ -155,6 +156,8 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None):
 
 
 _window_attention.register_autograd(_backward, setup_context=_save)
+stack_rows(_window_attention, packed=8)
+stack_rows(_window_attention_backward, packed=12)
 
 
 def _gate(log_decay: Tensor | None, z: Tensor | None, u: Tensor | None) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from zoo.train.loop import Result, train
 from zoo.train.parallel import ParallelConfig, start_ranks
 from zoo.train.recipe import Recipe, ResumeError, TrainConfig, load_run, newest_checkpoint, pick_device
 from zoo.train.run import Diverged, autocast
+from zoo.train.sweeps import Replica, sweep
 
 __all__ = [
     "CheckpointError",
@@ -21,6 +22,7 @@ __all__ = [
     "NonFinite",
     "ParallelConfig",
     "Recipe",
+    "Replica",
     "Result",
     "ResumeError",
     "TrainConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "pick_device",
     "read_manifest",
     "start_ranks",
+    "sweep",
     "train",
     "versions",
     "weights_digest",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -45,7 +46,7 @@ class RunLog:
         """peak: FLOP/s of all devices together, for the model FLOPs utilisation (MFU)."""
         self.run, self.steps, self.peak = run, steps, peak
         run.mkdir(parents=True, exist_ok=True)
-        _drop_rows_after(run / "metrics.jsonl", step)
+        drop_rows_after(run / "metrics.jsonl", step)
         self._text = (run / "log.txt").open("a", encoding="utf-8")
         self._rows = (run / "metrics.jsonl").open("a", encoding="utf-8")
         # From the first session on: TensorBoard takes only the second and later marks for restarts
@@ -119,25 +120,22 @@ class RunLog:
         self.say(f"step {step}/{self.steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
     def _row(self, step: int, values: Mapping[str, float], timing: Mapping[str, float]) -> None:
-        row = {name: _number(value) for name, value in {**values, **timing}.items()}
+        row = {name: number(value) for name, value in {**values, **timing}.items()}
         self._rows.write(json.dumps({"step": step, **row}) + "\n")
         self._rows.flush()
         for name, value in {**values, **{f"time/{name}": value for name, value in timing.items()}}.items():
             self._board.add_scalar(name, value, step)
 
     def media(self, step: int, media: Media) -> None:
-        """Into TensorBoard; texts and sounds also as plain files into run/samples/."""
-        folder = self.run / "samples"
-        folder.mkdir(exist_ok=True)
+        """Into TensorBoard, and as plain files into run/samples/."""
         for name, text in media.text.items():
             # TensorBoard reads Markdown: four spaces keep a sample as it is
             self._board.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
-            (folder / f"step-{step:08d}-{_plain(name)}.txt").write_text(text, encoding="utf-8")
         for name, image in media.images.items():
             self._board.add_image(name, image, step)
         for name, (samples, rate) in media.audio.items():
             self._board.add_audio(name, samples[None], step, sample_rate=rate)
-            _write_wav(folder / f"step-{step:08d}-{_plain(name)}.wav", samples, rate)
+        write_media(media, self.run / "samples", f"step-{step:08d}-")
 
     def flush(self) -> None:
         self._board.flush()
@@ -167,7 +165,24 @@ class Silence(RunLog):
         pass
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
+def write_media(media: Media, folder: Path, prefix: str = "") -> list[Path]:
+    """Texts as .txt, images as .png, sounds as .wav; returns what was written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, text in media.text.items():
+        written.append(folder / f"{prefix}{_plain(name)}.txt")
+        written[-1].write_text(text, encoding="utf-8")
+    for name, image in media.images.items():
+        written.append(folder / f"{prefix}{_plain(name)}.png")
+        pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(written[-1])
+    for name, (samples, rate) in media.audio.items():
+        written.append(folder / f"{prefix}{_plain(name)}.wav")
+        _write_wav(written[-1], samples, rate)
+    return written
+
+
+def drop_rows_after(path: Path, step: int) -> None:
     """Keep whole rows up to `step`; a killed process may have left half a line."""
     if not path.is_file():
         return
@@ -182,7 +197,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
     weights.replace_file(path, "".join(kept).encode())
 
 
-def _number(value: float) -> float | None:
+def number(value: float) -> float | None:
     """JSON has no NaN and no infinity."""
     return value if math.isfinite(value) else None
 

@@ -127,7 +127,7 @@ def _loop(state: Run, log: RunLog, signals: Signals, go_on: str, profile: Profil
 
     if state.due(config.eval_every) and state.evaluated < state.step:  # interrupted between a step and its evaluation
         state.evaluate(log, signals)
-    while state.step < config.steps:
+    while state.step < config.steps and not state.finished:
         reading = _step(state, forward, batches, signals)
         state.step += 1
         if profile is not None and (table := profile.step()):
@@ -148,6 +148,9 @@ def _loop(state: Run, log: RunLog, signals: Signals, go_on: str, profile: Profil
         if evaluating:
             state.evaluate(log, signals)
             stop = state.stop(signals)
+            if state.finished:
+                log.say(f"step {state.step}: {config.stop_when}, so the run ends here")
+                saving = True
         if sampling and not stop:
             state.sample(log)
             stop = state.stop(signals)

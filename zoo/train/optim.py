@@ -24,6 +24,7 @@ from zoo.train.parallel import Ranks, local
 class OptimizerConfig:
     """name   any optimizer of timm's factory. adam and adamw are fused and take the guard's flag on the device; the
            others cost one wait for the device a step.
+    decay  what weight decay acts on: matrices (see `decays`), or all parameters, as torch.optim.AdamW does by itself
     clip   largest norm of all gradients together; 0 does not clip
     """
 
@@ -32,6 +33,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    decay: Literal["matrices", "all"] = "matrices"
     clip: float = 1.0
 
     def __post_init__(self) -> None:
@@ -58,14 +60,18 @@ class ScheduleConfig:
     warmup   steps of linear rise
     decay    wsd: the share of all steps, at the end, over which the rate falls linearly
     min_lr   what it falls to, as a share
+    hold     cosine: the rate changes only every so many steps (an epoch's); 0: at every step
     """
 
     name: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup: int = 100
     decay: float = 0.2
     min_lr: float = 0.1
+    hold: int = 0
 
     def __post_init__(self) -> None:
+        if self.hold < 0:
+            raise ValueError(f"hold = {self.hold}; it takes a number of steps, or 0")
         if self.warmup < 0 or not 0 <= self.decay <= 1 or not 0 <= self.min_lr <= 1:
             raise ValueError("schedule takes warmup >= 0 steps, decay and min_lr between 0 and 1")
 
@@ -80,7 +86,8 @@ def lr_share(schedule: ScheduleConfig, step: int, steps: int) -> float:
         length = max(1, round(steps * schedule.decay))
         done = min(1.0, max(0.0, (step + 1 - (steps - length)) / length))
         return 1.0 - (1.0 - schedule.min_lr) * done
-    done = min(1.0, (step + 1 - schedule.warmup) / max(1, steps - schedule.warmup))
+    at = step // schedule.hold * schedule.hold if schedule.hold else step + 1
+    done = min(1.0, max(0, at - schedule.warmup) / max(1, steps - schedule.warmup))
     return schedule.min_lr + (1.0 - schedule.min_lr) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
@@ -103,7 +110,8 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and not NO_DECAY_NAME.search(name)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float, everything: bool = False) -> list[dict[str, Any]]:
+    """`everything`: decay all parameters alike."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     named = set(getattr(model, "no_weight_decay", set)())
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -111,7 +119,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         if parameter.requires_grad:
             decay = decays(name, parameter) and id(parameter) not in embeddings and name not in named
             groups[decay].append(parameter)
-    rates = {True: weight_decay, False: 0.0}
+    rates = {True: weight_decay, False: weight_decay if everything else 0.0}
     # timm's Muon hands a group with `use_fallback` to AdamW: gates and embeddings are no matrices to orthogonalise
     # (SPEC.md section 6, 7). Other optimizers ignore the word.
     return [
@@ -160,7 +168,7 @@ def _make(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
         weight_decay=config.weight_decay,
         betas=config.betas,
         eps=config.eps,
-        param_group_fn=lambda model: parameter_groups(model, config.weight_decay),
+        param_group_fn=lambda model: parameter_groups(model, config.weight_decay, config.decay == "all"),
         **fused,
     )
 

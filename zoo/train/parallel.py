@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,9 @@ from zoo import weights
 from zoo.backbone import Block
 from zoo.model import Batch, Model
 from zoo.train.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 LOST = re.compile(r"by peer|[Cc]onnection|gloo/|NCCL")  # errors of a rank whose partner is gone
@@ -250,10 +253,10 @@ def _sum_bucket(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's slice of a tensor that is spread over ranks; sharing memory."""
-    return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[operator]
+    return tensor.to_local() if is_spread(tensor) else tensor
 
 
-def is_spread(tensor: Tensor) -> bool:
+def is_spread(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether fsdp holds `tensor` in slices; only then is the module of their class imported at all."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

@@ -8,9 +8,12 @@ import json
 import logging
 import os
 import platform
+import re
 import shlex
 import sys
 import time
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +41,7 @@ class TrainConfig:
     ema               decay of the moving average of the weights that is evaluated and sampled; 0: none
     eval_every        steps; 0 never (so for save_every and sample_every). A run always saves at its end
     eval_batches      of the validation split; 0: all of it
+    stop_when         the run ends early once an evaluation says so: "accuracy > 0.99", "loss < 1.5"; "": it does not
     keep              newest checkpoints that stay; 0: all
     max_skipped       non-finite steps in a row that are left out; one more ends the run
     prefetch          batches read ahead by a thread, 1 or more
@@ -54,6 +58,7 @@ class TrainConfig:
     ema: float = 0.0
     eval_every: int = 0
     eval_batches: int = 0
+    stop_when: str = ""
     save_every: int = 500
     sample_every: int = 0
     log_every: int = 10
@@ -74,10 +79,37 @@ class TrainConfig:
             raise ValueError(f"seed = {self.seed}; it takes 0 or more")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema = {self.ema} is not a decay: it takes 0 (none) or a number below 1")
+        parse_stop(self.stop_when)
+        if self.stop_when and not self.eval_every:
+            raise ValueError(f"stop_when = {self.stop_when!r} needs evaluations, and eval_every is 0")
         cadences = ("eval_every", "eval_batches", "save_every", "sample_every", "keep", "max_skipped")
         for name in cadences:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} takes 0 or more")
+
+
+STOP = re.compile(r"(\w+) *([<>]) *([-+.\w]+)")
+
+
+def parse_stop(rule: str) -> tuple[str, str, float] | None:
+    """'accuracy > 0.99' -> ('accuracy', '>', 0.99). Raises ValueError."""
+    if not rule.strip():
+        return None
+    try:
+        name, sign, bound = typing.cast("re.Match[str]", STOP.fullmatch(rule.strip())).groups()
+        return name, sign, float(bound)
+    except (AttributeError, ValueError):
+        raise ValueError(f"stop_when = {rule!r}; it takes a metric, < or >, and a number: accuracy > 0.99") from None
+
+
+def reached(rule: str, values: Mapping[str, float]) -> bool:
+    """Whether a metric of an evaluation fulfils the rule. Raises ValueError where there is no such metric."""
+    if (parsed := parse_stop(rule)) is None:
+        return False
+    name, sign, bound = parsed
+    if name not in values:
+        raise ValueError(f"stop_when = {rule!r} names no metric of this evaluation{registry.nearest(name, values)}")
+    return values[name] > bound if sign == ">" else values[name] < bound
 
 
 @dataclass
@@ -140,6 +172,7 @@ def what_a_number_carries(recipe: Recipe, task: Task) -> dict[str, Any]:
         "fingerprint": configs.fingerprint(recipe),
         "seed": recipe.train.seed,
         "data": task.provenance(),
+        "frozen": task.frozen(),
         "commit": checkpoint.git_commit(),
         "versions": checkpoint.versions(),
     }
@@ -153,6 +186,7 @@ def check_same(found: Path | None, recipe: Recipe, facts: dict[str, Any], allow_
     manifest = checkpoint.read_manifest(found)
     if manifest["step"] > recipe.train.steps:
         raise ResumeError(f"{found} is at step {manifest['step']}, past train.steps = {recipe.train.steps}")
+    check_frozen(manifest, task_parts=facts["frozen"], origin=str(found))
     changes = configs.difference(manifest["recipe"], recipe)
     data = configs.difference(manifest["data"], facts["data"], "data")
     harmful = [line for line in changes if line.split(":")[0] not in HARMLESS] + data
@@ -164,6 +198,16 @@ def check_same(found: Path | None, recipe: Recipe, facts: dict[str, Any], allow_
             "(allow_changes=True) if you mean it."
         )
     return [f"changed since {found.name}: {line}" for line in changes + data]
+
+
+def check_frozen(manifest: dict[str, Any], task_parts: dict[str, str], origin: str) -> None:
+    """Raises WeightsError where a tokenizer or codec is not the one that the weights were trained on."""
+    for name, sha256 in manifest.get("frozen", {}).items():
+        if task_parts.get(name) != sha256:
+            raise weights.WeightsError(
+                f"{origin} was trained on a {name} with sha256 {sha256}; this one has {task_parts.get(name, 'none')}: "
+                f"the weights mean nothing with another {name}"
+            )
 
 
 def write_run_files(recipe: Recipe, task: Task, run: Path, device: torch.device, facts: dict[str, Any]) -> None:
@@ -231,8 +275,10 @@ def load_run(
     """
     run = Path(run)
     path = newest_checkpoint(run)
-    recipe = configs.build(Recipe, checkpoint.read_manifest(path)["recipe"], overrides or {})
+    manifest = checkpoint.read_manifest(path)
+    recipe = configs.build(Recipe, manifest["recipe"], overrides or {})
     task = make_task(recipe, run / "assets")
+    check_frozen(manifest, task.frozen(), str(path))
     model = make_model(recipe, task)
     tensors = (checkpoint.read_tensors(path, "ema") if ema else None) or checkpoint.read_tensors(path, "model")
     weights.load_into(model, tensors or {}, origin=str(path))

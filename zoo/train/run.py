@@ -21,7 +21,7 @@ from zoo.train import checkpoint, optim, parallel
 from zoo.train.log import Meters, RunLog
 from zoo.train.optim import Ema, Guard
 from zoo.train.parallel import Ranks
-from zoo.train.recipe import Recipe, TrainConfig
+from zoo.train.recipe import Recipe, TrainConfig, reached
 from zoo.train.signals import Signals
 
 
@@ -87,6 +87,7 @@ class Run:
         self.flops = 0.0  # of a step, on all ranks
         self.last: dict[str, float] = {}  # the newest value of each number
         self.saved: Path | None = None
+        self.finished = False  # an evaluation fulfilled train.stop_when
         self.signal = 0  # that a rank got, as all of them know
         self.skipped: list[tuple[int, str]] = []  # the last few steps left out, and their batches
         self.bad = 0  # samples that could not be read, as far as told
@@ -213,6 +214,7 @@ class Run:
         if one and signals.received:
             return
         self.evaluated = self.step
+        self.finished = reached(self.recipe.train.stop_when, values)
         values = {f"valid/{name}": value for name, value in values.items()}
         self.last |= values
         log.evaluation_row(self.step, values)
@@ -244,6 +246,7 @@ class Run:
             "data": self.stream.state_dict(),
             "meters": self.meters.sums,
             "evaluated": self.evaluated,
+            "finished": self.recipe.train.stop_when if self.finished else "",
             "rates": {"lr": [group["lr"] for group in self.optimizer.param_groups]},
         }
         tensors = parallel.tensors_to_save(ranks, whole, optimizer) | {"rng": rng}
@@ -277,6 +280,8 @@ class Run:
         self.stream.load_state_dict(state["data"])
         self.meters.sums = state["meters"]
         self.evaluated = state["evaluated"]
+        rule = self.recipe.train.stop_when
+        self.finished = bool(rule) and state.get("finished") == rule
         self.step = checkpoint.read_manifest(path)["step"]
         self.saved = path
         rank = self.ranks.rank

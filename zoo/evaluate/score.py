@@ -1,6 +1,7 @@
-"""Score models on held-out data; every number becomes one JSON row that says how it came about."""
+"""Score one run on held-out data; every number becomes one JSON row that says how it came about."""
 
 import json
+import os
 import platform
 import shlex
 import sys
@@ -27,6 +28,7 @@ from zoo.train import (
     versions,
     weights_digest,
 )
+from zoo.train.log import write_media
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def evaluate_run(
     ema: bool = True,
     overrides: Sequence[str] = (),
 ) -> Scores | None:
-    """All metrics of a run's task over one split, in one pass; appends a row a number to <run>/results.jsonl.
+    """All metrics of a run's task over one split, in one pass; appends a row a number to <run>/results.jsonl, and
+    writes what metrics show to <run>/evaluation/<split>.
 
     batch_size  of each process: under torchrun or `--nproc` they share the split, with the same numbers as one alone
     overrides   fields of the recipe to change for this evaluation ("task.stride=64", "train.precision=fp32")
@@ -69,14 +72,16 @@ def evaluate_run(
     )
     stream = task.stream(split, batch_size=batch_size, rank=ranks.rank, world=ranks.world)
     began = time.perf_counter()
+    metrics = task.metrics(split)
     with autocast(recipe.train.precision, place):  # as the validation while training: the same numbers
-        values = run_metrics(
-            model, task.metrics(split), stream, device=place, ranks=ranks, progress=progress_bar(split)
-        )
+        values = run_metrics(model, metrics, stream, device=place, ranks=ranks, progress=progress_bar(split))
     seconds = time.perf_counter() - began
     ranks.close()
     if ranks.rank > 0:
         return None
+    for metric in metrics.values():
+        if show := getattr(metric, "media", None):
+            write_media(show(), folder / "evaluation" / split)
     baselines = task.baselines(split)
     measured = {
         "split": split,
@@ -122,7 +127,9 @@ def circumstances(device: torch.device) -> dict[str, Any]:
     """Of the measurement: hardware, command, and the code and versions that measured."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
     command = shlex.join(["zoo", *sys.argv[1:]])
-    return {"hardware": card, "command": command, "evaluated_with": {"commit": git_commit(), "versions": versions()}}
+    forced = {"backend": os.environ["ZOO_BACKEND"]} if os.environ.get("ZOO_BACKEND") else {}
+    with_what = {"commit": git_commit(), "versions": versions(), **forced}
+    return {"hardware": card, "command": command, "evaluated_with": with_what}
 
 
 def progress_bar(split: str) -> Any:

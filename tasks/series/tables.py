@@ -1,0 +1,338 @@
+"""A user's own table: .csv, .parquet or a DataFrame, wide (a column for each target) or long (an id column as well).
+
+What is safe is repaired and said in a warning: rows out of order are sorted, rows that stand twice are dropped, gaps
+become missing values. Everything else is a TableError that names the column and the row, counted from 1 after the
+header.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tasks.series.data import SPLITS, Panel, Part, check_split
+from zoo.files import check_sha256
+from zoo.registry import nearest
+
+log = logging.getLogger(__name__)
+
+FREQUENCIES = "h, 15min, D, B, W, MS, ME, QS, YS"
+TIME_NAMES = ("time", "date", "datetime", "timestamp", "ds")
+
+
+class TableError(ValueError):
+    """A table that cannot be forecast from as it is."""
+
+
+@dataclass
+class Columns:
+    """What stands where. An empty name is found: the time column by its name or as the first that holds dates, the
+    targets as all other columns.
+
+    time       of time stamps
+    id         of series, in a long table
+    targets    to forecast
+    known      covariates that are known ahead; for a forecast the table has them for the steps to come
+    frequency  of the steps, as pandas names it (h, 15min, D, MS); "": what most steps are apart
+    """
+
+    time: str = ""
+    id: str = ""
+    targets: list[str] = field(default_factory=list)
+    known: list[str] = field(default_factory=list)
+    frequency: str = ""
+
+
+@dataclass(frozen=True)
+class Read:
+    """The series, their frequency, and what was repaired, in words."""
+
+    panels: list[Panel]
+    offset: pd.offsets.BaseOffset
+    notes: list[str]
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """A .csv (values as they are written, so that a wrong one can be shown) or .parquet file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"the table {str(path)!r} does not exist")
+    try:
+        if path.suffix.lower() == ".csv":
+            frame = pd.read_csv(path, dtype=str, skipinitialspace=True)
+        elif path.suffix.lower() in (".parquet", ".pq"):
+            frame = pd.read_parquet(path)
+        else:
+            raise TableError(f"{path} is no table that can be read; accepted endings: .csv, .parquet")
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise TableError(f"{path} cannot be read: {error}") from error
+    return frame
+
+
+def panels_of(frame: pd.DataFrame, columns: Columns, where: str = "the table") -> Read:
+    """The series of a table, each on an even grid of time. Raises TableError."""
+    if not len(frame):
+        raise TableError(f"{where} has no rows")
+    frame = frame.reset_index() if isinstance(frame.index, pd.DatetimeIndex) else frame.reset_index(drop=True)
+    frame.columns = [str(name) for name in frame.columns]
+    if len(set(frame.columns)) < len(frame.columns):
+        twice = frame.columns[frame.columns.duplicated()][0]
+        raise TableError(f"{where} has two columns named {twice!r}")
+    columns = _found(frame, columns, where)
+    notes: list[str] = []
+    times = _times(frame[columns.time], where)
+    numbers = {name: _numbers(frame[name], where) for name in (*columns.targets, *columns.known)}
+    table = pd.DataFrame(numbers)
+    groups = frame[columns.id].astype(str) if columns.id else pd.Series([""] * len(frame))
+    if columns.id and frame[columns.id].isna().any():
+        raise TableError(f"{where}: column {columns.id!r}, row {_first(frame[columns.id].isna())} names no series")
+
+    prepared = []
+    for name in groups.unique():
+        inside = (groups == name).to_numpy()
+        label = f"{where}, series {name!r}" if columns.id else where
+        prepared.append((name, *_ordered(times[inside], table[inside], label, columns, notes), label))
+    offset = _frequency([part[1] for part in prepared], columns.frequency, where)
+    panels = [_panel(name, stamps, part, offset, label, columns, notes) for name, stamps, part, label in prepared]
+    for note in notes:
+        log.warning("%s", note)
+    return Read(panels, offset, notes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps of panels_of
+
+
+def _first(flags: Any) -> int:
+    """The row, counted from 1, of the first True."""
+    return int(np.argmax(np.asarray(flags))) + 1
+
+
+def _found(frame: pd.DataFrame, columns: Columns, where: str) -> Columns:
+    """The columns with names filled in."""
+    named = [columns.time, columns.id, *columns.targets, *columns.known]
+    for name in filter(None, named):
+        if name not in frame.columns:
+            raise TableError(f"{where} has no column {name!r}{nearest(name, frame.columns)}")
+    time = columns.time
+    if not time:
+        likely = [name for name in frame.columns if name.lower() in TIME_NAMES]
+        likely += [name for name in frame.columns if pd.api.types.is_datetime64_any_dtype(frame[name])]
+        if not likely:
+            raise TableError(
+                f"{where}: no column is named {', '.join(TIME_NAMES)}; name the one with time stamps "
+                f"(time): {', '.join(frame.columns)}"
+            )
+        time = likely[0]
+    targets = columns.targets or [n for n in frame.columns if n not in (time, columns.id, *columns.known)]
+    if not targets:
+        raise TableError(f"{where} has no column to forecast beside {time!r}")
+    return replace(columns, time=time, targets=targets)
+
+
+def _times(column: pd.Series, where: str) -> pd.DatetimeIndex:
+    if pd.api.types.is_numeric_dtype(column):
+        raise TableError(f"{where}: column {column.name!r} holds numbers, no time stamps")
+    times = pd.to_datetime(column, errors="coerce", utc=_has_zone(column))
+    if times.isna().any():
+        row = _first(times.isna())
+        raise TableError(f"{where}: column {column.name!r}, row {row}: {column.iloc[row - 1]!r} is no time stamp")
+    found = pd.DatetimeIndex(times)
+    return found.tz_convert(None) if found.tz is not None else found
+
+
+def _has_zone(column: pd.Series) -> bool:
+    """Stamps with a zone are taken to UTC, where no hour is missing and none stands twice."""
+    if isinstance(column.dtype, pd.DatetimeTZDtype):
+        return True
+    return bool(column.astype(str).str.contains(r"\d(?:Z|[+-]\d\d:?\d\d)$", regex=True).any())
+
+
+def _numbers(column: pd.Series, where: str) -> np.ndarray:
+    values = pd.to_numeric(column, errors="coerce")
+    empty = column.isna() | (column.astype(str).str.strip() == "")
+    wrong = values.isna() & ~empty
+    if wrong.any():
+        row = _first(wrong)
+        raise TableError(f"{where}: column {column.name!r}, row {row}: {column.iloc[row - 1]!r} is no number")
+    numbers = values.to_numpy(np.float64, na_value=np.nan)
+    if np.isinf(numbers).any():
+        raise TableError(f"{where}: column {column.name!r}, row {_first(np.isinf(numbers))} is infinite")
+    return numbers
+
+
+def _ordered(
+    times: pd.DatetimeIndex, table: pd.DataFrame, where: str, columns: Columns, notes: list[str]
+) -> tuple[pd.DatetimeIndex, pd.DataFrame]:
+    """Sorted, each time once."""
+    rows = table.index.to_numpy() + 1
+    table = table.reset_index(drop=True)
+    if not times.is_monotonic_increasing:
+        order = np.argsort(times.to_numpy(), kind="stable")
+        late = rows[1:][times.to_numpy()[1:] < times.to_numpy()[:-1]][0]
+        notes.append(f"{where}: rows are not in the order of {columns.time!r} (first at row {late}): sorted")
+        times, table, rows = times[order], table.iloc[order].reset_index(drop=True), rows[order]
+    twice = times.duplicated()
+    if twice.any():
+        for place in np.flatnonzero(twice):
+            same = table.iloc[place].equals(table.iloc[place - 1])
+            if not same:
+                differing = [n for n in table if not _equal(table[n].iloc[place], table[n].iloc[place - 1])]
+                hint = "" if columns.id else "; is this a long table, with an id column to name?"
+                raise TableError(
+                    f"{where}: row {rows[place]} has the time {times[place]} of row {rows[place - 1]}, and another "
+                    f"value in column {differing[0]!r}{hint}"
+                )
+        notes.append(f"{where}: {int(twice.sum())} rows stand twice (first: row {rows[np.argmax(twice)]}): dropped")
+        times, table = times[~twice], table[~twice].reset_index(drop=True)
+    return times, table
+
+
+def _equal(a: float, b: float) -> bool:
+    return a == b or (np.isnan(a) and np.isnan(b))
+
+
+def _frequency(all_times: Sequence[pd.DatetimeIndex], given: str, where: str) -> pd.offsets.BaseOffset:
+    if given:
+        try:
+            return pd.tseries.frequencies.to_offset(given)
+        except ValueError as error:
+            raise TableError(f"frequency {given!r} is unknown; it takes one of pandas': {FREQUENCIES}") from error
+    longest = max(all_times, key=len)
+    if len(longest) < 3:
+        raise TableError(f"{where} has {len(longest)} time steps, too few to tell their frequency: give it")
+    inferred = pd.DatetimeIndex(longest, freq="infer").freq
+    if inferred is not None:
+        return inferred
+    apart, counts = np.unique(np.diff(longest.to_numpy()), return_counts=True)
+    if counts.max() * 2 <= counts.sum():
+        raise TableError(
+            f"{where} has no frequency: its steps are most often {pd.Timedelta(apart[counts.argmax()])} apart, and "
+            f"that in {counts.max()} of {counts.sum()} cases only. Give the frequency: {FREQUENCIES}"
+        )
+    return pd.tseries.frequencies.to_offset(pd.Timedelta(apart[counts.argmax()]))
+
+
+def _panel(
+    name: str,
+    times: pd.DatetimeIndex,
+    table: pd.DataFrame,
+    offset: pd.offsets.BaseOffset,
+    where: str,
+    columns: Columns,
+    notes: list[str],
+) -> Panel:
+    grid = pd.date_range(times[0], times[-1], freq=offset)
+    off = ~times.isin(grid)
+    if off.any():
+        place = int(np.argmax(off))
+        raise TableError(
+            f"{where}: column {columns.time!r}: {times[place]} does not fit a frequency of {offset.freqstr} from "
+            f"{times[0]}. Give another frequency ({FREQUENCIES}), or bring the table to one"
+        )
+    if len(grid) > len(times):
+        first = grid[~grid.isin(times)][0]
+        notes.append(f"{where}: {len(grid) - len(times)} of {len(grid)} steps are missing (first: {first}): left empty")
+    table = table.set_index(times).reindex(grid)
+    targets, known = table[columns.targets].to_numpy(np.float64), table[columns.known].to_numpy(np.float32)
+    there = ~np.isnan(targets).all(axis=1)
+    for column, values in zip(columns.targets, targets.T, strict=True):
+        if np.isnan(values).all():
+            raise TableError(f"{where}: column {column!r} has no value in any of its {len(values)} rows")
+        if len(values) > 1 and np.nanmin(values) == np.nanmax(values):
+            notes.append(f"{where}: column {column!r} is constant at {np.nanmin(values):g}")
+    steps = len(targets)
+    if columns.known:  # rows at the end with covariates alone are the steps to come
+        steps = int(np.flatnonzero(there)[-1]) + 1
+        if np.isnan(known).any():
+            row = int(np.argmax(np.isnan(known).any(axis=1)))
+            column = columns.known[int(np.argmax(np.isnan(known[row])))]
+            raise TableError(f"{where}: covariate {column!r} is missing at {grid[row]}; what is known has no gaps")
+    return Panel(name, targets[:steps], tuple(columns.targets), grid[:steps], known if columns.known else None)
+
+
+def season_of(offset: pd.offsets.BaseOffset) -> int:
+    """Steps after which a series of this frequency is taken to repeat itself: a day of parts of one, a week of days, a
+    year of months or quarters; 1 else."""
+    named = {"D": 7, "B": 5, "W": 52, "MS": 12, "ME": 12, "BMS": 12, "BME": 12, "QS": 4, "QE": 4}
+    try:
+        step = pd.Timedelta(offset)  # type: ignore[arg-type]
+    except ValueError:
+        return named.get(offset.freqstr.split("-")[0], 1)
+    day = pd.Timedelta(days=1)
+    if step < day:
+        return max(1, round(day / step))
+    return 7 if step == day else 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Table:
+    """A user's file as a data set: of each series the last `share` tests, as much before it validates.
+
+    path    a .csv or .parquet file
+    sha256  refuse any other file; "" takes what is there
+    """
+
+    @dataclass
+    class Config(Columns):
+        path: str = ""
+        share: float = 0.1
+        sha256: str = ""
+
+        def __post_init__(self):
+            if not 0 < self.share < 0.4:
+                raise ValueError(f"share = {self.share}; it takes a number between 0 and 0.4")
+
+    scaled = True
+
+    def __init__(self, config: Config):
+        if not config.path:
+            raise ValueError("this data set needs task.dataset.path, a .csv or .parquet file")
+        self.config = config
+        self.path = Path(config.path).expanduser()
+
+    @cached_property
+    def table(self) -> Read:
+        frame = read_frame(self.path)
+        if self.config.sha256:
+            check_sha256(self.path, self.config.sha256)
+        return panels_of(frame, self.config, str(self.path))
+
+    @property
+    def season(self) -> int:
+        return season_of(self.table.offset)
+
+    def parts(self, split: str) -> list[Part]:
+        check_split(split, str(self.path))
+        parts = []
+        for panel in self.table.panels:
+            steps = len(panel.values)
+            held = int(self.config.share * steps)
+            if held < 1:
+                raise TableError(
+                    f"{self.path}: series {panel.id!r} has {steps} steps, of which task.dataset.share = "
+                    f"{self.config.share} is none to validate and test on"
+                )
+            ends = (0, steps - 2 * held, steps - held, steps)
+            place = SPLITS.index(split)
+            parts.append(Part(panel, ends[place], ends[place + 1]))
+        return parts
+
+    def provenance(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        names = sorted({name for panel in self.table.panels for name in panel.names})
+        return {
+            "series": self.path.name,
+            "sha256": digest,
+            "targets": names,
+            "count": len(self.table.panels),
+            "frequency": self.table.offset.freqstr,
+            "repaired": self.table.notes,
+        }

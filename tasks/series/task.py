@@ -1,0 +1,373 @@
+"""The series task: windows of series as rows of patches, forecasts as DataFrames."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from tasks.series import baselines, plots
+from tasks.series.calendar import WIDTH, calendar
+from tasks.series.data import Panel, Part, scaler
+from tasks.series.metrics import ForecastErrors, seasonal_error
+from tasks.series.outputs import check_levels, nine
+from tasks.series.rolling import Forecast, roll
+from tasks.series.tables import Columns, TableError, panels_of, read_frame
+from tasks.series.windows import EvaluationWindows, Layout, TrainingWindows, Window, cut, cut_known, prompt
+from zoo import config as configs
+from zoo.config import Choice
+from zoo.data import Shuffled, SourceStream
+from zoo.model import Batch, Model, ModelConfig
+from zoo.registry import datasets
+from zoo.task import Media, Metric, Request, Task
+from zoo.weights import replace_file
+
+ROWS = 1024  # that a forecast of many series rolls at once
+
+
+class SeriesTask(Task):
+    domain = "series"
+
+    @dataclass
+    class Config:
+        """patch     steps of a token
+        predict   steps predicted from a token, a multiple of patch; longer horizons are rolled
+        context   look-back in steps, a multiple of patch
+        ahead     patches of a training row after the look-back: predictions that a longer roll would make
+        channels  independent: each value of a step is a series of its own; mixed: all in one row
+        calendar  the phase of day, week and year as covariates known ahead
+        horizons  that are scored; of a roll to the longest the shorter ones are the beginning
+        stride    between windows that are scored; published protocols take every one, 1
+        roll      how a forecast longer than predict carries its uncertainty on (rolling.py); samples: paths of
+                  `samples`
+        levels    of the predicted quantiles
+        linear    fit the linear layer among the baselines
+        plots     windows that TensorBoard shows, evenly over the validation split
+        """
+
+        dataset: Choice | None = configs.choice(datasets, "series/etth1")
+        patch: int = 24
+        predict: int = 96
+        context: int = 672
+        ahead: int = 0
+        channels: Literal["independent", "mixed"] = "independent"
+        calendar: bool = False
+        horizons: list[int] = field(default_factory=lambda: [96, 192, 336, 720])
+        stride: int = 1
+        roll: Literal["point", "quantiles", "samples"] = "quantiles"
+        samples: int = 100
+        levels: list[float] = field(default_factory=nine)
+        linear: bool = True
+        plots: int = 4
+
+        def __post_init__(self):
+            for name in ("patch", "predict", "context", "stride", "samples"):
+                if getattr(self, name) < 1:
+                    raise ValueError(f"{name} = {getattr(self, name)}; it takes 1 or more")
+            for name in ("predict", "context"):
+                if getattr(self, name) % self.patch:
+                    raise ValueError(f"{name} = {getattr(self, name)}; it takes a multiple of patch = {self.patch}")
+            if self.ahead < 0 or self.plots < 0:
+                raise ValueError("ahead and plots take 0 or more")
+            if not self.horizons or min(self.horizons) < 1 or sorted(set(self.horizons)) != list(self.horizons):
+                raise ValueError(f"horizons = {self.horizons}; they take rising numbers of steps, such as [96, 192]")
+            check_levels(self.levels)
+
+    def __init__(self, config: Config, assets: Path | None = None):
+        self.config = config = configs.build(self.Config, config)
+        assert config.dataset is not None
+        self.source = datasets.get(config.dataset.name)(config.dataset.config)
+        self.layout = Layout(config.patch, config.predict, config.context, config.ahead, config.channels == "mixed")
+        self._assets = assets
+        self._prepared: dict[str, list[Part]] = {}
+        self._model: Model | None = None
+
+    # -- what the data decides -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def card(self) -> dict[str, Any]:
+        """What weights need of their data: names of the values, number of covariates, and what these are scaled by."""
+        if self._assets is not None:
+            return json.loads((self._assets / "series.json").read_text(encoding="utf-8"))
+        parts = self.source.parts("train")
+        panel = parts[0].panel
+        own = 0 if panel.known is None else panel.known.shape[1]
+        mean, deviation = scaler(parts) if self.source.scaled else (np.zeros(1), np.ones(1))
+        known = (np.zeros(0), np.ones(0))
+        if own:
+            known = scaler([replace(part, panel=replace(part.panel, values=part.panel.known)) for part in parts])
+        return {
+            "names": list(panel.names),
+            "mean": mean.tolist(),
+            "deviation": deviation.tolist(),
+            "known": own,
+            "known_mean": known[0].tolist(),
+            "known_deviation": known[1].tolist(),
+        }
+
+    def save_assets(self, folder: Path) -> None:
+        replace_file(folder / "series.json", json.dumps(self.card, indent=1).encode())
+
+    def model_config(self, config: ModelConfig) -> ModelConfig:
+        mixed = self.layout.mixed
+        filled = {
+            "patch": self.config.patch,
+            "predict": self.config.predict,
+            "channels": len(self.card["names"]) if mixed else 1,
+            "known": self.card["known"] + (WIDTH if self.config.calendar else 0),
+        }
+        given = config.head
+        if given is not None and not given.config.prefix:
+            filled["prefix"] = self.config.context // self.config.patch
+        return configs.build(ModelConfig, config, {"head": filled})
+
+    def provenance(self) -> dict[str, Any]:
+        return self.source.provenance()
+
+    def parts(self, split: str) -> list[Part]:
+        """The parts of a split, scaled where the protocol scales, with their covariates."""
+        if split not in self._prepared:
+            mean, deviation = np.array(self.card["mean"]), np.array(self.card["deviation"])
+            done: dict[int, Panel] = {}
+            parts = self.source.parts(split)
+            for part in parts:
+                if id(part.panel) not in done:
+                    values = (part.panel.values - mean) / deviation
+                    done[id(part.panel)] = replace(part.panel, values=values, known=self._known(part.panel, 0))
+            self._prepared[split] = [replace(part, panel=done[id(part.panel)]) for part in parts]
+        return self._prepared[split]
+
+    def _known(self, panel: Panel, ahead: int) -> np.ndarray | None:
+        """Covariates of the panel's steps and `ahead` more, (T + ahead, K) float32."""
+        steps, found = len(panel.values) + ahead, []
+        if self.card["known"]:
+            if panel.known is None or panel.known.shape[1] != self.card["known"]:
+                raise TableError(f"series {panel.id!r} lacks the {self.card['known']} covariates of the training data")
+            if len(panel.known) < steps and ahead:
+                raise TableError(
+                    f"series {panel.id!r} has covariates for {len(panel.known) - len(panel.values)} steps to come, "
+                    f"of {ahead}: add rows with times and covariates, and no targets"
+                )
+            own = (panel.known - np.array(self.card["known_mean"])) / np.array(self.card["known_deviation"])
+            found.append(own[:steps].astype(np.float32))
+        if self.config.calendar:
+            if panel.times is None:
+                raise ValueError("task.calendar = true, but this data set has no time stamps")
+            offset = pd.DatetimeIndex(panel.times, freq="infer").freq
+            found.append(calendar(pd.date_range(panel.times[0], periods=steps, freq=offset)))
+        return np.concatenate(found, axis=1) if found else None
+
+    # -- streams -------------------------------------------------------------------------------------------------------
+
+    def stream(self, split: str, *, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0) -> SourceStream:
+        """train: a row of patches is an example. valid, test: a window is, with all its channels."""
+        training = split == "train"
+        if training:
+            windows: Any = TrainingWindows(self.parts(split), self.layout)
+            source = Shuffled(windows, windows.collate, seed=seed)
+        else:
+            windows = self.windows(split)
+            source = Shuffled(windows, windows.collate, seed=None)
+        if not len(windows):
+            longest = max(part.end - part.begin for part in self.parts(split))
+            raise ValueError(
+                f"split {split} has no window: its longest series has {longest} steps, fewer than "
+                + ("two" if training else f"the shortest of task.horizons = {self.config.horizons}")
+            )
+        return SourceStream(source, batch_size=batch_size, rank=rank, world=world, endless=training)
+
+    def windows(self, split: str) -> EvaluationWindows:
+        parts = self.parts(split)
+        errors = [
+            seasonal_error(torch.from_numpy(part.panel.values[: part.begin].T), self.source.season).numpy()
+            for part in parts
+        ]
+        return EvaluationWindows(parts, errors, self.layout, self.config.horizons, self.config.stride)
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def metrics(self, split: str) -> dict[str, Metric]:
+        rows = 1 if self.layout.mixed else len(self.card["names"])
+        config = self.config
+        errors = ForecastErrors(config.horizons, config.levels, rows, mode=config.roll, samples=config.samples)
+        return {"forecast": errors}
+
+    def baselines(self, split: str) -> dict[str, float]:
+        horizon, season = max(self.config.horizons), self.source.season
+        forecasts = {
+            "last_value": baselines.last_value(horizon),
+            "seasonal_naive": baselines.seasonal_naive(horizon, season),
+        }
+        if self.config.linear:
+            fitted = baselines.linear(self.parts("train"), self.config.context, horizon, scaled=self.source.scaled)
+            forecasts |= {} if fitted is None else {"linear": fitted}
+        return baselines.errors_of(forecasts, self.windows(split), self.config.horizons, self.config.levels)
+
+    def describe(self, split: str) -> str:
+        config = self.config
+        every = "every window" if config.stride == 1 else f"every {config.stride}th window"
+        units = "standardised" if self.source.scaled else "original"
+        return (
+            f"{every} of the split, look-back {config.context}, {config.predict} steps at a time rolled to "
+            f"{max(config.horizons)} ({config.roll}), {units} values"
+        )
+
+    def media(self, model: nn.Module, batch: Batch) -> Media:
+        assert isinstance(model, Model)
+        windows = self.windows("valid")
+        count = min(self.config.plots, len(windows))
+        if not count:
+            return Media()
+        chosen = [windows[int(i)] for i in np.linspace(0, len(windows) - 1, count)]
+        device = next(model.parameters()).device
+        forecast = self._roll(model, windows.collate(chosen).to(device), windows.horizon)
+        images = {}
+        for number, item in enumerate(chosen):
+            row = number if self.layout.mixed else number * len(self.card["names"])
+            point, quantiles = _one(forecast, row, 0)
+            figure = plots.draw(
+                item.history[0], point, quantiles, self.config.levels, truth=item.future[0], title=self.card["names"][0]
+            )
+            images[f"forecast/{number}"] = plots.as_image(figure)
+        return Media(images=images)
+
+    def _roll(self, model: Model, batch: Batch, horizon: int) -> Forecast:
+        config = self.config
+        return roll(model, batch, horizon, levels=config.levels, mode=config.roll, samples=config.samples)
+
+    # -- a user's own table --------------------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module) -> None:
+        """The model that `forecast` takes; a pipeline does this."""
+        assert isinstance(model, Model)
+        self._model = model
+
+    def prompt(self, obj: pd.DataFrame | Sequence[Panel], horizon: int = 1) -> Batch:
+        """A table, or series, as histories to forecast `horizon` steps from."""
+        panels = panels_of(obj, self._columns(), "the table").panels if isinstance(obj, pd.DataFrame) else obj
+        context, later = self.layout.context, self.layout.rolled(horizon)
+        windows = []
+        for panel in panels:
+            if self.layout.mixed and len(panel.names) != len(self.card["names"]):
+                raise TableError(
+                    f"this model takes {len(self.card['names'])} values a step together "
+                    f"({', '.join(self.card['names'])}); series {panel.id!r} has {len(panel.names)}: "
+                    f"{', '.join(panel.names)}"
+                )
+            steps = len(panel.values)
+            known = self._known(panel, horizon)
+            missing = np.full((len(panel.names), horizon), np.nan, dtype=np.float32)
+            windows.append(
+                Window(
+                    cut(panel.values, steps - context, steps),
+                    missing,
+                    0,
+                    cut_known(known, steps - context, steps + later),
+                    np.zeros(len(panel.names)),
+                )
+            )
+        return prompt(windows, self.layout)
+
+    def ask(self, request: Request) -> Any:
+        raise ValueError("series are forecast from a table: give --csv FILE --horizon STEPS")
+
+    def artefact(self, inputs: Tensor) -> pd.DataFrame:
+        """Generated tokens (N, C + K m, P) of one row -> their values, one column a channel."""
+        channels = len(self.card["names"]) if self.layout.mixed else 1
+        values = inputs[:, :channels].transpose(0, 1).flatten(1)
+        names = self.card["names"] if self.layout.mixed else ["value"]
+        return pd.DataFrame(values.T.numpy(), columns=names)
+
+    def forecast(
+        self, frame: pd.DataFrame, horizon: int, *, columns: Columns | None = None, model: nn.Module | None = None
+    ) -> pd.DataFrame:
+        """The `horizon` steps after a table's end, one row for each series, target and step: id (in a long table),
+        target, time, mean, and a column for each quantile, named by its level.
+
+        columns  what stands where in the table; None: as in the training data, or as can be found
+        model    None: that of the pipeline the task came with
+        Raises TableError, ValueError.
+        """
+        return self._forecast(frame, horizon, columns, model)[0]
+
+    def _forecast(
+        self, frame: pd.DataFrame, horizon: int, columns: Columns | None, model: nn.Module | None
+    ) -> tuple[pd.DataFrame, list[Panel]]:
+        model = model or self._model
+        if not isinstance(model, Model):
+            raise ValueError("a task alone cannot forecast: pass model=, or take the task of zoo.pipeline(…)")
+        if horizon < 1:
+            raise ValueError(f"horizon = {horizon}; it takes 1 or more steps")
+        read = panels_of(frame, columns or self._columns(), "the table")
+        device = next(model.parameters()).device
+        tables = []
+        each = max(1, ROWS // max(len(panel.names) for panel in read.panels))
+        for begin in range(0, len(read.panels), each):
+            panels = read.panels[begin : begin + each]
+            forecast = self._roll(model, self.prompt(panels, horizon).to(device), horizon)
+            row = 0
+            for panel in panels:
+                assert panel.times is not None
+                times = pd.date_range(panel.times[-1], periods=horizon + 1, freq=read.offset)[-horizon:]
+                for channel, name in enumerate(panel.names):
+                    place = (row, channel) if self.layout.mixed else (row + channel, 0)
+                    point, quantiles = _one(forecast, *place)
+                    table = pd.DataFrame({"id": panel.id, "target": name, "time": times, "mean": point})
+                    if quantiles is not None:
+                        for level, values in zip(forecast.levels, quantiles.T, strict=True):
+                            table[f"{level:g}"] = values
+                    tables.append(table)
+                row += 1 if self.layout.mixed else len(panel.names)
+        whole = pd.concat(tables, ignore_index=True)
+        return (whole if any(panel.id for panel in read.panels) else whole.drop(columns="id")), read.panels
+
+    def forecast_file(
+        self,
+        path: Path,
+        horizon: int,
+        *,
+        columns: dict[str, Any],
+        out: Path | None = None,
+        plot: Path | None = None,
+    ) -> pd.DataFrame:
+        """`forecast` of a .csv or .parquet file, written to `out` (either, too); its first series drawn to `plot`."""
+        if out is not None and out.suffix.lower() not in (".csv", ".parquet"):
+            raise ValueError(f"a forecast cannot be written as {out.name!r}; accepted endings: .csv, .parquet")
+        named = replace(self._columns(), **{name: value for name, value in columns.items() if value})
+        table, panels = self._forecast(read_frame(path), horizon, named, None)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            table.to_csv(out, index=False) if out.suffix.lower() == ".csv" else table.to_parquet(out)
+        if plot is not None:
+            panel, first = panels[0], table.iloc[:horizon]
+            assert panel.times is not None
+            levels = [level for level in self.config.levels if f"{level:g}" in first]
+            quantiles = first[[f"{level:g}" for level in levels]].to_numpy() if levels else None
+            times = panel.times.append(pd.DatetimeIndex(first["time"]))
+            title = " ".join(filter(None, (panel.id, panel.names[0])))
+            figure = plots.draw(
+                panel.values[:, 0], first["mean"].to_numpy(), quantiles, levels, times=times, title=title
+            )
+            plots.save(figure, plot)
+        return table
+
+    def _columns(self) -> Columns:
+        """Those of the training table, where that was a user's."""
+        given = getattr(self.source, "config", None)
+        if isinstance(given, Columns):
+            return Columns(given.time, given.id, given.targets, given.known, given.frequency)
+        return Columns()
+
+
+def _one(forecast: Forecast, row: int, channel: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Point (H,) and quantiles (H, Q) of one series."""
+    point = forecast.mean[row, channel].float().cpu().numpy()
+    if forecast.quantiles is None:
+        return point, None
+    return point, forecast.quantiles[row, channel].float().cpu().numpy()

@@ -1,0 +1,106 @@
+"""Measurements against brute force; what speed measures; tables and their spread."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from zoo import config, registry
+from zoo.data import SourceStream, StridedWindows, Windows
+from zoo.evaluate import speed
+from zoo.evaluate.measure import ByPosition, Longest, elements, octaves, tokens_seen
+from zoo.evaluate.report import figure, section_tables, table
+from zoo.evaluate.summary import best_rates, lines, series
+from zoo.model import Batch
+from zoo.task import run_metrics
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    size = registry.models.get("text_gatedfwa_1m")()
+    small = {"backbone": {"width": 32, "depth": 1, "heads": 2, "mixer": {"window": 8}}, "head": {"vocabulary": 11}}
+    return config.build(type(size), size, small).build().eval()
+
+
+def test_octaves():
+    assert octaves(100) == [(0, 16), (16, 32), (32, 64), (64, 100)]
+    assert octaves(16) == [(0, 16)]
+    assert octaves(5) == [(0, 5)]
+
+
+@torch.no_grad()
+def test_loss_by_position_is_that_of_its_tokens(model):
+    tokens = np.random.default_rng(0).integers(0, 11, 201)
+    by_place, longest = ByPosition(), Longest()
+    stream = SourceStream(StridedWindows(tokens, 40), batch_size=2, endless=False)
+    with longest.watching(model):
+        run_metrics(model, {"p": by_place, "l": longest}, stream)
+    found = by_place.losses()
+    assert list(found) == [0, 16, 32]
+    rows = torch.from_numpy(tokens[:200]).view(5, 40)
+    h, _ = model.backbone(model.head.embed(rows, Batch(None).ctx)[0], Batch(None).ctx)
+    wanted = torch.from_numpy(tokens[1:]).view(5, 40)
+    losses = F.cross_entropy((h @ model.head.out_weight.T).flatten(0, 1), wanted.flatten(), reduction="none").view(
+        5, 40
+    )
+    for begin, end in ((0, 16), (16, 32), (32, 40)):
+        assert found[begin] == pytest.approx(losses[:, begin:end].mean().item(), rel=1e-5)
+    assert longest.tokens == 40
+    assert not model.backbone._forward_pre_hooks
+
+
+def test_loss_by_position_refuses_a_head_that_it_does_not_understand(model):
+    with pytest.raises(ValueError, match="leave it out here"):
+        ByPosition().update(torch.nn.Linear(1, 1), Batch(None))
+
+
+def test_tokens_seen():
+    windows = SourceStream(Windows(np.arange(300) % 7, 20, seed=0), batch_size=3)
+    assert tokens_seen(windows, [2, 5]) == {2: 120, 5: 300}
+    uneven = [Batch(torch.zeros(2, n, dtype=torch.int64), torch.zeros(2, n)) for n in (4, 6, 8)]
+    assert tokens_seen(uneven, [1, 3]) == {1: 8, 3: 36}
+    assert elements(Batch({"codes": torch.zeros(3, 5, 2)}, {"a": torch.zeros(3, 5)})) == 15
+
+
+def test_a_decoding_step_for_speed_goes_on_from_the_state(model):
+    """What is timed is the real thing: each call moves every row one token on."""
+    from zoo.config import build, recipe_layers
+    from zoo.train import Recipe
+
+    recipe = build(Recipe, *recipe_layers("text/smoke"))
+    batch = Batch(torch.randint(11, (1, 20)))
+    cache = speed.filled(model, batch, 20, 3, recipe, torch.device("cpu"))
+    assert cache["position"].tolist() == [20, 20, 20]
+    seconds = speed.decode_seconds(model, batch, 20, 3, recipe, torch.device("cpu"))
+    assert 0 < seconds < 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def row(model, lr, seed, value, name="accuracy", measurement="scores", **more):
+    identity = {"suite": "s", "experiment": "e", "section": "e", "title": "", "model": model, "arm": "", "lr": lr}
+    return {**identity, "seed": seed, "measurement": measurement, "name": name, "at": {}, "value": value, **more}
+
+
+def test_the_best_rate_by_the_mean_of_its_seeds():
+    rows = [row("a", 0.1, 0, 0.9), row("a", 0.1, 1, 0.1), row("a", 0.2, 0, 0.6), row("a", 0.2, 1, 0.6)]
+    rows += [row("b", 0.1, 0, 2.0, name="loss"), row("b", 0.2, 0, 1.0, name="loss")]
+    assert best_rates(rows) == {("a", ""): 0.2, ("b", ""): 0.2}
+    a, b = lines(rows)
+    assert (a.rate, a.values["accuracy"].mean, a.values["accuracy"].seeds) == (0.2, 0.6, 2)
+    assert b.values["loss"].mean == 1.0
+    curve = [row("a", lr, 0, lr, name="valid/loss", measurement="curve", at={"tokens": 5}) for lr in (0.1, 0.2)]
+    (points,) = series([*rows, *curve], "curve", "valid/loss", "tokens").values()
+    assert [(place, spread.mean) for place, spread in points] == [(5, 0.2)]
+
+
+def test_mean_and_sample_deviation_in_the_table():
+    rows = [row("a", 0.1, seed, value, parameters=1234567) for seed, value in enumerate((0.5, 0.6, 0.7))]
+    rows += [row("a", 0.1, seed, 5153.0, name="passages") for seed in range(3)]
+    text = section_tables(rows)
+    assert "| a | 1,234,567 | 3 | 0.6000 ± 0.1000 |" in text
+    assert "passages" not in text  # a count that is the same for all
+    assert table(["x", "y"], [["1", "2"]]) == "| x | y |\n| --- | ---: |\n| 1 | 2 |"
+    assert [figure(x) for x in (None, 7, 0.12345, 1234.5, 3.2e10)] == ["", "7", "0.1235", "1,234", "3.2e+10"]

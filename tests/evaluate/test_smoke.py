@@ -1,0 +1,74 @@
+"""The suite `smoke` as a person runs it: rows, table, page and plots; a row that is deleted comes back alone."""
+
+import json
+
+import pytest
+
+from zoo import cli
+from zoo.evaluate import report
+from zoo.evaluate.plots import drawn_digest, plan
+from zoo.evaluate.rows import read_rows
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smoke")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli.main(["evaluate", "smoke"]) == 0
+    return folder
+
+
+def test_every_measurement_leaves_rows_that_say_how_they_came_about(smoke):
+    rows = read_rows(smoke / "runs/results/smoke.jsonl")
+    assert {row["measurement"] for row in rows} == {"scores", "curve", "positions", "lengths", "speed"}
+    for row in rows:
+        carried = {"fingerprint", "commit", "seed", "data", "hardware", "command", "evaluated_with", "settings"}
+        assert carried <= row.keys(), row
+        assert isinstance(row["value"], float | int)
+    recall = [row for row in rows if row["experiment"] == "recall" and row["name"] == "accuracy"]
+    assert len(recall) == 2 * 2 * 2 * 2  # models, arms, rates, seeds
+    assert len({row["fingerprint"] for row in recall}) == 16
+    assert {row["state_bytes"] for row in recall if row["model"] == "recall_swa_d32"} == {1280, 4352}
+    sizes = {row["parameters"] for row in rows if row["experiment"] == "text" and row["measurement"] == "scores"}
+    assert max(sizes) < 1.01 * min(sizes)
+
+
+def test_the_page_and_the_plots_are_those_of_the_rows(smoke):
+    out = smoke / "runs/results"
+    rows = read_rows(out / "smoke.jsonl")
+    page = (smoke / "runs/results.md").read_text()
+    for plot in plan(rows):
+        assert drawn_digest(out / plot.file) == plot.digest, plot.file
+        assert f"(results/{plot.file})" in page
+    kinds = {plot.file.split(".")[-2] for plot in plan(rows)}
+    assert kinds == {"state", "tokens", "position", "length", "speed"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(smoke)
+        assert page == report.render({"smoke": rows}, type(out)("runs/results"))
+
+
+def test_a_deleted_row_comes_back_alone(smoke, monkeypatch):
+    monkeypatch.chdir(smoke)
+    path = smoke / "runs/results/smoke.jsonl"
+    lines = path.read_text().splitlines()
+    gone = next(i for i, line in enumerate(lines) if json.loads(line)["name"] == "accuracy_24x2")
+    path.write_text("".join(line + "\n" for i, line in enumerate(lines) if i != gone) + '{"half a li')
+
+    def trained(*_, **__):
+        raise AssertionError("the run is there; nothing is to be trained")
+
+    monkeypatch.setattr("zoo.evaluate.runner.train", trained)
+    monkeypatch.setattr("zoo.train.sweeps.Stack.train_step", trained)
+    measured = []
+    real = __import__("zoo.evaluate.runner", fromlist=["as_rows"]).as_rows
+    monkeypatch.setattr("zoo.evaluate.runner.as_rows", lambda *words: measured.append(words) or real(*words))
+    assert cli.main(["evaluate", "smoke"]) == 0
+    after = path.read_text().splitlines()
+    assert after[:-1] == lines[:gone] + lines[gone + 1 :]  # the others stay as they were, to the letter
+    old, new = json.loads(lines[gone]), json.loads(after[-1])
+    assert len(measured) == 1
+    assert new["value"] == pytest.approx(old["value"])
+    assert {**new, "value": 0, "command": ""} == {**old, "value": 0, "command": ""}
+    assert cli.main(["evaluate", "smoke"]) == 0
+    assert len(measured) == 1  # nothing is missing any more

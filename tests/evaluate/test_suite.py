@@ -1,0 +1,174 @@
+"""Suites: what they unfold into, crashes and going on, processes side by side, errors that name the field."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from zoo import cli, config
+from zoo.config import ConfigError
+from zoo.evaluate import find_suite, list_suites, run_suite, runner
+from zoo.evaluate.rows import is_complete, merge, read_rows
+from zoo.evaluate.suite import fitting_mlp, parameter_count, read_suite
+from zoo.train import Recipe, Replica
+
+
+def quiet(suite, tmp_path, **options):
+    return run_suite(suite, out=tmp_path / "out", work=tmp_path / "work", **options)
+
+
+@pytest.mark.parametrize("name", list_suites())
+def test_every_suite_unfolds_into_recipes_that_fit(name):
+    cells = find_suite(name).cells()
+    assert len({cell.name for cell in cells}) == len(cells)
+    for cell in cells:
+        recipe = config.build(Recipe, *config.recipe_layers(cell.settings.recipe, list(cell.words)))
+        assert recipe.model.name == cell.model
+        assert cell.settings.published.keys() <= {f"{c.model}/{c.arm}".rstrip("/") for c in cells}
+
+
+def test_every_registered_mixer_is_in_cross_domain_and_speed():
+    from zoo.registry import mixers
+
+    for suite in ("cross_domain", "speed"):
+        models = {cell.model for cell in find_suite(suite).cells()}
+        assert {f"text_{mixer}_8m" for mixer in mixers} <= models
+
+
+def test_recall_holds_the_published_calibration():
+    cells = {cell.arm: cell for cell in find_suite("recall").cells(["calibration/"])}
+    windows = {arm: cell.recipe.model.config.backbone.layers()[1].config.window for arm, cell in cells.items()}
+    assert windows == {"window-33": 33, "window-65": 65, "window-129": 129, "window-257": 257}  # Zoology's see one more
+    recipe = cells["window-33"].recipe
+    assert recipe.train.steps == 32 * 707
+    assert sum(-(-n // 256) for _, _, n in recipe.task.config.dataset.config.train) == 707
+
+
+def test_rows_table_and_published_values(suite, tmp_path):
+    done = quiet(suite, tmp_path)
+    assert done.failed == {}
+    assert len(done.ran) == done.cells == 2
+    rows = read_rows(done.rows)
+    curve = [row for row in rows if row["measurement"] == "curve" and row["name"] == "valid/loss"]
+    assert {(row["at"]["step"], row["at"]["tokens"]) for row in curve} == {(2, 2 * 64 * 16), (4, 4 * 64 * 16)}
+    assert "accuracy, published" in done.table
+    assert "± " in done.table
+    swa = [row for row in rows if row["model"] == "recall_swa_d32" and "published" in row]
+    assert {row["name"] for row in swa} == {"accuracy"}
+    again = quiet(suite, tmp_path)
+    assert again.ran == []
+    assert read_rows(done.rows) == rows
+
+
+def test_a_cell_that_fails_is_told_and_the_others_go_on(suite, tmp_path, monkeypatch):
+    real = runner.MEASURE["scores"]
+
+    def breaks(run, settings, device):
+        if "gatedfwa" in str(run):
+            raise RuntimeError("a broken measurement")
+        return real(run, settings, device)
+
+    monkeypatch.setitem(runner.MEASURE, "scores", breaks)
+    done = quiet(suite, tmp_path)
+    assert list(done.failed) == ["tiny/recall_gatedfwa_d32"]
+    assert "a broken measurement" in done.failed["tiny/recall_gatedfwa_d32"]
+    assert {row["model"] for row in read_rows(done.rows)} == {"recall_swa_d32"}
+    monkeypatch.setitem(runner.MEASURE, "scores", real)
+
+    def trained(*_, **__):
+        raise AssertionError("it was trained already")
+
+    monkeypatch.setattr("zoo.train.sweeps.Stack.train_step", trained)
+    done = quiet(suite, tmp_path)
+    assert done.failed == {}
+    assert done.ran == ["tiny/recall_gatedfwa_d32"]
+
+
+def test_a_changed_recipe_replaces_its_rows(suite, tmp_path):
+    quiet(suite, tmp_path, only=["swa"])
+    before = read_rows(tmp_path / "out/tiny.jsonl")
+    changed = quiet(suite, tmp_path / "other", only=["swa"], overrides=["train.optimizer.weight_decay=0.3"])
+    rows = read_rows(changed.rows)
+    assert {row["fingerprint"] for row in rows}.isdisjoint(row["fingerprint"] for row in before)
+    assert merge(before, rows) == rows
+
+
+@pytest.mark.slow
+def test_side_by_side_in_processes_gives_the_same_numbers(suite, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["zoo", "evaluate", "tiny"])
+    alone, together = quiet(suite, tmp_path / "a"), quiet(suite, tmp_path / "b", jobs=2)
+    assert together.failed == {}
+    values = [
+        {(row["model"], row["seed"], row["name"], json.dumps(row["at"])): row["value"] for row in read_rows(done.rows)}
+        for done in (alone, together)
+    ]
+    assert values[0] == pytest.approx(values[1])
+    assert {row["command"] for row in read_rows(together.rows)} == {"zoo evaluate tiny"}
+    assert (tmp_path / "b/work/tiny/tiny/recall_swa_d32/log.txt").read_text()
+
+
+def test_dry_run_says_what_is_missing(suite, tmp_path, capsys):
+    assert cli.main(["evaluate", suite, "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "tiny/recall_swa_d32: lr0.01-seed0 (scores, curve), lr0.01-seed1 (scores, curve)" in shown
+    assert "2 of 2 cells lack something" in shown
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("recipe: recall/smoke", "recipe: recall/smke"), "did you mean 'recall/smoke'"),
+        (("recipe: recall/smoke", "seedz: [1]"), "did you mean 'seeds'"),
+        (("[scores, curve]", "[scors]"), "did you mean 'scores'"),
+        (("[scores, curve]", "[speed]"), "`lengths` is empty"),
+        (("recall_swa_d32]", "recall_sw_d32]"), "no model fits 'recall_sw_d32'"),
+        (("train.steps=4", "train.stps=4"), "did you mean 'steps'"),
+        (("experiments:", "experimants:"), "unknown field 'experimants'"),
+    ],
+)
+def test_mistakes_in_a_suite_are_named(suite, tmp_path, change, words):
+    path = Path(suite)
+    path.write_text(path.read_text().replace(*change))
+    with pytest.raises(ConfigError, match=words):
+        quiet(suite, tmp_path)
+
+
+def test_other_mistakes_are_named(suite, tmp_path, capsys):
+    assert cli.main(["evaluate", "smok"]) == 2
+    assert "smok is no run folder and no suite" in (error := capsys.readouterr().err)
+    assert "smoke" in error
+    with pytest.raises(ConfigError, match="no cell of suite 'tiny' fits fox; there are: tiny/recall_gatedfwa_d32"):
+        quiet(suite, tmp_path, only=["fox"])
+    with pytest.raises(ConfigError, match="--jobs 1"):
+        run_suite("speed", out=tmp_path, jobs=2)
+
+
+def test_equal_parameters():
+    def recipe(model, *words):
+        return config.build(Recipe, *config.recipe_layers("text/demo", [f"model.name={model}", *words]))
+
+    wanted = recipe("text_softmax_1m")
+    for name in ("text_gatedfwa_1m", "text_nsa_1m", "text_baseconv_1m"):
+        width = fitting_mlp(recipe(name), wanted)
+        assert width % 8 == 0
+        fitted = recipe(name, f"model.backbone.mlp_width={width}")
+        assert parameter_count(fitted) == pytest.approx(parameter_count(wanted), rel=0.01)
+    with pytest.raises(ConfigError, match="cannot have the"):
+        fitting_mlp(recipe("text_gatedfwa_1m"), recipe("text_softmax_1m", "model.backbone.width=8"))
+
+
+def test_completeness_is_seen_from_the_rows():
+    row = {"experiment": "e", "model": "m", "arm": "", "lr": 0.1, "seed": 0, "measurement": "scores"}
+    row |= {"at": {}, "settings": "x", "of": 2}
+    rows = [{**row, "name": "a"}, {**row, "name": "b"}]
+    group = ("e", "m", "", 0.1, 0, "scores")
+    assert is_complete(rows, group, "x")
+    assert not is_complete(rows[:1], group, "x")
+    assert not is_complete([rows[0], rows[0]], group, "x")
+    assert not is_complete(rows, group, "y")
+
+
+def test_a_suite_may_be_a_file_and_keeps_its_name(suite):
+    assert read_suite(Path(suite)).name == find_suite(suite).name == "tiny"
+    assert [r.name for r in find_suite(suite).cells()[0].replicas()] == [Replica(0.01, s).name for s in (0, 1)]

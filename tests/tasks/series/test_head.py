@@ -1,0 +1,283 @@
+"""Heads of patches and of value tokens: what they may see, what they remember, and what they predict."""
+
+import numpy as np
+import pytest
+import torch
+
+from tasks.series.normalise import statistics
+from tasks.series.outputs import outputs, pinball, quantiles_of
+from tasks.series.rolling import roll
+from zoo.config import build
+from zoo.generation import Sampling, generate
+from zoo.model import Batch, Context, Model, ModelConfig
+from zoo.state import index
+
+LEVELS = [0.1, 0.3, 0.5, 0.7, 0.9]
+
+
+def make(head=None, mixer="gatedfwa", **backbone) -> Model:
+    node = {"name": mixer} | ({} if mixer == "softmax" else {"window": 4})
+    head = {"name": "series", "patch": 4, "predict": 8, "prefix": 3, **(head or {})}
+    model = build(
+        ModelConfig, {"backbone": {"width": 32, "depth": 2, "heads": 2, "mixer": node, **backbone}, "head": head}
+    ).build()
+    if getattr(model.head, "highway", None) is not None:
+        torch.nn.init.normal_(model.head.highway.weight, std=0.1)
+    return model.eval()
+
+
+def rows(tokens=6, channels=1, patch=4, batch=3):
+    x = torch.randn(batch, tokens * patch, channels).cumsum(1) * 3 + 50
+    return x.unflatten(1, (tokens, patch)).transpose(2, 3).contiguous()
+
+
+def batch_of(values, predict=8):
+    """A training batch of rows (B, T + m, C, P), the last m patches being targets alone."""
+    patch, blocks = values.shape[-1], predict // values.shape[-1]
+    steps = values.transpose(1, 2).flatten(2)
+    tokens = values.shape[1] - blocks
+    targets = steps[..., patch:].unfold(-1, predict, patch)[:, :, :tokens].transpose(1, 2)
+    return Batch(values[:, :tokens], targets)
+
+
+HEADS = {
+    "prefix": {"highway": 8, "hidden": 16},
+    "running": {"statistics": "running", "highway": 8},
+    "student_t": {"output": {"name": "student_t", "components": 2}},
+    "point": {"output": {"name": "point", "error": "huber"}, "units": "data"},
+    "mixed": {"channels": 3, "highway": 8},
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_changed_future_changes_no_prediction(head):
+    """Alter what comes after a position: hidden states and parameters up to it, from the prefix on, stay."""
+    model = make(HEADS[head])
+    values = rows(tokens=7, channels=HEADS[head].get("channels", 1))
+    for last in range(3 - 1, 6):
+        other = values.clone()
+        other[:, last + 1 :] = other[:, last + 1 :] * -7 + 1000
+        found = []
+        for x in (values, other):
+            h, _ = model.head.embed(x, Context())
+            h, _ = model.backbone(h, Context())
+            location, scale = statistics(x, model.head.config.statistics, 3)
+            at = slice(0, 1) if model.head.config.statistics == "prefix" else slice(last, last + 1)
+            line = model.head._line(model.head._past(x)[:, last : last + 1], location[:, at], scale[:, at])
+            found.append(model.head._params(h[:, last : last + 1], line))
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)  # rounding; a leak would be of order 1
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_training_and_forecasting_see_the_same(head):
+    """The prediction at the end of a history is the one that the loss is taken of, prefilled in chunks or not."""
+    model = make(HEADS[head])
+    values = rows(tokens=3, channels=HEADS[head].get("channels", 1))
+    batch = Batch(values)
+    h, _ = model.head.embed(values, Context())
+    h, _ = model.backbone(h, Context())
+    location, scale = statistics(values, model.head.config.statistics, 3)
+    line = model.head._line(model.head._past(values)[:, 2:3], location[:, -1:], scale[:, -1:])
+    trained = model.head._params(h[:, 2:], line)[:, 0]
+    mean, quantiles = model.head.summary(trained, model.head.init_state(values), LEVELS)
+    rolled = roll(model, batch, 8, levels=LEVELS)
+    torch.testing.assert_close(rolled.mean, mean, rtol=1e-4, atol=1e-3)
+    if quantiles is not None:
+        torch.testing.assert_close(rolled.quantiles, quantiles, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("mixer", ["gatedfwa", "swa", "softmax"])
+def test_a_roll_on_the_state_is_a_roll_over_the_whole(mixer):
+    """Feeding back on the state = running the grown history, with the first history's statistics, from its start."""
+    model = make({"highway": 8, "output": {"name": "point"}}, mixer)
+    values = rows(tokens=3)
+    found = roll(model, Batch(values), 24, levels=LEVELS, mode="point").mean
+    grown, expected = values, []
+    for _ in range(3):
+        h, _ = model.head.embed(grown, Context())  # statistics of the prefix, which is the history
+        h, _ = model.backbone(h, Context())
+        location, scale = statistics(grown, "prefix", 3)
+        params = model.head._params(h[:, -1:], model.head._line(model.head._past(grown)[:, -1:], location, scale))
+        step = params[:, 0, ..., 0] * scale[:, 0, :, None] + location[:, 0, :, None]
+        expected.append(step)
+        grown = torch.cat((grown, step.unflatten(-1, (2, 4)).transpose(1, 2)), dim=1)
+    torch.testing.assert_close(found, torch.cat(expected, dim=-1), rtol=1e-4, atol=1e-3)
+
+
+def test_a_longer_roll_begins_with_the_shorter():
+    model = make({"highway": 8})
+    batch = Batch(rows(tokens=3))
+    long, short = (roll(model, batch, horizon, levels=LEVELS) for horizon in (30, 13))
+    assert long.quantiles.shape == (3, 1, 30, 5)
+    torch.testing.assert_close(long.quantiles[:, :, :13], short.quantiles)
+    assert (long.quantiles.diff(dim=-1) >= 0).all()
+
+
+@pytest.mark.parametrize("mode", ["quantiles", "samples", "point"])
+def test_forecasts_move_and_stretch_with_the_data(mode):
+    """f(a x + b) = a f(x) + b for instance normalisation, whatever the mode."""
+    model = make({"highway": 8})
+    x = rows(tokens=3).double().float()
+    plain, moved = (roll(model, Batch(v), 16, levels=LEVELS, mode=mode, samples=8) for v in (x, 40 * x - 300))
+    torch.testing.assert_close(moved.quantiles, 40 * plain.quantiles - 300, rtol=2e-3, atol=0.5)
+
+
+def test_missing_values_are_neither_seen_nor_scored():
+    model = make({"highway": 8})
+    values = rows(tokens=5)
+    values[:, 1, :, 2:] = torch.nan
+    values[0] = torch.nan  # a row with nothing in it
+    batch = batch_of(values)
+    batch.targets[1, -1, :, :3] = torch.nan
+    output = model(batch)
+    assert torch.isfinite(output.loss_sum)
+    assert output.count == (~batch.targets[:, 2:].isnan()).sum()
+    assert torch.isfinite(roll(model, Batch(values[:, :3]), 20, levels=LEVELS).quantiles).all()
+
+
+def test_a_missing_value_is_not_a_zero():
+    model = make()
+    values = rows(tokens=3)
+    gap, mean = values.clone(), values.clone()
+    gap[:, 1, :, 1] = torch.nan
+    location, _ = statistics(gap, "prefix", 3)
+    mean[:, 1, :, 1] = location[:, 0]
+    a, b = (roll(model, Batch(x), 8, levels=LEVELS).mean for x in (gap, mean))
+    assert (a - b).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("over", ["prefix", "running"])
+def test_statistics_are_those_of_numpy(over):
+    values = rows(tokens=5, channels=2) + 1e5
+    values[1, 0, 0, 2:] = torch.nan
+    location, scale = statistics(values, over, 4)
+    for tokens in [4] if over == "prefix" else range(1, 6):
+        seen = values[:, :tokens].movedim(2, 1).flatten(2).double().numpy()
+        at = 0 if over == "prefix" else tokens - 1
+        np.testing.assert_allclose(location[:, at], np.nanmean(seen, axis=-1), rtol=1e-6)
+        np.testing.assert_allclose(scale[:, at], np.nanstd(seen, axis=-1), rtol=1e-4)
+
+
+def test_a_constant_or_missing_past_has_the_scale_one():
+    flat = torch.full((1, 3, 2, 4), 7.25)
+    flat[:, :, 1] = torch.nan
+    location, scale = statistics(flat, "prefix", 3)
+    assert location.tolist() == [[[7.25, 0.0]]]
+    assert scale.tolist() == [[[1.0, 1.0]]]
+
+
+def test_generate_and_state_rows():
+    """The library's own step loop samples from the head, and its state can be reordered."""
+    model = make({"highway": 8})
+    values = rows(tokens=3)
+    drawn = generate(model, values, max_new=2, sampling=Sampling(temperature=0), seed=0)
+    assert drawn.shape == (3, 4, 1, 4)  # two predictions of two patches
+    expected = roll(model, Batch(values), 16, levels=LEVELS, mode="point").mean
+    torch.testing.assert_close(drawn.transpose(1, 2).flatten(2), expected, rtol=1e-4, atol=1e-3)
+    state = index(model.head.init_state(values), torch.tensor([2, 0]))
+    assert state["location"].shape[0] == 2
+
+
+def test_known_covariates_reach_the_prediction():
+    model = make({"known": 1})
+    inputs = torch.cat((rows(tokens=3), torch.zeros(3, 3, 2, 4)), dim=2)
+    later = torch.zeros(3, 4, 1, 4)
+    forecasts = []
+    for touched in (None, "now", "later"):
+        x, known = inputs.clone(), later.clone()
+        if touched == "now":
+            x[:, -1, 1:] = 5
+        if touched == "later":
+            known[:, 2:] = 5
+        forecasts.append(roll(model, Batch(x, condition={"known": known}), 16, levels=LEVELS, mode="point").mean)
+    plain, now, soon = forecasts
+    assert (plain - now).abs()[..., :8].max() > 1e-3
+    assert torch.equal(plain[..., :8], soon[..., :8])
+    assert (plain - soon).abs()[..., 8:].max() > 1e-3
+    with pytest.raises(ValueError, match="trained with 1 known covariates"):
+        roll(model, Batch(inputs), 16, levels=LEVELS)
+
+
+# -- outputs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["quantiles", "student_t"])
+def test_an_output_learns_its_distribution(name):
+    """Fitted to draws of a skewed mixture, the quantiles are those of the draws."""
+    output = outputs.get(name)(outputs.get(name).Config())
+    data = torch.cat((torch.randn(3000) * 0.5 - 1, torch.randn(1000) * 1.5 + 3))
+    params = (0.1 * torch.randn(output.size)).requires_grad_()
+    optimizer = torch.optim.Adam([params], lr=0.05)
+    for _ in range(400):
+        optimizer.zero_grad()
+        output.loss(params.expand(len(data), -1), data, torch.ones(1)).mean().backward()
+        optimizer.step()
+    levels = [0.1, 0.5, 0.9]
+    fitted = output.quantiles(params.detach(), levels)
+    expected = data.quantile(torch.tensor(levels))
+    torch.testing.assert_close(fitted, expected, rtol=0.1, atol=0.3)
+    draws = output.draw(params.detach().expand(4000, -1), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(draws.median(), expected[1], rtol=0.1, atol=0.3)
+
+
+def test_student_t_is_torchs():
+    output = outputs.get("student_t")(outputs.get("student_t").Config(components=1))
+    params, target = torch.randn(7, 4), torch.randn(7)
+    _, location, spread, freedom = output._parts(params)
+    reference = torch.distributions.StudentT(freedom[:, 0], location[:, 0], spread[:, 0])
+    torch.testing.assert_close(output.loss(params, target, torch.ones(7)), -reference.log_prob(target))
+
+
+def test_pinball_and_quantiles():
+    loss = pinball(torch.tensor([[1.0, 2.0]]), torch.tensor([3.0]), torch.tensor([0.1, 0.5]))
+    torch.testing.assert_close(loss, torch.tensor([[0.4, 1.0]]))
+    x = torch.randn(3, 11)
+    torch.testing.assert_close(quantiles_of(x, LEVELS), x.quantile(torch.tensor(LEVELS), dim=-1).T)
+
+
+# -- value tokens -----------------------------------------------------------------------------------------------------
+
+
+def token_model(**head) -> Model:
+    return make({"name": "series_tokens", "patch": 1, "predict": 1, "prefix": 8, "bins": 64, **head})
+
+
+def test_bins_come_back_within_half_a_width():
+    head = token_model().head
+    x = torch.linspace(-14.9, 14.9, 101)
+    middles = head.middles("cpu")[head.bins(x)]
+    assert (middles - x).abs().max() <= 15 / 64 + 1e-6
+    assert head.bins(torch.tensor([torch.nan, -99.0, 99.0])).tolist() == [64, 0, 63]
+
+
+def test_value_tokens_do_not_look_ahead_and_roll():
+    model = token_model()
+    values = rows(tokens=12, patch=1)
+    other = values.clone()
+    other[:, 9:] *= 3
+    h, g = (model.backbone(model.head.embed(x, Context())[0], Context())[0] for x in (values, other))
+    torch.testing.assert_close(h[:, :9], g[:, :9])
+    assert torch.isfinite(model(batch_of(values, predict=1)).loss_sum)
+    found = roll(model, Batch(values), 5, levels=LEVELS, mode="samples", samples=6)
+    assert found.quantiles.shape == (3, 1, 5, 5)
+    assert torch.isfinite(found.mean).all()
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ({"predict": 6}, r"head.predict = 6 is not a multiple of head.patch = 4"),
+        ({"prefix": 0}, r"head.prefix = 0"),
+        ({"dropout": 1.0}, r"head.dropout = 1.0"),
+        ({"name": "series_tokens"}, r"patch = 4, but head series_tokens makes a token of every value"),
+        ({"output": {"name": "quantiles", "levels": [0.5, 0.1]}}, r"levels = \[0.5, 0.1\]"),
+    ],
+)
+def test_wrong_heads_are_named(head, message):
+    with pytest.raises(ValueError, match=message):
+        make(head)
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match=r"inputs have shape \(3, 3, 2, 4\); this model takes \(rows, patches, 1, 4\)"):
+        make()(Batch(rows(tokens=3, channels=2)))

@@ -1,0 +1,93 @@
+"""The published protocol: how many windows there are, what they are scaled by, and what a seasonal naive forecast makes
+of them. The constants were computed from the files by a few lines of NumPy, which test_naive_by_hand repeats."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tasks.series import baselines
+from tasks.series.data import scaler
+from tasks.series.task import SeriesTask
+from zoo.config import build
+from zoo.registry import datasets
+
+WINDOWS = {
+    "series/etth1": {96: 2785, 192: 2689, 336: 2545, 720: 2161},
+    "series/ettm1": {96: 11425, 192: 11329, 336: 11185, 720: 10801},
+}
+
+
+def make(name, **fields) -> SeriesTask:
+    return SeriesTask(build(SeriesTask.Config, {"dataset": {"name": name}, **fields}))
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_every_test_window_is_counted(data_root, name):
+    task = make(name)
+    for horizon, count in WINDOWS[name].items():
+        alone = make(name, horizons=[horizon])
+        alone._prepared = task._prepared  # read once
+        assert len(alone.windows("test")) == count
+    # one pass over all horizons scores the same windows, the last batch and the last window among them
+    windows = task.windows("test")
+    fits = np.array([min(windows.horizon, windows.parts[part].end - origin) for part, origin in windows.places])
+    assert {h: int((fits >= h).sum()) for h in WINDOWS[name]} == WINDOWS[name]
+    sizes = (
+        [len(batch.targets) // 7 for batch in task.stream("test", batch_size=1000)] if name == "series/etth1" else []
+    )
+    assert sum(sizes) in (0, 2785)
+
+
+def test_the_scaler_is_that_of_the_training_part(data_root):
+    mean, deviation = scaler(datasets.get("series/etth1")(None).parts("train"))
+    np.testing.assert_allclose(mean, [7.937742, 2.021039, 5.079771, 0.746186, 2.781762, 0.788453, 17.128262], atol=1e-6)
+    np.testing.assert_allclose(
+        deviation, [5.812749, 2.090105, 5.518794, 1.926379, 1.023523, 0.630237, 9.176491], atol=1e-6
+    )
+
+
+def naive(task: SeriesTask, horizons, season):
+    forecasts = {"naive": baselines.seasonal_naive(max(horizons), season)}
+    return baselines.errors_of(forecasts, task.windows("test"), horizons, task.config.levels)
+
+
+def test_seasonal_naive_of_etth1(data_root):
+    found = naive(make("series/etth1"), [96, 192, 336, 720], 24)
+    assert [round(found[f"naive/mse_{h}"], 4) for h in (96, 192, 336, 720)] == [0.5122, 0.5808, 0.6499, 0.6554]
+    assert round(found["naive/mae_96"], 4) == 0.4333
+
+
+def test_naive_by_hand(data_root):
+    """The same number from the file, with nothing of ours in between."""
+    table = pd.read_csv(data_root / "ett/ETTh1.csv").drop(columns="date").to_numpy()
+    train = table[: 12 * 30 * 24]
+    scaled = (table - train.mean(0)) / train.std(0)
+    begin, end, horizon = 16 * 30 * 24, 20 * 30 * 24, 96
+    errors = [
+        np.mean((scaled[t : t + horizon] - np.tile(scaled[t - 24 : t], (4, 1))) ** 2)
+        for t in range(begin, end - horizon + 1)
+    ]
+    assert len(errors) == 2785
+    assert round(float(np.mean(errors)), 4) == 0.5122
+
+
+def test_m4_is_scored_as_in_the_competition(data_root):
+    """MASE 1.193 is the competition's figure for its seasonal naive forecast on the hourly series."""
+    found = naive(make("series/m4_hourly", patch=24, predict=48, context=504, horizons=[48]), [48], 24)
+    assert round(found["naive/mase_48"], 3) == 1.193
+
+
+def test_splits_of_m4_hold_out_the_end_of_training(data_root):
+    held = datasets.get("series/m4_hourly")
+    last = held(held.Config(hold_out=True)), held(held.Config(hold_out=False))
+    for source, end in zip(last, (-96, -48), strict=True):
+        train, valid, test = (source.parts(split)[0] for split in ("train", "valid", "test"))
+        steps = len(train.panel.values)
+        assert (train.end, valid.begin, valid.end) == (steps + end, steps - 96, steps - 48)
+        assert (test.begin, test.end) == (steps - 48, steps)
+    assert len(last[0].parts("test")) == 414
+
+
+def test_an_unknown_split_is_named(data_root):
+    with pytest.raises(ValueError, match="split 'dev' of series/etth1 does not exist; accepted: train, valid, test"):
+        make("series/etth1").windows("dev")

@@ -1,0 +1,148 @@
+"""Users' tables: what is repaired and said, and what is refused by column and row."""
+
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tasks.series.tables import Columns, Table, TableError, panels_of, read_frame, season_of
+
+
+def frame(steps=60, freq="h", **extra):
+    times = pd.date_range("2024-01-01", periods=steps, freq=freq)
+    return pd.DataFrame({"date": times, "load": np.sin(np.arange(steps)), **extra})
+
+
+def test_a_wide_table():
+    read = panels_of(frame(wind=np.arange(60.0)), Columns())
+    assert [p.names for p in read.panels] == [("load", "wind")]
+    assert read.panels[0].values.shape == (60, 2)
+    assert (read.offset.freqstr, season_of(read.offset), read.notes) == ("h", 24, [])
+
+
+def test_a_long_table_of_unequal_series():
+    long = pd.concat([frame(40).assign(site="a"), frame(25).assign(site="b")]).sample(frac=1, random_state=0)
+    read = panels_of(long, Columns(id="site", targets=["load"]))
+    assert sorted((p.id, len(p.values)) for p in read.panels) == [("a", 40), ("b", 25)]
+    assert all("sorted" in note for note in read.notes)
+    for panel in read.panels:
+        np.testing.assert_allclose(panel.values[:, 0], np.sin(np.arange(len(panel.values))))
+
+
+def test_unsorted_doubled_and_missing_rows_are_repaired_and_said(caplog):
+    table = frame()
+    table = pd.concat([table.iloc[[3]], table.iloc[:20], table.iloc[23:]])
+    with caplog.at_level(logging.WARNING):
+        read = panels_of(table, Columns(), "t.csv")
+    assert len(read.panels[0].values) == 60
+    assert np.isnan(read.panels[0].values[20:23]).all()
+    text = caplog.text
+    assert "t.csv: rows are not in the order of 'date' (first at row 2): sorted" in text
+    assert "1 rows stand twice (first: row 5): dropped" in text
+    assert "3 of 60 steps are missing (first: 2024-01-01 20:00:00): left empty" in text
+
+
+def spoil(column, row, value):
+    table = frame().astype(object)
+    table.loc[row, column] = value
+    return table
+
+
+REFUSED = {
+    "text": (spoil("load", 6, "n/k"), {}, r"column 'load', row 7: 'n/k' is no number"),
+    "infinite": (spoil("load", 6, np.inf), {}, r"column 'load', row 7 is infinite"),
+    "no time": (spoil("date", 2, "soon"), {}, r"column 'date', row 3: 'soon' is no time stamp"),
+    "all missing": (frame().assign(load=np.nan), {}, r"column 'load' has no value in any of its 60 rows"),
+    "two values": (
+        pd.concat([frame(), frame().iloc[[5]].assign(load=9.0)]),
+        {},
+        r"row 61 has the time 2024-01-01 05:00:00 of row 6, and another value in column 'load'; is this a long table",
+    ),
+    "no such column": (frame(), {"targets": ["laod"]}, r"no column 'laod'; did you mean 'load'\?"),
+    "unnamed time": (frame().rename(columns={"date": "when"}).astype({"when": str}), {}, r"no column is named time"),
+    "numbers as time": (frame().assign(date=range(60)), {}, r"column 'date' holds numbers"),
+    "unknown frequency": (frame(), {"frequency": "hourly-ish"}, r"frequency 'hourly-ish' is unknown; it takes one of"),
+    "wrong frequency": (frame(), {"frequency": "D"}, r"2024-01-01 01:00:00 does not fit a frequency of D"),
+    "no frequency": (
+        frame().assign(date=pd.Timestamp("2024-01-01") + pd.to_timedelta(np.arange(60) ** 2, unit="h")),
+        {},
+        r"has no frequency",
+    ),
+    "off the grid": (
+        frame().assign(date=lambda t: t["date"].where(t.index != 30, t["date"] + pd.Timedelta("7min"))),
+        {},
+        r"2024-01-02 06:07:00 does not fit a frequency of h",
+    ),
+    "too short": (frame(2), {}, r"has 2 time steps, too few to tell their frequency"),
+    "empty": (frame(0), {}, r"has no rows"),
+    "no target": (frame()[["date"]], {}, r"no column to forecast beside 'date'"),
+    "covariate with a gap": (
+        frame(hot=[1.0] * 30 + [np.nan] + [1.0] * 29),
+        {"known": ["hot"]},
+        r"covariate 'hot' is missing at 2024-01-02 06:00:00",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_repaired_names_column_and_row(case):
+    table, columns, message = REFUSED[case]
+    with pytest.raises(TableError, match=message):
+        panels_of(table, Columns(**columns))
+
+
+def test_a_constant_column_is_said():
+    read = panels_of(frame().assign(load=3.5), Columns())
+    assert read.notes == ["the table: column 'load' is constant at 3.5"]
+
+
+def test_zones_are_taken_to_utc():
+    """An hour that stands twice when clocks are set back is two hours."""
+    times = pd.date_range("2024-10-26", periods=60, freq="h", tz="Europe/Berlin")
+    read = panels_of(pd.DataFrame({"date": times, "load": np.arange(60.0)}), Columns())
+    assert len(read.panels[0].values) == 60
+    assert not read.notes
+
+
+@pytest.mark.parametrize(
+    ("freq", "season"), [("15min", 96), ("h", 24), ("D", 7), ("W", 52), ("MS", 12), ("QS", 4), ("YS", 1), ("B", 5)]
+)
+def test_frequencies_are_found(freq, season):
+    read = panels_of(frame(40, freq=freq), Columns())
+    assert season_of(read.offset) == season
+
+
+def test_rows_to_come_hold_covariates_alone():
+    table = frame(60, hot=np.arange(60.0))
+    table.loc[48:, "load"] = np.nan
+    panel = panels_of(table, Columns(known=["hot"])).panels[0]
+    assert panel.values.shape == (48, 1)
+    assert panel.known.shape == (60, 1)
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_files_as_data_sets(tmp_path, ending):
+    path = tmp_path / f"mine.{ending}"
+    frame(100).to_csv(path, index=False) if ending == "csv" else frame(100).to_parquet(path)
+    source = Table(Table.Config(path=str(path)))
+    ends = [(part.begin, part.end) for split in ("train", "valid", "test") for part in source.parts(split)]
+    assert ends == [(0, 80), (80, 90), (90, 100)]
+    assert source.season == 24
+    assert source.provenance()["frequency"] == "h"
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_frame(tmp_path / "nowhere.csv")
+    (tmp_path / "a.xls").write_text("x")
+    with pytest.raises(TableError, match=r"accepted endings: .csv, .parquet"):
+        read_frame(tmp_path / "a.xls")
+    (tmp_path / "b.csv").write_text("")
+    with pytest.raises(TableError, match="cannot be read"):
+        read_frame(tmp_path / "b.csv")
+    with pytest.raises(ValueError, match="share = 0.5"):
+        Table.Config(path="x", share=0.5)
+    frame(6).to_csv(tmp_path / "short.csv", index=False)
+    with pytest.raises(TableError, match="has 6 steps, of which task.dataset.share = 0.1 is none"):
+        Table(Table.Config(path=str(tmp_path / "short.csv"))).parts("test")

@@ -1,0 +1,268 @@
+"""The series task: training beats the naive forecast, metrics against brute force, forecasts of a user's table."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import zoo
+from tasks.series import baselines
+from tasks.series.metrics import Errors
+from tasks.series.rolling import Forecast
+from tasks.series.task import SeriesTask
+from zoo import cli, registry
+from zoo.config import build, list_recipes, recipe_layers
+from zoo.evaluate import evaluate_run
+from zoo.model import Batch
+from zoo.task import run_metrics
+from zoo.train import Recipe, train
+from zoo.train.recipe import make_model, make_task
+
+
+def waves(steps=700, sites=("",), seed=0):
+    """Hourly, with a day and a week, two columns; a long table where there are sites."""
+    rng, hours = np.random.default_rng(seed), np.arange(steps)
+    tables = []
+    for number, site in enumerate(sites):
+        day = np.sin(2 * np.pi * hours / 24 + number)
+        load = 100 * (1 + number) + 10 * day + 3 * np.sin(2 * np.pi * hours / 168) + rng.normal(size=steps)
+        table = pd.DataFrame({"time": pd.date_range("2024-01-01", periods=steps, freq="h"), "load": load})
+        table["wind"] = 5 - 2 * day + 0.3 * rng.normal(size=steps)
+        tables.append(table.assign(site=site) if site else table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def recipe_of(path: Path, **layers) -> Recipe:
+    small = {
+        "task": {
+            "name": "series",
+            "dataset": {"name": "series/csv", "path": str(path)},
+            **{"patch": 12, "predict": 24, "context": 96, "horizons": [24, 36], "plots": 1},
+        },
+        "model": {
+            "name": "series_gatedfwa_100k",
+            "backbone": {"width": 16, "depth": 1, "heads": 2},
+            "head": {"name": "series", "highway": 96},
+        },
+        "train": {"steps": 30, "batch_size": 16, "sample_every": 30, "save_every": 30, "optimizer": {"lr": 0.01}},
+    }
+    return build(Recipe, small, layers)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("series")
+    waves().to_csv(folder / "mine.csv", index=False)
+    train(recipe_of(folder / "mine.csv"), folder / "run")
+    return folder
+
+
+def test_smoke_beats_seasonal_naive(data_root, tmp_path):
+    """On every 24th test window of ETTh1, two and four days ahead."""
+    train(build(Recipe, *recipe_layers("series/smoke")), tmp_path / "run")
+    scores = evaluate_run(tmp_path / "run", device="cpu")
+    for horizon in (48, 96):
+        assert scores.values[f"mse_{horizon}"] < scores.baselines[f"seasonal_naive/mse_{horizon}"]
+        assert scores.values[f"mae_{horizon}"] < scores.baselines[f"seasonal_naive/mae_{horizon}"]
+    assert scores.baselines["linear/mse_96"] < scores.baselines["seasonal_naive/mse_96"]
+    assert list((tmp_path / "run/tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith("series/")])
+def test_every_recipe_takes_a_step(data_root, name):
+    recipe = build(Recipe, *recipe_layers(name))
+    task = make_task(recipe)
+    model = make_model(recipe, task)
+    batch = next(iter(task.stream("train", batch_size=2)))
+    output = model(batch)
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
+    assert output.count > 0
+    some = next(iter(task.stream("valid", batch_size=1)))
+    for metric in task.metrics("valid").values():
+        if task.config.roll == "samples":
+            metric.samples = 3
+        metric.update(model.eval(), some)
+        assert all(math.isfinite(value) for value in metric.compute().values())
+
+
+@pytest.mark.parametrize("name", registry.models.names("series_*_100k"))
+def test_every_mixer_rolls(run, name):
+    recipe = recipe_of(run / "mine.csv", model={"name": name, "backbone": {"width": 32}})
+    task = make_task(recipe)
+    model = make_model(recipe, task).eval()
+    values = run_metrics(model, task.metrics("test"), task.stream("test", batch_size=7))
+    assert math.isfinite(values["mse_36"])
+
+
+@pytest.mark.parametrize("channels", ["independent", "mixed"])
+def test_errors_do_not_depend_on_batches_and_are_right(run, channels):
+    recipe = recipe_of(run / "mine.csv", task={"channels": channels, "roll": "point"})
+    task = make_task(recipe)
+    torch.manual_seed(0)
+    model = make_model(recipe, task).eval()
+    found = [run_metrics(model, task.metrics("test"), task.stream("test", batch_size=size)) for size in (1, 5, 64)]
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-4)
+    # by hand: each window alone
+    panel = task.parts("test")[0].panel.values
+    assert found[0]["windows_24"] == 70 - 24 + 1
+    assert found[0]["windows_36"] == 70 - 36 + 1
+    squares = []
+    for origin in range(630, 700 - 24 + 1):
+        one = task.windows("test")[origin - 630]
+        guess = task._roll(model, task.windows("test").collate([one]), 36).mean.reshape(2, 36)[:, :24].numpy()
+        squares.append((panel[origin : origin + 24].T - guess) ** 2)
+    assert found[0]["mse_24"] == pytest.approx(np.mean(squares), rel=1e-4)
+
+
+def test_errors_by_their_definitions():
+    target = torch.tensor([[[1.0, 2.0, torch.nan, 4.0]], [[0.0, 5.0, 1.0, torch.nan]]])
+    quantiles = torch.tensor([0.0, 1.0, 3.0]).expand(2, 1, 4, 3)
+    condition = {"fits": torch.tensor([4, 3]), "error": torch.tensor([[2.0], [0.5]])}
+    errors = Errors([2, 4], [0.1, 0.5, 0.9], 1)
+    errors.add(Batch(None, target, condition=condition), Forecast(torch.full((2, 1, 4), 1.5), quantiles, []))
+    found = errors.compute()
+    assert found["windows_2"] == 2
+    assert found["windows_4"] == 1
+    assert found["mse_2"] == pytest.approx((0.25 + 0.25 + 2.25 + 12.25) / 4)
+    assert found["mae_4"] == pytest.approx((0.5 + 0.5 + 2.5) / 3)
+    assert found["mase_2"] == pytest.approx(((0 + 1) / 2 / 2.0 + (1 + 4) / 2 / 0.5) / 2)
+    assert found["coverage_80_2"] == pytest.approx(75.0)
+    lost = 0.0
+    for y in (1.0, 2.0, 0.0, 5.0):
+        lost += sum(2 * max(a * (y - q), (a - 1) * (y - q)) for a, q in ((0.1, 0.0), (0.5, 1.0), (0.9, 3.0))) / 3
+    assert found["crps_2"] == pytest.approx(lost / 4)
+    assert found["wql_2"] == pytest.approx(lost / 8)
+
+
+def test_baselines():
+    history = torch.tensor([[[torch.nan, 1.0, 2.0, torch.nan, 4.0]]])
+    filled = baselines.filled(history)
+    assert filled.tolist() == [[[1.0, 1.0, 2.0, 2.0, 4.0]]]
+    assert baselines.last_value(3)(filled).tolist() == [[[4.0, 4.0, 4.0]]]
+    assert baselines.seasonal_naive(5, 3)(filled).tolist() == [[[2.0, 2.0, 4.0, 2.0, 2.0]]]
+
+
+def test_linear_finds_a_wave(run):
+    task = make_task(recipe_of(run / "mine.csv"))
+    found = task.baselines("test")
+    assert found["linear/mse_24"] < found["seasonal_naive/mse_24"] < found["last_value/mse_24"]
+
+
+# -- a user's own table -----------------------------------------------------------------------------------------------
+
+
+def test_forecast_of_a_frame(run):
+    pipe = zoo.pipeline(run / "run", device="cpu")
+    table = pipe.task.forecast(waves(500, seed=3), 50)
+    assert list(table.columns) == ["target", "time", "mean", *(f"{q / 10:g}" for q in range(1, 10))]
+    assert len(table) == 100
+    load = table[table["target"] == "load"]
+    assert load["time"].iloc[0] == pd.Timestamp("2024-01-01") + pd.Timedelta(hours=500)
+    assert (np.diff(load[[f"{q / 10:g}" for q in range(1, 10)]], axis=1) >= 0).all()
+    truth = waves(550, seed=3)["load"].to_numpy()[500:]
+    assert np.abs(load["mean"] - truth).mean() < np.abs(truth - truth.mean()).mean()
+
+
+def test_forecast_of_a_long_table_and_of_short_histories(run):
+    pipe = zoo.pipeline(run / "run", device="cpu")
+    long = pd.concat([waves(300, ("a", "b")), waves(20, ("c",))], ignore_index=True)
+    from tasks.series.tables import Columns
+
+    table = pipe.task.forecast(long, 10, columns=Columns(id="site", targets=["load"]))
+    assert table.groupby("id").size().to_dict() == {"a": 10, "b": 10, "c": 10}
+    alone = pipe.task.forecast(waves(300, ("a", "b"))[300:], 10, columns=Columns(id="site", targets=["load"]))
+    both = table[table["id"] == "b"].reset_index(drop=True)
+    np.testing.assert_allclose(alone["mean"], both["mean"], rtol=1e-4)
+    assert np.isfinite(table["mean"]).all()
+
+
+def test_a_forecast_does_not_see_the_future(run):
+    """Rows after the history change nothing, and neither does asking for more of them."""
+    pipe = zoo.pipeline(run / "run", device="cpu")
+    whole = waves(400, seed=5)
+    first, longer = (pipe.task.forecast(whole[:300], horizon) for horizon in (20, 48))
+    load = longer[longer["target"] == "load"]["mean"].to_numpy()[:20]
+    np.testing.assert_allclose(first[first["target"] == "load"]["mean"], load, rtol=1e-5)
+
+
+def test_known_covariates_and_calendar(tmp_path):
+    table = waves(600).drop(columns="wind")
+    table["promotion"] = (np.random.default_rng(0).random(600) < 0.3).astype(float)
+    table["load"] += 30 * table["promotion"]
+    table.to_csv(tmp_path / "shop.csv", index=False)
+    recipe = recipe_of(
+        tmp_path / "shop.csv",
+        task={"calendar": True, "dataset": {"known": ["promotion"], "targets": ["load"]}},
+        train={"steps": 150, "sample_every": 0},
+    )
+    train(recipe, tmp_path / "run")
+    pipe = zoo.pipeline(tmp_path / "run", device="cpu")
+    past = table[:576].copy()
+    with pytest.raises(ValueError, match="has covariates for 0 steps to come, of 24"):
+        pipe.task.forecast(past, 24)
+    asked = table.copy()
+    asked.loc[576:, "load"] = np.nan
+    found = pipe.task.forecast(asked, 24)["mean"].to_numpy()
+    truth = table["load"].to_numpy()[576:]
+    assert np.corrcoef(found, truth)[0, 1] > 0.7
+
+
+def test_zoo_sample_writes_table_and_plot(run, capsys):
+    waves(400, seed=2).to_csv(run / "new.csv", index=False)
+    words = ["sample", str(run / "run"), "--csv", str(run / "new.csv"), "--target", "load", "--horizon", "48"]
+    assert cli.main([*words, "--out", str(run / "f.csv"), "--plot", str(run / "f.png")]) == 0
+    table = pd.read_csv(run / "f.csv")
+    assert len(table) == 48
+    assert set(table["target"]) == {"load"}
+    assert (run / "f.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert cli.main(words[:-2]) == 2
+    assert "a forecast needs --horizon" in capsys.readouterr().err
+    assert cli.main([*words[:-1], "0"]) == 2
+    assert "horizon = 0" in capsys.readouterr().err
+    assert cli.main([*words, "--out", "f.doc"]) == 2
+    assert "accepted endings: .csv, .parquet" in capsys.readouterr().err
+    assert cli.main(["sample", str(run / "run")]) == 2
+    assert "--csv FILE" in capsys.readouterr().err
+
+
+def test_a_task_alone_cannot_forecast(run):
+    with pytest.raises(ValueError, match="a task alone cannot forecast"):
+        make_task(recipe_of(run / "mine.csv")).forecast(waves(), 3)
+
+
+def test_mixed_channels_want_the_same_columns(run, tmp_path):
+    recipe = recipe_of(run / "mine.csv", task={"channels": "mixed"})
+    task = make_task(recipe)
+    task.attach(make_model(recipe, task).eval())
+    assert len(task.forecast(waves(300), 30)) == 60
+    from tasks.series.tables import Columns
+
+    with pytest.raises(ValueError, match=r"takes 2 values a step together \(load, wind\); series '' has 1: load"):
+        task.forecast(waves(300), 30, columns=Columns(targets=["load"]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"predict": 30}, "predict = 30; it takes a multiple of patch = 24"),
+        ({"horizons": [96, 48]}, r"horizons = \[96, 48\]"),
+        ({"levels": [0.5, 0.2]}, r"levels = \[0.5, 0.2\]"),
+        ({"context": 0}, "context = 0"),
+        ({"ahead": -1}, "ahead and plots"),
+    ],
+)
+def test_wrong_fields_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        build(SeriesTask.Config, fields)
+
+
+def test_a_horizon_longer_than_the_data(run):
+    task = make_task(recipe_of(run / "mine.csv", task={"horizons": [200]}))
+    with pytest.raises(ValueError, match=r"longest series has 70 steps, fewer than the shortest of task.horizons"):
+        task.stream("test", batch_size=2)

@@ -1,0 +1,7 @@
+"""Scores of one run, and suites: models x tasks x seeds, measured into rows, drawn and written up."""
+
+from zoo.evaluate.runner import run_suite
+from zoo.evaluate.score import Scores, evaluate_run
+from zoo.evaluate.suite import Suite, find_suite, list_suites
+
+__all__ = ["Scores", "Suite", "evaluate_run", "find_suite", "list_suites", "run_suite"]

@@ -1,0 +1,276 @@
+"""Running a suite: what is there is left alone, what is missing is trained or measured, each number becomes a row.
+
+    <out>/<suite>.jsonl         the rows              <out>.md   the page, from the rows of all suites in <out>
+    <out>/<suite>-*.png         the plots
+    <work>/<suite>/<cell>/…     the runs: they make going on after a crash cheap, and are not needed for the page
+
+Cells run one after another, or several at once in processes of their own; this process alone writes.
+"""
+
+import concurrent.futures
+import contextlib
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from zoo import config as configs
+from zoo.evaluate import report
+from zoo.evaluate.measure import MEASURE, Number
+from zoo.evaluate.rows import Row, is_complete, merge, read_rows, write_rows
+from zoo.evaluate.score import circumstances, origin
+from zoo.evaluate.speed import speed
+from zoo.evaluate.suite import Cell, find_suite
+from zoo.train import Replica, pick_device, sweep, train
+from zoo.train.recipe import make_task, what_a_number_carries
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell, and what of it is missing: the measurements of each replica."""
+
+    cell: Cell
+    missing: tuple[tuple[Replica, tuple[str, ...]], ...]
+    work: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.work / self.cell.suite / self.cell.name
+
+
+@dataclass
+class Summary:
+    """cells: of the suite; ran: those that something was missing of; failed: name -> why."""
+
+    cells: int
+    ran: list[str]
+    failed: dict[str, str]
+    rows: Path
+    page: Path
+    table: str
+
+
+def run_suite(
+    name: str,
+    *,
+    out: Path,
+    work: Path = Path("runs/suites"),
+    jobs: int = 1,
+    only: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    dry_run: bool = False,
+) -> Summary:
+    """Bring a suite's rows up to date, and the page and plots with them.
+
+    jobs       cells at once, each in a process of its own with its log beside its runs; timings (`speed`) want 1
+    only       patterns of cell names: "wikitext2/*swa*"
+    overrides  fields of every recipe to change
+    dry_run    say what is missing and do nothing
+    A cell that fails is told and the others go on; its name is in `failed`. Ctrl-C ends all, nothing is lost: the same
+    call goes on. Raises ConfigError for a suite, a pattern or a recipe that does not fit.
+    """
+    suite = find_suite(name)
+    cells = suite.cells(only, overrides)
+    if jobs > 1 and any("speed" in cell.settings.measure for cell in cells):
+        raise configs.ConfigError(f"suite {name!r} times its models, which wants the machine to itself: --jobs 1")
+    path = out / f"{suite.name}.jsonl"
+    todo = [job for cell in cells if (job := missing(cell, read_rows(path), work)).missing]
+    if dry_run:
+        listed = "\n".join(f"  {job.cell.name}: {describe(job)}" for job in todo)
+        return Summary(len(cells), [job.cell.name for job in todo], {}, path, out.with_suffix(".md"), listed)
+
+    failed: dict[str, str] = {}
+    bar = tqdm(total=len(todo), desc=suite.name, unit="cell", disable=not sys.stderr.isatty() or jobs == 1)
+    with contextlib.closing(bar):
+        for number, (job, fresh) in enumerate(done(todo, jobs), 1):
+            if isinstance(fresh, Exception):
+                failed[job.cell.name] = f"{type(fresh).__name__}: {fresh}"
+                log.warning("%s failed: %s", job.cell.name, failed[job.cell.name])
+            else:
+                write_rows(path, merge(read_rows(path), fresh))
+                log.info("%s (%d of %d): %d numbers", job.cell.name, number, len(todo), len(fresh))
+            bar.update()
+    page = report.write_page(out)
+    table = report.tables(read_rows(path))
+    return Summary(len(cells), [job.cell.name for job in todo], failed, path, page, table)
+
+
+def missing(cell: Cell, rows: Sequence[Row], work: Path) -> Job:
+    """What the rows lack of a cell."""
+    lacking = []
+    recipe = cell.recipe
+    replicas = cell.replicas() if cell.settings.trains else cell.replicas()[:1]
+    for replica in replicas:
+        settings = settings_of(cell, configs.to_dict(replica.recipe(recipe)))
+        names = tuple(
+            name
+            for name in cell.settings.measure
+            if not is_complete(rows, group_for(cell, replica, name), settings[name])
+        )
+        if names:
+            lacking.append((replica, names))
+    return Job(cell, tuple(lacking), work)
+
+
+def group_for(cell: Cell, replica: Replica, measurement: str) -> tuple[Any, ...]:
+    return (cell.experiment, cell.model, cell.arm, replica.lr, replica.seed, measurement)
+
+
+def settings_of(cell: Cell, recipe: dict[str, Any]) -> dict[str, str]:
+    """measurement -> a digest of all that decides its numbers: the recipe, and how it is measured."""
+    options = asdict(cell.settings)
+    uses = {
+        "scores": ("split", "batches"),
+        "positions": ("split", "batches"),
+        "curve": (),
+        "lengths": ("split", "batches", "lengths", "length_field"),
+        "speed": ("lengths", "length_field", "step_tokens", "decode_rows"),
+    }
+    shared = {"recipe": recipe, "stacked": cell.settings.stacked}
+    return {
+        name: configs.fingerprint({**shared, "measurement": name, **{key: options[key] for key in uses[name]}})
+        for name in cell.settings.measure
+    }
+
+
+def describe(job: Job) -> str:
+    parts = [f"{replica.name} ({', '.join(names)})" for replica, names in job.missing]
+    return ", ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running jobs
+
+
+def done(todo: Sequence[Job], jobs: int) -> Iterator[tuple[Job, list[Row] | Exception]]:
+    """Each job with its rows, or what it failed with, as they end."""
+    if jobs <= 1:
+        for job in todo:
+            try:
+                yield job, run_job(job)
+            except Exception as error:
+                if os.environ.get("ZOO_DEBUG") == "1":
+                    raise
+                yield job, error
+        return
+    # A fresh process for each: the memory of a GPU goes back, and one that dies takes no other along
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    try:
+        waiting = {pool.submit(in_process, job): job for job in todo}
+        for future in concurrent.futures.as_completed(waiting):
+            fault = future.exception()
+            yield waiting[future], fault if isinstance(fault, Exception) else future.result()
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)  # those that run got the Ctrl-C, too, and save
+        raise
+    pool.shutdown()
+
+
+def in_process(job: Job) -> list[Row]:
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=work_and_send, args=(job, send, sys.argv[1:]))
+    process.start()
+    send.close()
+    try:
+        result = receive.recv()
+    except EOFError:
+        result = RuntimeError("its process ended without a word")
+    process.join()
+    if isinstance(result, Exception):
+        if process.exitcode:
+            result.add_note(f"exit code {process.exitcode}")
+        raise RuntimeError(f"{result}; its log is {job.folder / 'log.txt'}") from result
+    return result
+
+
+def work_and_send(job: Job, send: Any, words: list[str]) -> None:
+    """The body of a worker process: its output goes into the cell's log."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with (job.folder / "log.txt").open("a", encoding="utf-8") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        sys.argv[1:] = words  # the command that its rows name
+        try:
+            send.send(run_job(job))
+        except Exception as error:
+            logging.exception("failed")
+            send.send(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def run_job(job: Job) -> list[Row]:
+    """Train what has to be trained, measure what is missing; the rows."""
+    cell = job.cell
+    if not cell.settings.trains:
+        ((replica, _),) = job.missing
+        return rows_of_speed(cell, replica)
+    runs = trained(job)
+    rows = []
+    for replica, names in job.missing:
+        device = pick_device(cell.recipe.train.device)
+        for name in names:
+            if name == "speed":
+                rows += rows_of_speed(cell, replica)
+                continue
+            numbers = MEASURE[name](runs[replica], cell.settings, device)
+            rows += as_rows(cell, replica, name, numbers, origin(runs[replica]), device)
+    return rows
+
+
+def trained(job: Job) -> dict[Replica, Path]:
+    """The runs of all replicas that something is missing of; a run that is there is gone on with."""
+    cell, recipe = job.cell, job.cell.recipe
+    if cell.settings.stacked:
+        replicas = cell.replicas()
+        return dict(zip(replicas, sweep(recipe, job.folder, replicas), strict=True))
+    runs = {}
+    for replica, _ in job.missing:
+        folder = job.folder / replica.name
+        runs[replica] = train(replica.recipe(recipe), folder, resume=True).run
+    return runs
+
+
+def rows_of_speed(cell: Cell, replica: Replica) -> list[Row]:
+    recipe = cell.recipe
+    device = pick_device(recipe.train.device)
+    facts = what_a_number_carries(recipe, make_task(recipe))
+    assert recipe.model is not None
+    assert recipe.task is not None
+    where = {"task": recipe.task.name, "precision": recipe.train.precision, "step": 0}
+    where |= {name: facts[name] for name in ("fingerprint", "data", "commit")}
+    return as_rows(cell, replica, "speed", speed(cell, device), where, device)
+
+
+def as_rows(
+    cell: Cell, replica: Replica, measurement: str, numbers: Sequence[Number], where: dict[str, Any], device: Any
+) -> list[Row]:
+    """One row a number, with everything beside it that says how it came about."""
+    recipe = configs.to_dict(replica.recipe(cell.recipe))
+    settings = settings_of(cell, recipe)[measurement]
+    measured_here = circumstances(device)
+    identity = dict(zip(("experiment", "model", "arm", "lr", "seed"), group_for(cell, replica, "")[:5], strict=True))
+    how = {name: value for name, value in where.items() if name not in ("run", "model", "seed")}
+    published = cell.settings.published.get("/".join(filter(None, (cell.model, cell.arm))))
+    rows = []
+    for place, number in enumerate(numbers):
+        row = {"suite": cell.suite, **identity, "measurement": measurement, "name": number.name, "at": number.at}
+        row |= {"value": number.value, "of": len(numbers), "settings": settings}
+        if measurement == "scores" and place == 0 and published is not None:
+            row["published"] = published
+        row |= {
+            "section": cell.settings.section or cell.experiment,
+            "title": cell.settings.title,
+            "recipe": cell.settings.recipe,
+            "split": cell.settings.split,
+        }
+        row |= {"mixer": recipe["model"]["backbone"]["mixer"]["name"]} if "backbone" in recipe["model"] else {}
+        rows.append({**row, **number.facts, **how, **measured_here})
+    return rows

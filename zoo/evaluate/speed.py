@@ -1,0 +1,146 @@
+"""How fast a model is at several lengths, with random weights: training, prefill, decoding; and what its state weighs.
+
+Medians of repeats after warm-up, one process, nothing else running. A training step is forward, backward and update as
+the recipe says (precision, compile). Prefill is one sequence in chunks; decoding goes on from such a state, on a GPU as
+one CUDA graph, which the state's fixed shapes allow.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from zoo import config as configs
+from zoo.evaluate.measure import Number, elements
+from zoo.evaluate.suite import Cell
+from zoo.generation import prefill
+from zoo.model import Batch, Context, Model
+from zoo.train import Recipe, optim, pick_device
+from zoo.train.optim import Guard
+from zoo.train.recipe import make_model, make_task
+from zoo.train.run import autocast
+
+WARM, REPEATS, STEPS = 3, 7, 32  # runs before and behind each median; decoding steps in a run
+CHUNK = 2048  # prompt tokens of a prefill call
+
+
+def speed(cell: Cell, device: torch.device | None = None) -> list[Number]:
+    """Rates at every length of cell.settings, tokens/s each, and state_bytes of a sequence."""
+    numbers = []
+    for length in cell.settings.lengths:
+        recipe = configs.build(Recipe, cell.recipe, configs.dotted([f"{cell.settings.length_field}={length}"]))
+        place = device or pick_device(recipe.train.device)
+        task = make_task(recipe)
+        torch.manual_seed(recipe.train.seed)
+        model = make_model(recipe, task).to(place)
+        if not isinstance(model, Model):
+            raise ValueError(f"measure: speed takes a model with backbone and head, not a {type(model).__name__}")
+        rows = max(1, cell.settings.step_tokens // length)
+        batch = next(iter(task.stream("train", batch_size=rows))).to(place)
+        rates = {
+            "train_tokens_per_second": elements(batch) / training_seconds(model, batch, recipe, place),
+            "prefill_tokens_per_second": length / prefill_seconds(model, batch, length, recipe, place),
+            "decode_tokens_per_second": cell.settings.decode_rows
+            / decode_seconds(model, batch, length, cell.settings.decode_rows, recipe, place),
+        }
+        element = torch.finfo(dtype_of(recipe)).bits // 8
+        facts = {"parameters": model.parameter_count(), "rows": rows, "decode_rows": cell.settings.decode_rows}
+        numbers += [Number(name, value, {"length": length}, facts) for name, value in rates.items()]
+        numbers.append(Number("state_bytes", model.backbone.state_bytes(length, element), {"length": length}, facts))
+        del model
+        if place.type == "cuda":
+            torch.cuda.empty_cache()
+    return numbers
+
+
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    """What keys and values are kept in while decoding."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[recipe.train.precision]
+
+
+def training_seconds(model: Model, batch: Batch, recipe: Recipe, device: torch.device) -> float:
+    model.train()
+    optimizer, guard = optim.make_optimizer(model, recipe.train.optimizer), Guard.new(device)
+    forward = torch.compile(model) if recipe.train.compile else model
+
+    def step() -> None:
+        with autocast(recipe.train.precision, device):
+            output = forward(batch)
+        output.loss_sum.backward()
+        optim.guarded_step(
+            optimizer, guard, output.loss_sum.detach(), output.count, clip=recipe.train.optimizer.clip, fp16=False
+        )
+        optimizer.zero_grad()
+
+    return median_seconds(step, device)
+
+
+@torch.inference_mode()
+def prefill_seconds(model: Model, batch: Batch, length: int, recipe: Recipe, device: torch.device) -> float:
+    return median_seconds(lambda: filled(model, batch, length, 1, recipe, device), device)
+
+
+def filled(model: Model, batch: Batch, length: int, rows: int, recipe: Recipe, device: torch.device) -> Any:
+    """A state that has seen `length` tokens of the batch's first row, with room for a few more."""
+    model.eval()
+    prompt = Batch(batch.inputs[:1, :length].repeat_interleave(rows, dim=0))
+    room = length + STEPS * (WARM + REPEATS + 1)
+    cache = model.backbone.init_cache(rows, room, dtype=dtype_of(recipe))
+    with autocast(recipe.train.precision, device):
+        _, cache, _ = prefill(model, prompt, cache, model.head.init_state(prompt.inputs), CHUNK)
+    return cache
+
+
+@torch.inference_mode()
+def decode_seconds(model: Model, batch: Batch, length: int, rows: int, recipe: Recipe, device: torch.device) -> float:
+    """Of one step for all rows together: embed, backbone, logits. No sampling: it is the same for all models."""
+    cache = filled(model, batch, length, rows, recipe, device)
+    token = batch.inputs[:1, :1].repeat_interleave(rows, dim=0)
+    position = cache["position"]  # the one place that a graph reads it from
+
+    def step() -> None:
+        with autocast(recipe.train.precision, device):
+            h, _ = model.head.embed(token, Context())
+            h, after = model.backbone(h, Context(), {**cache, "position": position})
+            model.head.logits(h[:, -1], None)
+        position.copy_(after["position"])
+
+    run = captured(step) if device.type == "cuda" else step
+
+    def many() -> None:
+        for _ in range(STEPS):
+            run()
+
+    return median_seconds(many, device) / STEPS
+
+
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """The step as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def median_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    seconds = []
+    for number in range(WARM + REPEATS):
+        wait()
+        began = time.perf_counter()
+        call()
+        wait()
+        if number >= WARM:
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
