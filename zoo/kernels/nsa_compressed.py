@@ -306,6 +306,8 @@ def _choose(
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
             p = tl.exp2(s - lse[:, None])  # slots that a row doesn't see are dropped below
             score += weight * tl.sum(tl.reshape(p, [TOKENS, PADDED_GROUP, BLOCK_J]), 1)
+        if PADDED_GROUP > 1:  # the sum left copies in up to eight lanes, which all would sort: deal them out anew
+            score = tl.gather(score, tl.zeros([TOKENS, 1], tl.int32) + tl.arange(0, BLOCK_J)[None, :], 1)
         block = j[None, :] - first[:, None]
         free = (block >= 1) & (block <= own[:, None] - 2)
         key = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
