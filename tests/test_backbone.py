@@ -122,7 +122,11 @@ def test_a_mixer_initialises_itself(monkeypatch):
 @pytest.mark.parametrize("name", mixers.names())
 def test_init_std_is_the_spread_of_every_matrix(name):
     backbone = Backbone(build(mixer={"name": name}, init_std=0.5, width=64, positions="learned", max_len=50))
-    spreads = {n: p.std().item() for n, p in backbone.named_parameters() if p.ndim == 2 and ".gate." not in n}
+    spreads = {
+        name: module.weight.std().item()
+        for name, module in backbone.named_modules()
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
+    }
     assert len(spreads) > 4
     for parameter, spread in spreads.items():
         assert spread == pytest.approx(0.5, rel=0.2), parameter
@@ -157,3 +161,12 @@ def test_mlp_in_chunks_changes_nothing_but_memory():
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
     with pytest.raises(ValueError, match="mlp_chunk = -1"):
         BackboneConfig(mlp_chunk=-1)
+
+
+def test_an_identity_mlp_adds_the_normalised_stream():
+    torch.manual_seed(0)
+    backbone = Backbone(build(mlp="identity", depth=1)).double()
+    block, h = backbone.blocks[0], torch.randn(2, 5, 32, dtype=torch.float64)
+    mixed = h + block.mixer(block.mixer_norm(h), backbone._place(h, Context(), None))[0]
+    torch.testing.assert_close(backbone(h, Context())[0], backbone.norm(mixed + block.mlp_norm(mixed)))
+    assert backbone.flops(10) == block.mixer.flops(10)

@@ -32,7 +32,10 @@ def test_the_public_options_are_these():
     }
     assert options == {
         "train": ["--allow-changes", "--help", "--nproc", "--profile", "--resume", "--run"],
-        "evaluate": ["--batch-size", "--device", "--help", "--no-ema", "--nproc", "--split"],
+        "evaluate": [
+            *("--batch-size", "--device", "--dry-run", "--harness", "--help", "--jobs", "--no-ema", "--nproc"),
+            *("--only", "--out", "--split"),
+        ],
         "sample": [
             *("--class", "--count", "--csv", "--device", "--frequency", "--given", "--guidance", "--help", "--horizon"),
             *("--id", "--known", "--max-new", "--min-p", "--out", "--plot", "--prompt", "--repetition-penalty"),

@@ -173,6 +173,20 @@ class Parts(nn.Module):
         return {"special"}
 
 
+def test_a_rate_that_is_held_is_the_cosine_of_its_epoch():
+    """As torch's CosineAnnealingLR with one step an epoch: epoch e of E runs at (1 + cos(pi e / E)) / 2."""
+    schedule = ScheduleConfig(name="cosine", warmup=0, min_lr=0.0, hold=3)
+    shares = [optim.lr_share(schedule, step, 12) for step in range(12)]
+    assert shares == pytest.approx([0.5 * (1 + math.cos(math.pi * (step // 3) / 4)) for step in range(12)])
+
+
+def test_decay_of_everything():
+    model = ToyModel(ToyModelConfig())
+    groups = optim.parameter_groups(model, 0.3, everything=True)
+    assert {group["weight_decay"] for group in groups} == {0.3}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
 def test_what_decays():
     model = Parts()
     names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -199,3 +199,31 @@ def test_provenance_and_recipe_are_beside_the_run(tmp_path):
     assert (tmp_path / "recipe.yaml").read_text().startswith("task:")
     assert (tmp_path / "assets" / "toy.txt").is_file()
     assert FaultyModelConfig().width == 8
+
+
+def test_an_evaluation_ends_the_run_and_it_stays_ended(tmp_path):
+    rule = "loss < 100"  # the first evaluation fulfils it
+    result = train(recipe(steps=12, eval_every=5, stop_when=rule), tmp_path)
+    assert result.step == 5
+    assert checkpoint.read_state(result.checkpoint)["finished"] == rule
+    assert train(recipe(steps=12, eval_every=5, stop_when=rule), tmp_path, resume=True).step == 5
+    on = train(recipe(steps=12, eval_every=5), tmp_path, resume=True, allow_changes=True)
+    assert on.step == 12
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ("accuracy >= 0.9", "it takes a metric, < or >, and a number"),
+        ("loss < much", "it takes"),
+        ("loss < 1", "eval_every is 0"),
+    ],
+)
+def test_a_rule_that_cannot_be_read_is_named(rule, words):
+    with pytest.raises(ValueError, match=words):
+        recipe(stop_when=rule)
+
+
+def test_a_rule_about_no_metric_is_named(tmp_path):
+    with pytest.raises(ValueError, match="names no metric of this evaluation; did you mean 'loss'"):
+        train(recipe(steps=4, eval_every=2, stop_when="los < 1"), tmp_path)

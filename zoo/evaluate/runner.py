@@ -10,6 +10,7 @@ Cells run one after another, or several at once in processes of their own; this 
 import concurrent.futures
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import sys
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from zoo import config as configs
@@ -234,6 +236,7 @@ def trained(job: Job) -> dict[Replica, Path]:
     runs = {}
     for replica, _ in job.missing:
         folder = job.folder / replica.name
+        torch._dynamo.reset()  # compiled code of former models counts against the number that is kept
         runs[replica] = train(replica.recipe(recipe), folder, resume=True).run
     return runs
 
@@ -262,7 +265,11 @@ def as_rows(
     rows = []
     for place, number in enumerate(numbers):
         row = {"suite": cell.suite, **identity, "measurement": measurement, "name": number.name, "at": number.at}
-        row |= {"value": number.value, "of": len(numbers), "settings": settings}
+        row |= {
+            "value": number.value if math.isfinite(number.value) else None,
+            "of": len(numbers),
+            "settings": settings,
+        }
         if measurement == "scores" and place == 0 and published is not None:
             row["published"] = published
         row |= {

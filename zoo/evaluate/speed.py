@@ -17,6 +17,7 @@ from zoo.evaluate.measure import Number, elements
 from zoo.evaluate.suite import Cell
 from zoo.generation import prefill
 from zoo.model import Batch, Context, Model
+from zoo.task import Task
 from zoo.train import Recipe, optim, pick_device
 from zoo.train.optim import Guard
 from zoo.train.recipe import make_model, make_task
@@ -29,52 +30,58 @@ CHUNK = 2048  # prompt tokens of a prefill call
 def speed(cell: Cell, device: torch.device | None = None) -> list[Number]:
     """Rates at every length of cell.settings, tokens/s each, and state_bytes of a sequence."""
     numbers = []
-    for length in cell.settings.lengths:
-        recipe = configs.build(Recipe, cell.recipe, configs.dotted([f"{cell.settings.length_field}={length}"]))
+    settings, trainer = cell.settings, None
+    for length in settings.lengths:
+        recipe = configs.build(Recipe, cell.recipe, configs.dotted([f"{settings.length_field}={length}"]))
         place = device or pick_device(recipe.train.device)
         task = make_task(recipe)
-        torch.manual_seed(recipe.train.seed)
-        model = make_model(recipe, task).to(place)
-        if not isinstance(model, Model):
-            raise ValueError(f"measure: speed takes a model with backbone and head, not a {type(model).__name__}")
-        rows = max(1, cell.settings.step_tokens // length)
+        if trainer is None or not trainer.fits(recipe, task):
+            trainer = Trainer(recipe, task, place)
+        model, rows = trainer.model, max(1, settings.step_tokens // length)
         batch = next(iter(task.stream("train", batch_size=rows))).to(place)
+        decoded = settings.decode_rows
         rates = {
-            "train_tokens_per_second": elements(batch) / training_seconds(model, batch, recipe, place),
+            "train_tokens_per_second": elements(batch) / median_seconds(lambda: trainer.step(batch), place),  # noqa: B023
             "prefill_tokens_per_second": length / prefill_seconds(model, batch, length, recipe, place),
-            "decode_tokens_per_second": cell.settings.decode_rows
-            / decode_seconds(model, batch, length, cell.settings.decode_rows, recipe, place),
+            "decode_tokens_per_second": decoded / decode_seconds(model, batch, length, decoded, recipe, place),
         }
         element = torch.finfo(dtype_of(recipe)).bits // 8
-        facts = {"parameters": model.parameter_count(), "rows": rows, "decode_rows": cell.settings.decode_rows}
+        facts = {"parameters": model.parameter_count(), "rows": rows, "decode_rows": decoded}
         numbers += [Number(name, value, {"length": length}, facts) for name, value in rates.items()]
         numbers.append(Number("state_bytes", model.backbone.state_bytes(length, element), {"length": length}, facts))
-        del model
-        if place.type == "cuda":
-            torch.cuda.empty_cache()
     return numbers
+
+
+class Trainer:
+    """A model with random weights and one training step. Compiled it is one graph for all lengths."""
+
+    def __init__(self, recipe: Recipe, task: Task, device: torch.device):
+        torch.manual_seed(recipe.train.seed)
+        model = make_model(recipe, task)
+        if not isinstance(model, Model):
+            raise ValueError(f"measure: speed takes a model with backbone and head, not a {type(model).__name__}")
+        self.recipe, self.device, self.model = recipe, device, model.to(device)
+        self.optimizer, self.guard = optim.make_optimizer(model, recipe.train.optimizer), Guard.new(device)
+        self.forward: Any = torch.compile(model, dynamic=True) if recipe.train.compile else model
+
+    def fits(self, recipe: Recipe, task: Task) -> bool:
+        """Whether that recipe's model is this one."""
+        assert recipe.model is not None
+        return self.model.config == task.model_config(recipe.model.config)
+
+    def step(self, batch: Batch) -> None:
+        self.model.train()
+        with autocast(self.recipe.train.precision, self.device):
+            output = self.forward(batch)
+        output.loss_sum.backward()
+        loss, count = output.loss_sum.detach(), output.count
+        optim.guarded_step(self.optimizer, self.guard, loss, count, clip=self.recipe.train.optimizer.clip, fp16=False)
+        self.optimizer.zero_grad()
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
     """What keys and values are kept in while decoding."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[recipe.train.precision]
-
-
-def training_seconds(model: Model, batch: Batch, recipe: Recipe, device: torch.device) -> float:
-    model.train()
-    optimizer, guard = optim.make_optimizer(model, recipe.train.optimizer), Guard.new(device)
-    forward = torch.compile(model) if recipe.train.compile else model
-
-    def step() -> None:
-        with autocast(recipe.train.precision, device):
-            output = forward(batch)
-        output.loss_sum.backward()
-        optim.guarded_step(
-            optimizer, guard, output.loss_sum.detach(), output.count, clip=recipe.train.optimizer.clip, fp16=False
-        )
-        optimizer.zero_grad()
-
-    return median_seconds(step, device)
 
 
 @torch.inference_mode()

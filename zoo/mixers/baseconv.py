@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.layers import document_positions
+from zoo.layers import document_positions, init_normal
 from zoo.mixers.base import Context, Dims, Mixer
 from zoo.mixers.cache import take
 from zoo.registry import mixers
@@ -38,6 +38,7 @@ class BaseConv(Mixer):
         self.width, self.taps = dims.width, config.kernel_size
         self.reach = config.kernel_size - 1
         self.projection = nn.Linear(dims.width, dims.width)
+        init_normal((self.projection,), dims.init_std)
         nn.init.zeros_(self.projection.bias)
         bound = config.kernel_size**-0.5  # as nn.Conv1d begins with one channel a group
         self.filter = nn.Parameter(torch.empty(dims.width, self.taps).uniform_(-bound, bound))  # [:, i] for x_{t-i}

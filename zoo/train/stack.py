@@ -41,7 +41,12 @@ class Stack:
         self.second = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
         self.updates = torch.zeros(len(models), dtype=torch.float64, device=device)
         self.decay = weight_decays(self.model, config)
-        # vmap's rules inside torch want to know sizes, so there is a graph for each shape
+        self._compile()
+
+    def _compile(self) -> None:
+        """For this size of the stack; when it is called first. vmap's rules inside torch want to know sizes, so there
+        is a graph for each shape of a batch, and code of former sizes must not count against the number kept."""
+        torch._dynamo.reset()
         self._compiled = torch.compile(self._hidden, dynamic=False)
         self._compiled_update = torch.compile(adamw_step, dynamic=False)
 
@@ -117,6 +122,7 @@ class Stack:
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         self.updates = self.updates.index_select(0, place)
+        self._compile()
 
     def replica(self, row: int) -> Tensors:
         """The parameters of one."""
