@@ -1,5 +1,7 @@
 """The NSA kernels under Triton's interpreter. Run by test_interpret.py in a process of its own, TRITON_INTERPRET=1."""
 
+import math
+
 import pytest
 import torch
 

@@ -3,6 +3,7 @@
 pytest -m gpu tests/ops/test_nsa_gpu.py
 """
 
+import math
 import warnings
 
 import pytest
