@@ -56,6 +56,7 @@ def test_the_public_options_are_these():
         (["train", "text/smoke", "train.device=gpu"], "device = 'gpu'"),
         (["train", "text/smoke", "train.seed=-1"], "seed = -1"),
         (["train", "text/smoke", "train.optimizer.lr=.nan"], "lr = nan"),
+        (["train", "text/smoke", "train.optimizer.name=adamww"], "did you mean 'adamw'"),
         (["train", "text/smoke", "model.backbone.kv_heads=-2"], "kv_heads = -2"),
         (["train", "text/smoke", "model.backbone.pattern=gatedfw"], "'gatedfw'"),
         (["evaluate", "/nowhere"], "is no run"),

@@ -33,6 +33,8 @@ print("imported:", *(name for name in {modules!r} if name in sys.modules))
         (["list", "--kind", "recipes"], "text/demo"),
         (["list", "--kind", "mixers"], "gatedfwa"),
         (["list", "--kind", "datasets"], "text/folder"),
+        (["list", "--kind", "suites"], "recall"),
+        (["evaluate", "recal"], "did you mean 'recall'"),
         (["train", "typo/demo"], "did you mean 'text/demo'"),
         (["train", "text/demo", "steps"], "is not of the form field=value"),
     ],

@@ -177,7 +177,7 @@ def run_on_ranks(count: int, words: Sequence[str]) -> int:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    from zoo.evaluate import evaluate_run, list_suites
+    from zoo.config import list_suites
 
     if not Path(args.what).is_dir() and (args.what in list_suites() or args.what.endswith((".yaml", ".yml"))):
         return run_suite(args)
@@ -185,6 +185,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
         from zoo.registry import nearest
 
         raise FileNotFoundError(f"{args.what} is no run folder and no suite{nearest(args.what, list_suites())}")
+    from zoo.evaluate import evaluate_run
+
     if args.harness:
         from zoo.evaluate.harness import run_harness
 
@@ -278,11 +280,9 @@ def run_forecast(pipe: Any, args: argparse.Namespace) -> int:
 
 def run_list(args: argparse.Namespace) -> int:
     from zoo import registry
-    from zoo.config import list_recipes
+    from zoo.config import list_recipes, list_suites
 
     if args.kind in ("recipes", "suites"):
-        from zoo.evaluate import list_suites
-
         listed = list_recipes() if args.kind == "recipes" else list_suites()
         names = [name for name in listed if fnmatch.fnmatch(name, args.pattern)]
     else:

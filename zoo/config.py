@@ -69,6 +69,11 @@ def list_recipes() -> list[str]:
     )
 
 
+def list_suites() -> list[str]:
+    """What `zoo evaluate SUITE` takes: configs/suites/<suite>.yaml."""
+    return sorted(path.stem for path in (configs_root() / "suites").glob("*.yaml"))
+
+
 def find_recipe(name: str) -> Path:
     """`text/demo` -> configs/text/demo.yaml; a path to a YAML file is taken as it is."""
     if name.endswith((".yaml", ".yml")):

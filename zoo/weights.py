@@ -70,12 +70,7 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] 
     """Write a safetensors file in one step (it is whole or not there); returns its sha256."""
     data = to_bytes(tensors, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        write_file(part, data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    replace_file(path, data)
     sync_folder(path.parent)
     return hashlib.sha256(data).hexdigest()
 

@@ -17,4 +17,4 @@ def register() -> None:
     for name, attribute in DATASETS.items():
         registry.datasets.add(name, f"tasks.recall.data:{attribute}")
     import_module("tasks.recall.models")
-    import_module("zoo.model").heads.add("recall", "tasks.recall.head:RecallHead")
+    registry.heads.add("recall", "tasks.recall.head:RecallHead")

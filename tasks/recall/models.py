@@ -5,17 +5,22 @@ test with one head. No positions, no token shift (the convolution does its work)
 """
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from zoo import config
-from zoo.model import ModelConfig
 from zoo.registry import mixers, models
+
+if TYPE_CHECKING:
+    from zoo.model import ModelConfig
 
 WIDTHS = (32, 64, 128, 256)
 # What a mixer gets of these, it gets where it has such a field. Gates begin open: there is something to remember
 FIELDS = {"token_shift": False, "qk_norm": "none", "gate_bias": 4.0, "window": 64, "block": 16, "top": 4}
 
 
-def recall_model(mixer: str, width: int) -> ModelConfig:
+def recall_model(mixer: str, width: int) -> "ModelConfig":
+    from zoo.model import ModelConfig  # with torch, which a list of names does without
+
     known = mixers.get(mixer).Config.__dataclass_fields__
     backbone = {
         "width": width,

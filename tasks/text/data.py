@@ -297,10 +297,10 @@ class Folder:
     def _documents(self) -> dict[str, list[str]]:
         read = [(path, text) for path in self._files for text in self._texts(path)]
         listed = "\n  ".join(self.bad)
-        if self.bad:
-            log.warning("%s: %d of %d files were skipped:\n  %s", self.root, len(self.bad), len(self._files), listed)
         if not read:
             raise ValueError(f"{self.root} has no text: every file is empty or cannot be read:\n  {listed}")
+        if self.bad:
+            log.warning("%s: %d of %d files were skipped:\n  %s", self.root, len(self.bad), len(self._files), listed)
         if self._named:
             return by_split((self._named.get(path, "train"), text) for path, text in read)
         splits = by_split((hashed_split(text, self.config.share), text) for _, text in read)

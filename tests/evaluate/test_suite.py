@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from zoo import cli, config
-from zoo.config import ConfigError
-from zoo.evaluate import find_suite, list_suites, run_suite, runner
+from zoo.config import ConfigError, list_suites
+from zoo.evaluate import find_suite, run_suite, runner
 from zoo.evaluate.rows import is_complete, merge, read_rows
 from zoo.evaluate.suite import fitting_mlp, parameter_count, read_suite
 from zoo.train import Recipe, Replica

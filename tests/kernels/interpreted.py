@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.interpreter import repair
-from tests.ops.cases import CASES
+from tests.ops.cases import CASES, poison_new_tensors
 from tests.ops.definition import Case, relative_error
 from tests.ops.run_case import run
 from zoo.kernels import decode
@@ -99,15 +99,7 @@ def test_same_bits_every_time(tiles):
 def test_nothing_uninitialised_is_returned(case, tiles, monkeypatch):
     tiles(SMALL)
 
-    def poisoned(create):
-        def wrapper(*args, **kwargs):
-            x = create(*args, **kwargs)
-            return x.fill_(math.nan) if x.is_floating_point() else x
-
-        return wrapper
-
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    poison_new_tensors(monkeypatch)
     for name, x in run(case, case.tensors(torch.float32)).items():
         assert not x.isnan().any(), name
 

@@ -1,11 +1,10 @@
 """The NSA kernels under Triton's interpreter. Run by test_interpret.py in a process of its own, TRITON_INTERPRET=1."""
 
-import math
-
 import pytest
 import torch
 
 from tests.kernels.interpreter import repair
+from tests.ops.cases import poison_new_tensors
 from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
 from tests.ops.run_nsa import run
@@ -161,14 +160,6 @@ def test_same_bits_every_time():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)
 def test_nothing_uninitialised_is_returned(case, monkeypatch):
-    def poisoned(create):
-        def wrapper(*args, **kwargs):
-            x = create(*args, **kwargs)
-            return x.fill_(math.nan) if x.is_floating_point() else x
-
-        return wrapper
-
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    poison_new_tensors(monkeypatch)
     for name, x in run(case, case.tensors(torch.float32)).items():
         assert not x.isnan().any(), name

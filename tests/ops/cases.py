@@ -1,5 +1,9 @@
 """The calls that every back end is held to: lengths, windows, heads, documents and starts that meet every edge."""
 
+import math
+
+import torch
+
 from tests.ops.definition import Case
 
 # Few tokens, for the loops' sake. The interpreter's tiles are 16 and 32, the reference's blocks are cut down to 16.
@@ -34,3 +38,18 @@ CASES = [
     Case("key_start_no_window", 35, None, key_start=(20,)),
     Case("key_start_nothing_visible", 20, 8, keys=24, key_start=(24, 3), batch=2),
 ]
+
+
+def poison_new_tensors(monkeypatch):
+    """From here on a new float tensor holds NaN: what a kernel doesn't write shows."""
+
+    def poisoned(create):
+        def wrapper(*args, **kwargs):
+            x = create(*args, **kwargs)
+            return x.fill_(math.nan) if x.is_floating_point() else x
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

@@ -3,12 +3,12 @@
 pytest -m gpu tests/ops/test_nsa_gpu.py
 """
 
-import math
 import warnings
 
 import pytest
 import torch
 
+from tests.ops.cases import poison_new_tensors
 from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
 from tests.ops.run_nsa import run
@@ -119,15 +119,7 @@ def test_nothing_uninitialised_is_returned(case, monkeypatch):
     tensors = on_gpu(case)
     expected = run(case, tensors)
 
-    def poisoned(create):
-        def wrapper(*args, **kwargs):
-            x = create(*args, **kwargs)
-            return x.fill_(math.nan) if x.is_floating_point() else x
-
-        return wrapper
-
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    poison_new_tensors(monkeypatch)
     found = run(case, tensors)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.ops.cases import CASES
+from tests.ops.cases import CASES, poison_new_tensors
 from tests.ops.definition import relative_error
 from tests.ops.run_case import run
 from zoo.ops import gated_window_attention, log_decay, reference, window_attention
@@ -164,16 +164,3 @@ def test_nothing_uninitialised_is_returned(monkeypatch, small_blocks):
     for case in CASES:
         for name, x in run(case, case.tensors(torch.float32)).items():
             assert not x.isnan().any(), (case.name, name)
-
-
-def poison_new_tensors(monkeypatch):
-    def poisoned(create):
-        def wrapper(*args, **kwargs):
-            x = create(*args, **kwargs)
-            return x.fill_(math.nan) if x.is_floating_point() else x
-
-        return wrapper
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

@@ -7,15 +7,16 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from toytask import Faults, FaultyModel, recipe, train_until_killed
+from toytask import Faults, FaultyModel, recipe, train_until_it_writes, train_until_killed
 
-from zoo import weights
+from zoo import config, weights
 from zoo.train import checkpoint, load_run, train
 from zoo.train.checkpoint import CheckpointError, Content, DiskFull, NonFinite
 
@@ -248,15 +249,73 @@ def test_run_with_non_finite_weights_stops_and_names_the_parameter(tmp_path):
 # Killed
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(tmp_path, kills, monkeypatch):
-    """SIGKILL while it saves every step: the newest complete checkpoint loads every time, and steps only go up."""
+@pytest.fixture
+def started(monkeypatch):
+    """Processes that begin with torch and the toys loaded, from a server that forks."""
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join(filter(None, paths))
-    )  # the server's; it forks what has torch loaded
-    started = multiprocessing.get_context("forkserver")
-    started.set_forkserver_preload(["torch", "toytask"])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))  # the server's
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "toytask"])
+    return context
+
+
+WRITTEN = (
+    "recipe.yaml",
+    "assets",
+    "toy.txt",
+    "provenance.json",
+    "metrics.jsonl",
+    "log.txt",
+    "tensorboard",
+    "checkpoints",
+)
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["new", "resumed"])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_killed_at_each_write_of_the_start(tmp_path, started, name, begun):
+    """What was whole stays whole, and the next start goes on, or begins."""
+    if begun:
+        train(recipe(steps=4), tmp_path)
+    process = started.Process(target=train_until_it_writes, args=(tmp_path, name))
+    process.start()
+    process.join()
+    # Assets that weights were trained with are not written again
+    assert process.exitcode == (0 if begun and name in ("assets", "toy.txt") else -signal.SIGKILL)
+    found, notes = checkpoint.latest(tmp_path / "checkpoints")
+    assert notes == []
+    assert (found is not None) == begun
+    if begun:
+        load_run(tmp_path)
+        assert (tmp_path / "assets" / "toy.txt").read_text() == "toy"
+        config.read_yaml(tmp_path / "recipe.yaml")
+    assert train(recipe(steps=12), tmp_path, resume=True).step == 12
+    assert (tmp_path / "assets" / "toy.txt").read_text() == "toy"
+    assert json.loads((tmp_path / "provenance.json").read_text())["sessions"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_in_the_first_seconds(tmp_path, started, kills):
+    rng = random.Random(5)
+    for _ in range(kills):
+        process = started.Process(target=train_until_killed, args=(tmp_path, True, 0.01))
+        process.start()
+        process.join(rng.random() * 2)
+        process.kill()
+        process.join()
+        found, notes = checkpoint.latest(tmp_path / "checkpoints")
+        assert notes == []
+        if found is not None:
+            load_run(tmp_path)
+    done = 0 if found is None else checkpoint.read_manifest(found)["step"]
+    settings = {"save_every": 1, "eval_every": 5}
+    assert train(recipe(steps=done + 2, **settings), tmp_path, resume=True).step == done + 2
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(tmp_path, kills, started):
+    """SIGKILL while it saves every step: the newest complete checkpoint loads every time, and steps only go up."""
     rng = random.Random(4)
     step = 0
     for number in range(kills):

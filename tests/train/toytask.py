@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,6 +190,30 @@ def recipe(task=None, model=None, **train):
     config = TrainConfig(**{**defaults, "ema": 0.9, "device": "cpu", **train})
     config.schedule.warmup = 2
     return Recipe(Choice("toy", task or ToyConfig()), Choice("toy_mlp", model or FaultyModelConfig()), config)
+
+
+def train_until_it_writes(run: Path, name: str):
+    """For a process of its own, which kills itself when it has just opened, emptied or is about to rename or make a
+    path below `run` with `name` in it: the worst moment of any write."""
+    from zoo.train import train
+
+    striking: list[bool] = []
+
+    def hook(event: str, arguments: tuple) -> None:
+        if striking or event not in ("open", "os.rename", "os.mkdir") or not str(arguments[0]).startswith(str(run)):
+            return
+        writing = event != "open" or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+        below = [str(path).removeprefix(str(run)) for path in arguments[:2] if isinstance(path, (str, Path))]
+        if writing and any(name in path for path in below):
+            if event == "open":
+                striking.append(True)  # this open comes by here, too
+                os.open(arguments[0], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    install()
+    sys.addaudithook(hook)
+    train(recipe(steps=8), run, resume=True)
 
 
 def train_until_killed(run: Path, resume: bool, delay: float):

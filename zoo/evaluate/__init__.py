@@ -2,6 +2,6 @@
 
 from zoo.evaluate.runner import run_suite
 from zoo.evaluate.score import Scores, evaluate_run
-from zoo.evaluate.suite import Suite, find_suite, list_suites
+from zoo.evaluate.suite import Suite, find_suite
 
-__all__ = ["Scores", "Suite", "evaluate_run", "find_suite", "list_suites", "run_suite"]
+__all__ = ["Scores", "Suite", "evaluate_run", "find_suite", "run_suite"]

@@ -157,20 +157,12 @@ def names_of(cells: Sequence[Cell]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def suites_root() -> Path:
-    return configs.configs_root() / "suites"
-
-
-def list_suites() -> list[str]:
-    return sorted(path.stem for path in suites_root().glob("*.yaml"))
-
-
 def find_suite(name: str) -> Suite:
     """`recall` -> configs/suites/recall.yaml; a path to a YAML file is taken as it is. Raises ConfigError."""
     is_file = name.endswith((".yaml", ".yml"))
-    path = Path(name) if is_file else suites_root() / f"{name}.yaml"
+    path = Path(name) if is_file else configs.configs_root() / "suites" / f"{name}.yaml"
     if not path.is_file():
-        raise ConfigError(f"unknown suite {name!r}{registry.nearest(name, list_suites())}")
+        raise ConfigError(f"unknown suite {name!r}{registry.nearest(name, configs.list_suites())}")
     return read_suite(path)
 
 

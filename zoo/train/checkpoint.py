@@ -248,7 +248,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from error
+        fault = f"there is no {error} in it" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{path / MANIFEST} cannot be read: {fault}") from error
 
 
 def _read_file(path: Path, name: str, expected: Mapping[str, Any]) -> bytes:

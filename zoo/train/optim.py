@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from zoo.registry import nearest
 from zoo.train.parallel import Ranks, local
 
 
@@ -37,10 +38,8 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.name.lower() not in FUSED and self.name.lower() not in timm_optim().list_optimizers():
-            raise ValueError(
-                f"optimizer.name {self.name!r} is not one of timm's; for example adamw, lion, adafactor, muon"
-            )
+        if self.name.lower() not in FUSED and self.name.lower() not in (known := timm_optim().list_optimizers()):
+            raise ValueError(f"name = {self.name!r} is no optimizer of timm's{nearest(self.name, known)}")
         accepted = {
             "lr": (0 < self.lr < math.inf, "a number above 0"),
             "betas": (all(0 <= beta < 1 for beta in self.betas), "numbers from 0 up to, not including, 1"),

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import sys
 import time
 import typing
@@ -213,9 +214,15 @@ def check_frozen(manifest: dict[str, Any], task_parts: dict[str, str], origin: s
 def write_run_files(recipe: Recipe, task: Task, run: Path, device: torch.device, facts: dict[str, Any]) -> None:
     """recipe.yaml, assets/ and provenance.json: what evaluating, sampling and citing the run need."""
     run.mkdir(parents=True, exist_ok=True)
+    for leftover in run.glob(".*.part"):  # of a process that was killed while it wrote
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     weights.replace_file(run / "recipe.yaml", configs.to_yaml(recipe).encode())
-    (run / "assets").mkdir(exist_ok=True)
-    task.save_assets(run / "assets")
+    if not checkpoint.steps_in(run / "checkpoints"):  # else weights were trained with the assets that are there
+        beside = run / f".assets.{os.getpid()}.part"
+        beside.mkdir()
+        task.save_assets(beside)
+        shutil.rmtree(run / "assets", ignore_errors=True)
+        os.rename(beside, run / "assets")
     path = run / "provenance.json"
     try:
         sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]

@@ -6,7 +6,7 @@ import torch
 
 from tasks.series.normalise import statistics
 from tasks.series.outputs import outputs, pinball, quantiles_of
-from tasks.series.rolling import roll
+from tasks.series.rolling import pooled, roll
 from zoo.config import build
 from zoo.generation import Sampling, generate
 from zoo.model import Batch, Context, Model, ModelConfig
@@ -232,7 +232,15 @@ def test_pinball_and_quantiles():
     loss = pinball(torch.tensor([[1.0, 2.0]]), torch.tensor([3.0]), torch.tensor([0.1, 0.5]))
     torch.testing.assert_close(loss, torch.tensor([[0.4, 1.0]]))
     x = torch.randn(3, 11)
-    torch.testing.assert_close(quantiles_of(x, LEVELS), x.quantile(torch.tensor(LEVELS), dim=-1).T)
+    weibull = np.quantile(x.numpy(), LEVELS, axis=-1, method="weibull").T
+    np.testing.assert_allclose(quantiles_of(x, LEVELS), weibull, rtol=1e-5)
+
+
+def test_pooling_paths_that_agree_changes_nothing():
+    levels = [i / 10 for i in range(1, 10)]
+    spread = torch.randn(2, 1, 5, 9).sort(-1).values
+    again = pooled(spread.unsqueeze(1).expand(2, 9, 1, 5, 9), levels)
+    torch.testing.assert_close(again, spread)
 
 
 # -- value tokens -----------------------------------------------------------------------------------------------------
