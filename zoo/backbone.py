@@ -191,6 +191,7 @@ class Backbone(nn.Module):
     def forward(self, h: Tensor, ctx: Context, cache: Any = None) -> tuple[Tensor, Any]:
         """With a cache (`init_cache`) the T tokens continue it; it is consumed and the next one returned."""
         ctx = self._place(h, ctx, cache)
+        h = h.to(self.norm.weight.dtype)  # the sum of all layers is as wide as the weights, under autocast too
         if self.positions is not None:
             h = h + self.positions(ctx.positions)
         states = [None] * len(self.blocks) if cache is None else cache["blocks"]

@@ -54,7 +54,7 @@ def linear(parts: Sequence[Part], context: int, horizon: int, *, scaled: bool) -
     gram = torch.zeros(context + 1, context + 1, dtype=torch.float64)
     cross = torch.zeros(context + 1, horizon, dtype=torch.float64)
     for some in np.array_split(chosen, -(-count // 2048)):
-        rows = torch.from_numpy(np.stack([windows[int(i)][0][0] for i in some]))
+        rows = windows.rows(some)[0][:, 0]
         rows = rows[~rows[:, context:].isnan().any(1)]
         x, level, scale = _relative(filled(rows[:, :context]), scaled)
         y = (rows[:, context:] - level) / scale
@@ -85,14 +85,12 @@ def errors_of(
     variables = windows.parts[0].panel.values.shape[1]
     apart = replace(windows.layout, mixed=False)
     found = {name: Errors(horizons, levels, variables) for name in forecasts}
-    for begin in range(0, len(windows), AT_ONCE):
-        items = [windows[i] for i in range(begin, min(begin + AT_ONCE, len(windows)))]
-        history = filled(torch.from_numpy(np.stack([item.history for item in items])).flatten(0, 1).unsqueeze(1))
-        batch = prompt(items, apart)
+    for places in torch.arange(len(windows)).split(AT_ONCE):
+        history, future, known = windows.raw(places)
+        batch = prompt(history, future, known[:, :0], windows.fits[places], windows.errors[windows.which[places]], apart)
+        past = filled(history.flatten(0, 1).unsqueeze(1))
         for name, forecast in forecasts.items():
-            guess = forecast(history)
-            quantiles = guess.unsqueeze(-1).expand(*guess.shape, len(levels))
-            found[name].add(batch, Forecast(guess, quantiles, list(levels)))
+            found[name].add(batch, Forecast(forecast(past), None, list(levels)), degenerate=True)
     wanted = ("mse", "mae", "mase", "wql")
     return {
         f"{name}/{key}": value

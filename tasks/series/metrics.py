@@ -11,6 +11,7 @@ Of the values y of all windows in which a horizon fits, with the point forecast 
 MASE takes the median for m', as its absolute error wants, where there is one. A missing y is not counted.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ class Errors:
         self.horizons, self.levels, self.rows = list(horizons), list(levels), rows
         self.names = ["squared", "absolute", "values", "rows", "scaled", "series", "size", "spread"]
         self.names += [f"pinball_{level:g}" for level in levels] + [f"inside_{level:g}" for level in self.nominal]
-        self.sums = torch.zeros(len(self.horizons), len(self.names), dtype=torch.float64)
+        self.sums = torch.zeros(len(self.horizons), len(self.names), dtype=torch.float64)  # moves to the first batch
 
     @property
     def nominal(self) -> dict[float, tuple[int, int]]:
@@ -44,46 +45,50 @@ class Errors:
             if abs(self.levels[i] + self.levels[j] - 1) < 1e-9
         }
 
-    def add(self, batch: Batch, forecast: Forecast) -> None:
-        target = batch.targets
+    def add(self, batch: Batch, forecast: Forecast, *, degenerate: bool = False) -> None:
+        """Nothing is read on the host. degenerate: of a forecast without quantiles the mean stands for each of them."""
+        there = ~batch.targets.isnan()
+        y = batch.targets.masked_fill(~there, 0).float()
         mean = forecast.mean.float()
-        quantiles = None if forecast.quantiles is None else forecast.quantiles.float()
-        there = ~target.isnan()
-        y = target.masked_fill(~there, 0).float()
-        for place, horizon in enumerate(self.horizons):
-            fits = (batch.condition["fits"] >= horizon)[:, None, None] & there[..., :horizon]
-            here, guess = y[..., :horizon], mean[..., :horizon]
-            error = (here - guess).masked_fill(~fits, 0).double()
-            middle = guess if quantiles is None or 0.5 not in self.levels else quantiles[..., :horizon, self.median]
-            apart = (here - middle).masked_fill(~fits, 0).double().abs().sum(-1)
-            counts = fits.sum(-1)
-            scorable = (counts > 0) & (batch.condition["error"] > 0)
-            scaled = apart / counts.clamp(min=1) / batch.condition["error"].double()
-            row = {
-                "squared": error.square().sum(),
-                "absolute": error.abs().sum(),
-                "values": counts.sum(),
-                "rows": (batch.condition["fits"] >= horizon).sum(),
-                "scaled": scaled[scorable].sum(),
-                "series": scorable.sum(),
-                "size": here.masked_fill(~fits, 0).double().abs().sum(),
-            }
-            if quantiles is not None:
-                at = quantiles[..., :horizon, :]
-                lost = pinball(at, here, at.new_tensor(self.levels)).masked_fill(~fits.unsqueeze(-1), 0)
-                row["spread"] = counts.sum()
-                row |= {
-                    f"pinball_{a:g}": v for a, v in zip(self.levels, lost.double().flatten(0, -2).sum(0), strict=True)
-                }
-                for level, (i, j) in self.nominal.items():
-                    inside = (here >= at[..., i]) & (here <= at[..., j]) & fits
-                    row[f"inside_{level:g}"] = inside.sum()
-            for name, value in row.items():
-                self.sums[place, self.names.index(name)] += value.double().cpu()
+        quantiles = None if forecast.quantiles is None else forecast.quantiles.float().unbind(-1)
+        if quantiles is None and degenerate:
+            quantiles = (mean,) * len(self.levels)
+        fits = batch.condition["fits"].unsqueeze(-1) >= torch.tensor(self.horizons, device=y.device)  # (R, K)
 
-    @property
-    def median(self) -> int:
-        return self.levels.index(0.5)
+        def by_row(value: Tensor) -> Tensor:
+            """(R, C, H) -> (R, C, K): sums over the steps there are up to each horizon, of windows in which it fits."""
+            value = value.masked_fill(~there, 0)
+            ends = [0, *self.horizons]
+            parts = [value[..., a:b].sum(-1, dtype=torch.float64) for a, b in itertools.pairwise(ends)]
+            return torch.stack(parts, dim=-1).cumsum(-1) * fits.unsqueeze(1)
+
+        def by_horizon(value: Tensor) -> Tensor:
+            return by_row(value).sum((0, 1))
+
+        error = y - mean
+        middle = mean if quantiles is None or 0.5 not in self.levels else quantiles[self.levels.index(0.5)]
+        apart, counts = by_row((y - middle).abs()), by_row(there)
+        season = batch.condition["error"].double().unsqueeze(-1)
+        scorable = (counts > 0) & (season > 0)
+        scaled = torch.where(scorable, apart / counts.clamp(min=1) / season, 0)
+        row = {
+            "squared": by_horizon(error.square()),
+            "absolute": by_horizon(error.abs()),
+            "values": counts.sum((0, 1)),
+            "rows": fits.sum(0),
+            "scaled": scaled.sum((0, 1)),
+            "series": scorable.sum((0, 1)),
+            "size": by_horizon(y.abs()),
+        }
+        if quantiles is not None:
+            row["spread"] = row["values"]
+            for level, at in zip(self.levels, quantiles, strict=True):
+                row[f"pinball_{level:g}"] = by_horizon(pinball(at.unsqueeze(-1), y, at.new_tensor([level]))[..., 0])
+            for percent, (i, j) in self.nominal.items():
+                row[f"inside_{percent:g}"] = by_horizon((y >= quantiles[i]) & (y <= quantiles[j]))
+        self.sums = self.sums.to(y.device)
+        for name, value in row.items():
+            self.sums[:, self.names.index(name)] += value
 
     def compute(self) -> dict[str, float]:
         found: dict[str, float] = {}

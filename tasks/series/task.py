@@ -19,7 +19,7 @@ from tasks.series.metrics import ForecastErrors, seasonal_error
 from tasks.series.outputs import check_levels, nine
 from tasks.series.rolling import Forecast, roll
 from tasks.series.tables import Columns, TableError, panels_of, read_frame
-from tasks.series.windows import EvaluationWindows, Layout, TrainingWindows, Window, cut, cut_known, prompt
+from tasks.series.windows import EvaluationWindows, Layout, TrainingWindows, cut, cut_known, prompt
 from zoo import config as configs
 from zoo.config import Choice
 from zoo.data import Shuffled, SourceStream
@@ -224,16 +224,17 @@ class SeriesTask(Task):
         count = min(self.config.plots, len(windows))
         if not count:
             return Media()
-        chosen = [windows[int(i)] for i in np.linspace(0, len(windows) - 1, count)]
+        chosen = torch.linspace(0, len(windows) - 1, count).long()
+        history, future, _ = windows.raw(chosen)
         device = next(model.parameters()).device
         forecast = self._roll(model, windows.collate(chosen).to(device), windows.horizon)
         images = {}
-        for number, item in enumerate(chosen):
+        for number in range(count):
             row = number if self.layout.mixed else number * len(self.card["names"])
             point, quantiles = _one(forecast, row, 0)
-            figure = plots.draw(
-                item.history[0], point, quantiles, self.config.levels, truth=item.future[0], title=self.card["names"][0]
-            )
+            past, truth = history[number, 0].numpy(), future[number, 0].numpy()
+            title = self.card["names"][0]
+            figure = plots.draw(past, point, quantiles, self.config.levels, truth=truth, title=title)
             images[f"forecast/{number}"] = plots.as_image(figure)
         return Media(images=images)
 
@@ -252,7 +253,7 @@ class SeriesTask(Task):
         """A table, or series, as histories to forecast `horizon` steps from."""
         panels = panels_of(obj, self._columns(), "the table").panels if isinstance(obj, pd.DataFrame) else obj
         context, later = self.layout.context, self.layout.rolled(horizon)
-        windows = []
+        history, known = [], []
         for panel in panels:
             if self.layout.mixed and len(panel.names) != len(self.card["names"]):
                 raise TableError(
@@ -261,18 +262,12 @@ class SeriesTask(Task):
                     f"{', '.join(panel.names)}"
                 )
             steps = len(panel.values)
-            known = self._known(panel, horizon)
-            missing = np.full((len(panel.names), horizon), np.nan, dtype=np.float32)
-            windows.append(
-                Window(
-                    cut(panel.values, steps - context, steps),
-                    missing,
-                    0,
-                    cut_known(known, steps - context, steps + later),
-                    np.zeros(len(panel.names)),
-                )
-            )
-        return prompt(windows, self.layout)
+            history.append(cut(panel.values, steps - context, steps))
+            known.append(cut_known(self._known(panel, horizon), steps - context, steps + later))
+        values = torch.from_numpy(np.stack(history))
+        missing = values.new_full((*values.shape[:2], horizon), torch.nan)
+        nothing = torch.zeros(len(values), dtype=torch.int64), torch.zeros(values.shape[:2])
+        return prompt(values, missing, torch.from_numpy(np.stack(known)), *nothing, self.layout)
 
     def ask(self, request: Request) -> Any:
         raise ValueError("series are forecast from a table: give --csv FILE --horizon STEPS")

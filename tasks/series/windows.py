@@ -60,15 +60,40 @@ def cut_known(known: np.ndarray | None, begin: int, end: int) -> np.ndarray:
     return np.nan_to_num(cut(known, begin, end))
 
 
+class Strip:
+    """All parts one after another, float32, so that any windows are one gather: values (V, N) and known (K, N).
+
+    Of each part the steps from `first` (its begin, or 0) to its end, with `before` steps of NaN in front of them and
+    `after` behind; covariates are 0 there and go on past the part's end as far as they are known.
+    """
+
+    def __init__(self, parts: Sequence[Part], *, before: int, after: int, whole: bool):
+        values, known, self.shift, place = [], [], [], 0  # shift: of a part's steps to their columns
+        for part in parts:
+            first = 0 if whole else part.begin
+            values.append(cut(part.panel.values[: part.end], first - before, part.end + after))
+            if not whole:
+                values[-1][:, :before] = np.nan
+            known.append(cut_known(part.panel.known, first - before, part.end + after))
+            self.shift.append(place + before - first)
+            place += values[-1].shape[1]
+        self.values, self.known = (torch.from_numpy(np.concatenate(rows, axis=1)) for rows in (values, known))
+
+    def take(self, starts: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """Columns (B,) -> values (B, V, steps), known (B, K, steps)."""
+        values, known = (rows.unfold(1, steps, 1)[:, starts].transpose(0, 1) for rows in (self.values, self.known))
+        return values, known
+
+
 class TrainingWindows:
     """Every window of the training parts that has a whole look-back and a whole prediction; of a part that is too
     short for one, those with as much as there is. One example for each channel, or for all together."""
 
     def __init__(self, parts: Sequence[Part], layout: Layout):
         self.layout = layout
-        self.rows: list[tuple[Part, int, int]] = []  # part, channel (-1: all), first origin
-        counts = []
-        for part in parts:
+        self.strip = Strip(parts, before=layout.context, after=layout.training_steps, whole=False)
+        starts, channels, counts = [], [], []  # of a run of windows: column of the first, channel (-1: all), how many
+        for part, shift in zip(parts, self.strip.shift, strict=True):
             first = part.begin + layout.context
             last = part.end - layout.predict
             if last < first:
@@ -77,30 +102,31 @@ class TrainingWindows:
             if part.end - part.begin < 2:
                 continue
             for channel in [-1] if layout.mixed else range(part.panel.values.shape[1]):
-                self.rows.append((part, channel, first))
+                starts.append(first - layout.context + shift)
+                channels.append(channel)
                 counts.append(last - first + 1)
         self.ends = np.cumsum(counts)
+        self.starts, self.channels, self.counts = (np.array(x, dtype=np.int64) for x in (starts, channels, counts))
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """values (C, steps), known (K, steps)."""
-        place = int(np.searchsorted(self.ends, index, side="right"))
-        part, channel, first = self.rows[place]
-        origin = first + index - (int(self.ends[place - 1]) if place else 0)
-        begin = origin - self.layout.context
-        end = begin + self.layout.training_steps
-        values = part.panel.values[: part.end]
-        values = values if channel < 0 else values[:, channel : channel + 1]
-        row = cut(values, begin, end)
-        if begin < part.begin:
-            row[:, : part.begin - begin] = np.nan
-        return row, cut_known(part.panel.known, begin, end)
+    def __getitem__(self, index: int) -> int:
+        return index
 
-    def collate(self, items: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
+    def rows(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
+        """values (B, C, steps), known (B, K, steps)."""
+        index = np.asarray(indices, dtype=np.int64)
+        run = np.searchsorted(self.ends, index, side="right")
+        starts = torch.from_numpy(self.starts[run] + index - (self.ends[run] - self.counts[run]))
+        values, known = self.strip.take(starts, self.layout.training_steps)
+        if not self.layout.mixed:
+            values = values[torch.arange(len(index)), torch.from_numpy(self.channels[run])].unsqueeze(1)
+        return values, known
+
+    def collate(self, items: Sequence[int]) -> Batch:
         """targets (B, T, C, predict): the values after each patch."""
-        values, known = (torch.from_numpy(np.stack(part)) for part in zip(*items, strict=True))
+        values, known = self.rows(items)
         layout = self.layout
         tokens = layout.context // layout.patch + layout.ahead
         following = values[..., layout.patch :].unfold(-1, layout.predict, layout.patch)
@@ -119,18 +145,6 @@ def patches(values: Tensor, known: Tensor, layout: Layout) -> Tensor:
     return torch.cat((rows, ahead), dim=2).contiguous()
 
 
-@dataclass(frozen=True)
-class Window:
-    """history (V, context), future (V, horizon) NaN past the end, fits: of these so many steps are within the part;
-    known (K, context + rolled horizon), error (V,): in-sample error of the seasonal naive forecast, for MASE."""
-
-    history: np.ndarray
-    future: np.ndarray
-    fits: int
-    known: np.ndarray
-    error: np.ndarray
-
-
 class EvaluationWindows:
     """Every `stride`-th window of the parts in which the shortest horizon fits, in order; none left out at the end."""
 
@@ -138,45 +152,48 @@ class EvaluationWindows:
         self, parts: Sequence[Part], errors: Sequence[np.ndarray], layout: Layout, horizons: Sequence[int], stride: int
     ):
         self.layout, self.horizon = layout, max(horizons)
-        self.parts, self.errors = list(parts), list(errors)
-        self.places = [
-            (index, origin)
-            for index, part in enumerate(self.parts)
-            for origin in range(part.begin, part.end - min(horizons) + 1, stride)
-        ]
+        self.parts = list(parts)
+        self.strip = Strip(parts, before=layout.context, after=layout.rolled(self.horizon), whole=True)
+        origins = [np.arange(part.begin, part.end - min(horizons) + 1, stride) for part in self.parts]
+        self.which = torch.from_numpy(np.repeat(np.arange(len(origins)), [len(o) for o in origins]))
+        self.origins = torch.from_numpy(np.concatenate(origins).astype(np.int64))
+        self.errors = torch.from_numpy(np.stack(errors).astype(np.float32))
+        ends = torch.tensor([part.end for part in self.parts])
+        self.fits = (ends[self.which] - self.origins).clamp(max=self.horizon)
+        self.columns = self.origins + torch.tensor(self.strip.shift)[self.which] - layout.context
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.origins)
 
-    def __getitem__(self, index: int) -> Window:
-        which, origin = self.places[index]
-        part = self.parts[which]
-        fits = min(self.horizon, part.end - origin)
-        begin, context = origin - self.layout.context, self.layout.context
-        return Window(
-            cut(part.panel.values[:origin], begin, origin),
-            cut(part.panel.values[: origin + fits], origin, origin + self.horizon),
-            fits,
-            cut_known(part.panel.known, begin, begin + context + self.layout.rolled(self.horizon)),
-            self.errors[which],
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def raw(self, items: Sequence[int] | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """history (B, V, context), future (B, V, horizon) NaN past the end of the part, known (B, K, context + rolled
+        horizon)."""
+        context = self.layout.context
+        values, known = self.strip.take(
+            self.columns[torch.as_tensor(items)], context + self.layout.rolled(self.horizon)
         )
+        return values[..., :context], values[..., context : context + self.horizon], known
 
-    def collate(self, items: list[Window]) -> Batch:
-        return prompt(items, self.layout)
+    def collate(self, items: Sequence[int] | Tensor) -> Batch:
+        history, future, known = self.raw(items)
+        places = torch.as_tensor(items)
+        return prompt(history, future, known, self.fits[places], self.errors[self.which[places]], self.layout)
 
 
-def prompt(items: list[Window], layout: Layout) -> Batch:
+def prompt(history: Tensor, future: Tensor, known: Tensor, fits: Tensor, error: Tensor, layout: Layout) -> Batch:
     """Rows to forecast: inputs (R, T, C + K m, P), targets (R, C, horizon), condition with `known` (R, M, K, P), `fits`
-    (R,) and `error` (R, C). Where channels are independent R = windows x channels, else R = windows."""
-    history, future, known = (
-        torch.from_numpy(np.stack([getattr(item, name) for item in items])) for name in ("history", "future", "known")
-    )
-    error = torch.from_numpy(np.stack([item.error for item in items]).astype(np.float32))
-    fits = torch.tensor([item.fits for item in items])
+    (R,) and `error` (R, C). Where channels are independent R = windows x channels, else R = windows.
+
+    history (B, V, context), future (B, V, horizon) NaN past the end, known (B, K, context + rolled horizon); fits (B,):
+    of the future so many steps are within the part; error (B, V): in-sample error of the seasonal naive, for MASE.
+    """
     if not layout.mixed:
         channels = history.shape[1]
         history, future = (x.flatten(0, 1).unsqueeze(1) for x in (history, future))
         known, fits, error = known.repeat_interleave(channels, 0), fits.repeat_interleave(channels), error.view(-1, 1)
     later = known[..., layout.context :].unflatten(-1, (-1, layout.patch)).transpose(1, 2)  # (R, M, K, P)
     condition: dict[str, Any] = {"known": later.contiguous(), "fits": fits, "error": error}
-    return Batch(patches(history, known, layout), future, condition=condition)
+    return Batch(patches(history, known, layout), future.contiguous(), condition=condition)

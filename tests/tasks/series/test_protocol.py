@@ -30,7 +30,7 @@ def test_every_test_window_is_counted(data_root, name):
         assert len(alone.windows("test")) == count
     # one pass over all horizons scores the same windows, the last batch and the last window among them
     windows = task.windows("test")
-    fits = np.array([min(windows.horizon, windows.parts[part].end - origin) for part, origin in windows.places])
+    fits = windows.fits.numpy()
     assert {h: int((fits >= h).sum()) for h in WINDOWS[name]} == WINDOWS[name]
     sizes = (
         [len(batch.targets) // 7 for batch in task.stream("test", batch_size=1000)] if name == "series/etth1" else []
