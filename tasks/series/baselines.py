@@ -87,7 +87,9 @@ def errors_of(
     found = {name: Errors(horizons, levels, variables) for name in forecasts}
     for places in torch.arange(len(windows)).split(AT_ONCE):
         history, future, known = windows.raw(places)
-        batch = prompt(history, future, known[:, :0], windows.fits[places], windows.errors[windows.which[places]], apart)
+        batch = prompt(
+            history, future, known[:, :0], windows.fits[places], windows.errors[windows.which[places]], apart
+        )
         past = filled(history.flatten(0, 1).unsqueeze(1))
         for name, forecast in forecasts.items():
             found[name].add(batch, Forecast(forecast(past), None, list(levels)), degenerate=True)

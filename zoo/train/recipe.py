@@ -42,6 +42,7 @@ class TrainConfig:
     ema               decay of the moving average of the weights that is evaluated and sampled; 0: none
     eval_every        steps; 0 never (so for save_every and sample_every). A run always saves at its end
     eval_batches      of the validation split; 0: all of it
+    eval_batch_size   examples of a validation batch; None: as many as a micro-batch of training has
     stop_when         the run ends early once an evaluation says so: "accuracy > 0.99", "loss < 1.5"; "": it does not
     keep              newest checkpoints that stay; 0: all
     max_skipped       non-finite steps in a row that are left out; one more ends the run
@@ -59,6 +60,7 @@ class TrainConfig:
     ema: float = 0.0
     eval_every: int = 0
     eval_batches: int = 0
+    eval_batch_size: int | None = None
     stop_when: str = ""
     save_every: int = 500
     sample_every: int = 0
@@ -76,6 +78,8 @@ class TrainConfig:
             raise ValueError("steps, batch_size, log_every and prefetch take 1 or more")
         if micro is not None and (micro < 1 or self.batch_size % micro):
             raise ValueError(f"micro_batch_size = {micro} does not divide batch_size = {self.batch_size}")
+        if self.eval_batch_size is not None and self.eval_batch_size < 1:
+            raise ValueError(f"eval_batch_size = {self.eval_batch_size}; it takes 1 or more")
         if self.seed < 0:
             raise ValueError(f"seed = {self.seed}; it takes 0 or more")
         if not 0 <= self.ema < 1:
@@ -136,7 +140,7 @@ HARMLESS = frozenset(
     f"train.{name}"
     for name in (
         *("steps", "micro_batch_size", "log_every", "eval_every", "eval_batches", "sample_every", "save_every", "keep"),
-        *("max_skipped", "prefetch", "device", "parallel"),
+        *("eval_batch_size", "max_skipped", "prefetch", "device", "parallel"),
         *(f"parallel.{f.name}" for f in fields(ParallelConfig)),
     )
 )

@@ -103,7 +103,8 @@ class Run:
         if split == "train":
             size, rank, world = self.micro, ranks.data_rank, ranks.data_world
         else:
-            size, rank, world = config.micro_batch_size or config.batch_size, ranks.rank, ranks.world
+            size = config.eval_batch_size or config.micro_batch_size or config.batch_size
+            rank, world = ranks.rank, ranks.world
         stream = self.task.stream(split, batch_size=size, rank=rank, world=world, seed=config.seed)
         return Prefetch(stream, depth=prefetch, pin=self.device.type == "cuda")
 
