@@ -76,6 +76,7 @@ class Attention(Mixer):
         if window is not None:
             check_window(window)
         self.config, self.dims, self.window = config, dims, window
+        self.prune: float | None = None
         self.reach = None if window is None else window - 1 + config.token_shift
         self.kv_heads = kv_sets * dims.kv_heads
         queries, keys = dims.heads * dims.head_dim, self.kv_heads * dims.head_dim
@@ -143,7 +144,9 @@ class Attention(Mixer):
         if self.gate is None:
             return ops.window_attention(q, k, v, window=self.window, cu_seqlens=ctx.cu_seqlens)
         z, u = self.gate(x)
-        return ops.gated_window_attention(q, k, v, z, u, window=self.window, cu_seqlens=ctx.cu_seqlens)
+        return ops.gated_window_attention(
+            q, k, v, z, u, window=self.window, cu_seqlens=ctx.cu_seqlens, prune=self.prune
+        )
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: Context, state: Any) -> Tensor:
         """Attend to the cached past and to the call's own tokens, and add them to the cache."""
