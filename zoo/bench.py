@@ -119,11 +119,17 @@ class Skip(Exception):
     pass
 
 
-def ours(gated: bool) -> Callable[[Inputs], tuple[Call, list[Tensor], Tensor]]:
+def ours(gated: bool, prune: float | None = None, closer: float = 0) -> Callable[[Inputs], tuple[Call, list, Tensor]]:
+    """closer: how much lower than those of Inputs (normal around 4) the gates' pre-activations are."""
+
     def make(x: Inputs) -> tuple[Call, list[Tensor], Tensor]:
         decay = x.log_decay if gated else None
-        leaves = [x.q, x.k, x.v, *([x.log_decay] if gated else [])]
-        return (lambda: ops.window_attention(x.q, x.k, x.v, decay, window=x.shape.window)), leaves, x.dout
+        if decay is not None and closer:
+            z = decay.detach() - torch.log(-torch.expm1(decay.detach().double())).float()  # logit of e^decay
+            decay = F.logsigmoid(z - closer).requires_grad_()
+        leaves = [x.q, x.k, x.v, *([] if decay is None else [decay])]
+        call = partial(ops.window_attention, x.q, x.k, x.v, decay, window=x.shape.window, prune=prune)
+        return call, leaves, x.dout
 
     return make
 
@@ -193,6 +199,8 @@ def sdpa(kind: str) -> Callable[[Inputs], tuple[Call, list[Tensor], Tensor]]:
 PEERS = (
     Peer("zoo", True, ours(True)),
     Peer("zoo no gate", False, ours(False)),
+    Peer("zoo pruned 1e-3, z 4", True, ours(True, 1e-3)),  # gates normal around z, deviation 1; all tiles are counted
+    Peer("zoo pruned 1e-3, z 2", True, ours(True, 1e-3, closer=2)),
     Peer("flash-attention-4", False, flash_attention_4),
     Peer("fla forgetting", True, fla_forgetting),
     Peer("flex", True, flex(True)),
@@ -248,7 +256,7 @@ def measure_gate() -> Iterable[dict[str, Any]]:
     yield {
         "peer": "zoo",
         "what": "gate backward",
-        "ms": time_ms(lambda: gate.prefix_backward(grad, (z, u), None)),
+        "ms": time_ms(lambda: gate.prefix_backward(grad, grad, (z, u), None)),
         **shape,
     }
 
@@ -274,11 +282,29 @@ def measure_decode() -> Iterable[dict[str, Any]]:
             yield {"peer": name, "what": "decode", "ms": ms, "tb_per_s": moved / ms / 1e9, **sizes}
 
 
-def one_round() -> list[dict[str, Any]]:
+def choose_peers(names: list[str]) -> list[Peer]:
+    """All peers for no names. Raises BenchError for one that is none."""
+    known = {peer.name: peer for peer in PEERS}
+    if unknown := [name for name in names if name not in known]:
+        raise BenchError(f"peers = {', '.join(unknown)}; it takes names among {'; '.join(known)}")
+    return [known[name] for name in names] or list(PEERS)
+
+
+def parse_shape(text: str) -> Shape:
+    """B,H,T,D,window, five numbers of 1 or more."""
+    numbers = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
+    if len(numbers) != 5 or min(numbers) < 1:
+        raise BenchError(
+            f"shapes = {text}; it takes five numbers of 1 or more, B,H,T,D,window, such as 4,16,16384,64,512"
+        )
+    return Shape(*numbers)
+
+
+def one_round(peers: list[str], shapes: list[str]) -> list[dict[str, Any]]:
     """Everything once, in this process; what a peer cannot do is said on stderr."""
     rows: list[dict[str, Any]] = []
-    for shape in SHAPES:
-        for peer in PEERS:
+    for shape in [parse_shape(text) for text in shapes] or SHAPES:
+        for peer in choose_peers(peers):
             try:
                 rows += measure_attention(shape, peer)
             except (ImportError, Skip, RuntimeError, NotImplementedError) as error:
@@ -291,18 +317,25 @@ def one_round() -> list[dict[str, Any]]:
 # The command
 
 
-def run(out: Path, rounds: int = 3) -> str:
+def run(out: Path, rounds: int = 3, peers: list[str] | None = None, shapes: list[str] | None = None) -> str:
     """Test, measure `rounds` times in processes of their own, write bench.csv and bench.png to `out`; returns a table.
 
-    Raises BenchError without a CUDA device, or when the kernels' tests are not there or do not pass.
+    peers: names of PEERS; shapes: "B,H,T,D,window"; None: all. Raises BenchError for one that is none,
+    without a CUDA device, or when the kernels' tests are not there or do not pass.
     """
+    peers, shapes = peers or [], shapes or []
+    choose_peers(peers)
+    [parse_shape(text) for text in shapes]
+    if rounds < 1:
+        raise BenchError(f"rounds = {rounds}; it takes 1 or more")
     if not torch.cuda.is_available():
         raise BenchError("zoo bench kernels measures a GPU, and torch finds none here")
     check_kernels()
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(rounds):
-        done = subprocess.run([sys.executable, "-m", "zoo.bench"], stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "zoo.bench", json.dumps([peers, shapes])]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise BenchError(f"round {number + 1} of {rounds} failed with exit code {done.returncode}")
         rows += [{"round": number, **json.loads(line)} for line in done.stdout.splitlines()]
@@ -353,6 +386,63 @@ def table(summary: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+# By table and head dim: the fields of hopper_band.Schedule.
+CANDIDATES = {
+    "TABLE": {
+        64: [(3, 4, False, 160, 32), (3, 3, False, 160, 32), (3, 4, True, 160, 32), (2, 4, False, 224, 56)],
+        128: [(3, 3, True, 160, 32), (2, 3, True, 224, 56), (2, 4, True, 224, 56), (2, 3, False, 224, 56)],
+    },
+    "DQ_TABLE": {
+        64: [(3, 4, True, 160, 32), (3, 3, True, 160, 32), (2, 4, True, 224, 56), (2, 4, False, 224, 56)],
+        128: [(2, 3, True, 224, 56), (2, 2, True, 224, 56)],
+    },
+    "DKV_TABLE": {
+        64: [(2, 4, False, 232, 40), (2, 3, False, 232, 40), (2, 5, False, 232, 40), (2, 4, True, 232, 40)],
+        128: [(2, 3, True, 232, 40), (2, 2, True, 232, 40)],
+    },
+}
+RING_STEPS = [(64, 4, 3), (64, 4, 2), (64, 4, 4), (32, 4, 3), (32, 4, 4), (32, 2, 4), (128, 4, 2), (128, 8, 2)]
+
+
+def tune() -> Iterable[str]:
+    """Rows for the tables of the Hopper and ring kernels, the fastest first with its time over windows 512 and 2048.
+
+    A difference below 10% is none until it repeats in other processes. Raises BenchError off a Hopper card."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        raise BenchError("the tables are those of a Hopper card (compute capability 9.0), and torch finds none here")
+    check_kernels()
+    from zoo.kernels import decode, hopper_backward, hopper_forward
+    from zoo.kernels.hopper_band import Schedule
+
+    for table, by_dim in CANDIDATES.items():
+        for dim, candidates in by_dim.items():
+            timed = []
+            for values in candidates:
+                schedule, total = Schedule(*values), 0.0
+                for width in (512, 2048):
+                    x = Inputs.random(Shape(4, 16, 16384, dim, width))
+                    q, k, v, decay = (tensor.detach() for tensor in (x.q, x.k, x.v, x.log_decay))
+                    options: dict[str, Any] = {"window": width, "scale": dim**-0.5, "spans": None}
+                    if table == "TABLE":
+                        forward = partial(hopper_forward.window_forward, q, k, v, (decay,), **options)
+                        total += time_ms(partial(forward, schedule=schedule))
+                        continue
+                    out, lse = hopper_forward.window_forward(q, k, v, (decay,), **options)
+                    name = "dq_schedule" if table == "DQ_TABLE" else "dkv_schedule"
+                    backward = partial(hopper_backward.window_backward, x.dout, None, q, k, v, out, lse, (decay,))
+                    total += time_ms(partial(backward, **options, **{name: schedule}))
+                timed.append((total, schedule))
+            for total, schedule in sorted(timed, key=lambda pair: pair[0]):
+                yield f"{table}  {dim}: {schedule},  # {total:.3f} ms"
+    q = torch.randn(64, 1, 16, 128, device="cuda").bfloat16()
+    k, v = torch.randn(2, 64, 512, 16, 128, device="cuda").bfloat16().unbind()
+    decay, live = -torch.rand(64, 512, 16, device="cuda"), torch.full((64,), 512, dtype=torch.int32, device="cuda")
+    ring = partial(decode.ring_attention, q, k, v, decay, live, 128**-0.5)
+    steps = sorted((time_ms(partial(ring, decode.Steps(*row))), row) for row in RING_STEPS)
+    for total, row in steps:
+        yield f"STEPS = {decode.Steps(*row)}  # {total:.4f} ms"
+
+
 SIZE_FIELDS = ("batch", "heads", "kv_heads", "tokens", "slots", "head_dim", "window")
 
 
@@ -384,5 +474,5 @@ def plot(summary: list[dict[str, Any]], path: Path) -> None:
 
 if __name__ == "__main__":
     backend.choose("window", torch.device("cuda"), torch.bfloat16, 64)
-    for measured in one_round():
+    for measured in one_round(*json.loads(sys.argv[1])):
         sys.stdout.write(json.dumps(measured) + "\n")

@@ -1,0 +1,120 @@
+"""Times our kernels part by part in one process, for comparing two trees:  python scripts/time_kernels.py [--tree DIR]
+
+DIR holds the other tree's `zoo` (git archive main zoo | tar -x -C DIR). Prints a line per figure: median milliseconds
+of do_bench, and for the backward the time on the device of each kernel in it. Run both trees several times in turn:
+the same kernel differs by up to 10% between processes.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--tree", type=Path, default=Path(__file__).resolve().parents[1])
+parser.add_argument("--name", default="this")
+parser.add_argument("--only", choices=["window", "gate", "ring"], help="one part; all by default")
+parser.add_argument("--ms", type=int, default=40, help="of repeats behind each median")
+arguments = parser.parse_args()
+sys.path.insert(0, str(arguments.tree.resolve()))
+
+import torch  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+from triton.testing import do_bench  # noqa: E402
+
+from zoo import ops  # noqa: E402
+from zoo.kernels import decode, gate, hopper_backward  # noqa: E402
+from zoo.ops import backend  # noqa: E402
+
+SHAPES = [(4, 16, 16384, dim, window) for dim in (64, 128) for window in (512, 1024, 2048)]
+
+
+def say(what: str, ms: float, note: str = "") -> None:
+    sys.stdout.write(f"{arguments.name:<6}{what:<44}{ms:8.4f} ms  {note}\n")
+    sys.stdout.flush()
+
+
+def median(call) -> float:
+    return float(do_bench(call, warmup=10, rep=arguments.ms, return_mode="median"))
+
+
+def on_device(call, repeats: int = 10) -> dict[str, float]:
+    """Milliseconds of each kernel in one call, by the profiler."""
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    times: dict[str, float] = defaultdict(float)
+    for event in profile.key_averages():
+        times[event.key[:40]] += event.self_device_time_total / repeats / 1e3
+    return dict(times)
+
+
+def window() -> None:
+    for batch, heads, tokens, dim, width in SHAPES:
+        generator = torch.Generator("cuda").manual_seed(0)
+        size = (batch, tokens, heads, dim)
+        q, k, v, dout = (torch.randn(size, device="cuda", generator=generator).bfloat16() for _ in range(4))
+        decay = F.logsigmoid(4 + torch.randn(size[:3], device="cuda", generator=generator))
+        flops = 4.0 * batch * heads * dim * (tokens * width - width * (width - 1) / 2)
+        for gated in (True, False):
+            leaves = [x.requires_grad_() for x in (q, k, v, *([decay] if gated else []))]
+            gates = decay if gated else None
+            name = f"D{dim} W{width} {'gate' if gated else 'none'}"
+
+            forward = partial(ops.window_attention, q, k, v, gates, window=width)
+            with torch.no_grad():
+                ms = median(forward)
+            say(f"{name} forward", ms, f"{flops / ms / 1e9:.0f} TFLOP/s")
+            out = forward()
+            backward = partial(torch.autograd.grad, out, leaves, dout, retain_graph=True)
+            ms = median(backward)
+            say(f"{name} backward", ms, f"{2.5 * flops / ms / 1e9:.0f} TFLOP/s")
+            parts = on_device(backward)
+            main = sum(ms for key, ms in parts.items() if key.startswith(("dq_kernel", "dkv_kernel")))
+            say(f"{name} dq + dkv kernels", main, f"{2.5 * flops / main / 1e9:.0f} TFLOP/s")
+            for key, part in sorted(parts.items(), key=lambda pair: -pair[1]):
+                say(f"{name}   {key}", part)
+
+
+def preprocessing() -> None:
+    z, u = torch.randn(2, 1, 65536, 16, device="cuda").unbind()
+    suffix, _ = gate.prefix((z, u))
+    grad = torch.randn_like(suffix)
+    sides = (grad, grad) if hasattr(gate, "SEGMENTS") else (grad,)
+    for what, call in (
+        ("gate forward", partial(gate.prefix, (z, u))),
+        ("gate backward", partial(gate.prefix_backward, *sides, (z, u), None)),
+    ):
+        say(f"{what} B1 H16 T65536", median(call))
+        for key, part in on_device(call).items():
+            say(f"  {key}", part)
+
+
+def ring() -> None:
+    choices = [decode.Steps(*x) for x in RING] if hasattr(decode, "Steps") else [None]
+    for batch, heads, kv_heads, slots in ((64, 16, 16, 512), (64, 16, 4, 512), (1, 16, 16, 65536)):
+        q = torch.randn(batch, 1, heads, 128, device="cuda").bfloat16()
+        k, v = (torch.randn(batch, slots, kv_heads, 128, device="cuda").bfloat16() for _ in range(2))
+        decay = -torch.rand(batch, slots, heads, device="cuda")
+        live = torch.full((batch,), slots, dtype=torch.int32, device="cuda")
+        moved = 2 * k.numel() * k.element_size() + decay.numel() * 4
+        for steps in choices:
+            extra = () if steps is None else (steps,)
+            ms = median(partial(decode.ring_attention, q, k, v, decay, live, 128**-0.5, *extra))
+            say(f"ring B{batch} G{kv_heads} S{slots} {steps or ''}", ms, f"{moved / ms / 1e9:.2f} TB/s")
+
+
+RING = [(64, 4, 3), (64, 4, 2), (64, 4, 4), (32, 4, 3), (32, 4, 4), (32, 2, 4), (128, 4, 2), (128, 8, 2), (64, 8, 3)]
+
+if __name__ == "__main__":
+    assert backend.explain("window", "cuda", torch.bfloat16, 64)[0] == "hopper", "needs a Hopper card"
+    say(f"matmul 8192 ({Path(hopper_backward.__file__).parents[2]})", 0.0)
+    x = torch.randn(8192, 8192, device="cuda").bfloat16()
+    ms = median(partial(torch.matmul, x, x))
+    say("matmul 8192", ms, f"{2 * 8192**3 / ms / 1e9:.0f} TFLOP/s")
+    for part, run in (("gate", preprocessing), ("ring", ring), ("window", window)):
+        if arguments.only in (None, part):
+            run()
