@@ -14,7 +14,7 @@ from pathlib import Path
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--tree", type=Path, default=Path(__file__).resolve().parents[1])
 parser.add_argument("--name", default="this")
-parser.add_argument("--only", choices=["window", "gate", "ring"], help="one part; all by default")
+parser.add_argument("--only", choices=["window", "gate"], help="one part; all by default")
 parser.add_argument("--ms", type=int, default=40, help="of repeats behind each median")
 arguments = parser.parse_args()
 sys.path.insert(0, str(arguments.tree.resolve()))
@@ -24,7 +24,7 @@ from torch.nn import functional as F  # noqa: E402
 from triton.testing import do_bench  # noqa: E402
 
 from zoo import ops  # noqa: E402
-from zoo.kernels import decode, gate, hopper_backward  # noqa: E402
+from zoo.kernels import gate, hopper_backward  # noqa: E402
 from zoo.ops import backend  # noqa: E402
 
 SHAPES = [(4, 16, 16384, dim, window) for dim in (64, 128) for window in (512, 1024, 2048)]
@@ -93,28 +93,12 @@ def preprocessing() -> None:
             say(f"  {key}", part)
 
 
-def ring() -> None:
-    choices = [decode.Steps(*x) for x in RING] if hasattr(decode, "Steps") else [None]
-    for batch, heads, kv_heads, slots in ((64, 16, 16, 512), (64, 16, 4, 512), (1, 16, 16, 65536)):
-        q = torch.randn(batch, 1, heads, 128, device="cuda").bfloat16()
-        k, v = (torch.randn(batch, slots, kv_heads, 128, device="cuda").bfloat16() for _ in range(2))
-        decay = -torch.rand(batch, slots, heads, device="cuda")
-        live = torch.full((batch,), slots, dtype=torch.int32, device="cuda")
-        moved = 2 * k.numel() * k.element_size() + decay.numel() * 4
-        for steps in choices:
-            extra = () if steps is None else (steps,)
-            ms = median(partial(decode.ring_attention, q, k, v, decay, live, 128**-0.5, *extra))
-            say(f"ring B{batch} G{kv_heads} S{slots} {steps or ''}", ms, f"{moved / ms / 1e9:.2f} TB/s")
-
-
-RING = [(64, 4, 3), (64, 4, 2), (64, 4, 4), (32, 4, 3), (32, 4, 4), (32, 2, 4), (128, 4, 2), (128, 8, 2), (64, 8, 3)]
-
 if __name__ == "__main__":
     assert backend.explain("window", "cuda", torch.bfloat16, 64)[0] == "hopper", "needs a Hopper card"
     say(f"matmul 8192 ({Path(hopper_backward.__file__).parents[2]})", 0.0)
     x = torch.randn(8192, 8192, device="cuda").bfloat16()
     ms = median(partial(torch.matmul, x, x))
     say("matmul 8192", ms, f"{2 * 8192**3 / ms / 1e9:.0f} TFLOP/s")
-    for part, run in (("gate", preprocessing), ("ring", ring), ("window", window)):
+    for part, run in (("gate", preprocessing), ("window", window)):
         if arguments.only in (None, part):
             run()

@@ -11,9 +11,10 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,31 @@ def time_ms(call: Call) -> float:
     return float(do_bench(call, warmup=25, rep=MILLISECONDS, return_mode="median"))
 
 
+def graph_ms(calls: Sequence[Call], least: int = 16, replays: int = 20) -> float:
+    """Median milliseconds of one of `calls`, which follow each other in one CUDA graph: as in a decoding model, nobody
+    waits for Python. Calls on inputs of their own, larger in all than the L2 cache, find none of it there."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph, rounds = torch.cuda.CUDAGraph(), -(-least // len(calls))
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        graph.replay()
+        mark.record()
+    torch.cuda.synchronize()
+    spans = [one.elapsed_time(other) for one, other in pairwise(marks)]
+    return statistics.median(spans) / (rounds * len(calls))
+
+
 def measure_attention(shape: Shape, peer: Peer) -> Iterable[dict[str, Any]]:
     """Rows for forward and backward of one peer on one shape."""
     call, leaves, dout = peer.make(Inputs.random(shape))
@@ -261,25 +287,58 @@ def measure_gate() -> Iterable[dict[str, Any]]:
     }
 
 
+@dataclass(frozen=True)
+class Ring:
+    """A decoding step's attention: one token of each row over a full ring."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    slots: int
+    head_dim: int = 128
+
+    def inputs(self, total: int = 1 << 29) -> list[tuple[Tensor, ...]]:
+        """q, k, v, decay, live, as many sets as it takes for keys and values of `total` bytes."""
+        one = 4 * self.batch * self.slots * self.kv_heads * self.head_dim
+        return [self._inputs() for _ in range(-(-total // one))]
+
+    def _inputs(self) -> tuple[Tensor, ...]:
+        q = torch.randn(self.batch, 1, self.heads, self.head_dim, device="cuda").bfloat16()
+        size = (self.batch, self.slots, self.kv_heads, self.head_dim)
+        k, v = (torch.randn(size, device="cuda").bfloat16() for _ in range(2))
+        decay = -torch.rand(self.batch, self.slots, self.heads, device="cuda")
+        return q, k, v, decay, torch.full((self.batch,), self.slots, dtype=torch.int32, device="cuda")
+
+    def tb_per_s(self, ms: float, gated: bool) -> float:
+        """On the bytes of keys and values, and of the decays where there are any."""
+        moved = 4 * self.kv_heads * self.head_dim + 4 * self.heads * gated
+        return self.batch * self.slots * moved / ms / 1e9
+
+    def __str__(self) -> str:
+        return f"B{self.batch} H{self.heads} G{self.kv_heads} S{self.slots} D{self.head_dim}"
+
+
+RINGS = (Ring(64, 16, 16, 512), Ring(64, 16, 4, 512), Ring(1, 16, 16, 65536))
+
+
 def measure_decode() -> Iterable[dict[str, Any]]:
-    """One token over a full ring: bytes of keys, values and decays over time."""
-    for batch, heads, kv_heads, slots, dim in ((64, 16, 16, 512, 128), (64, 16, 4, 512, 128), (1, 16, 16, 65536, 128)):
-        q = torch.randn(batch, 1, heads, dim, device="cuda").bfloat16()
-        k, v = (torch.randn(batch, slots, kv_heads, dim, device="cuda").bfloat16() for _ in range(2))
-        decay = -torch.rand(batch, slots, heads, device="cuda")
-        live = torch.full((batch,), slots, dtype=torch.int32, device="cuda")
-        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-        attend: Any = partial(F.scaled_dot_product_attention, enable_gqa=heads != kv_heads)
-        calls: dict[str, Call] = {
-            "zoo": lambda: ops.ring_attention(q, k, v, decay, live),  # noqa: B023  timed at once
-            "zoo no gate": lambda: ops.ring_attention(q, k, v, None, live),  # noqa: B023
-            "sdpa no gate": lambda: attend(*heads_first),  # noqa: B023
-        }
-        for name, call in calls.items():
-            ms = time_ms(call)
-            moved = 2 * k.numel() * k.element_size() + (decay.numel() * 4 if name == "zoo" else 0)
-            sizes = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "slots": slots, "head_dim": dim}
-            yield {"peer": name, "what": "decode", "ms": ms, "tb_per_s": moved / ms / 1e9, **sizes}
+    """One token over a full ring, in a CUDA graph over more keys and values than the L2 cache holds."""
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+    attends: dict[str, Callable[..., Tensor]] = {
+        "zoo": ops.ring_attention,
+        "zoo no gate": lambda q, k, v, _, live: ops.ring_attention(q, k, v, None, live),
+        "sdpa no gate": sdpa,
+    }
+    for ring in RINGS:
+        sets = ring.inputs()
+        for name, attend in attends.items():
+            ms = graph_ms([partial(attend, *inputs) for inputs in sets])
+            speed = ring.tb_per_s(ms, name == "zoo")
+            yield {"peer": name, "what": "decode", "ms": ms, "tb_per_s": speed, **asdict(ring)}
 
 
 def choose_peers(names: list[str]) -> list[Peer]:
@@ -401,17 +460,31 @@ CANDIDATES = {
         128: [(2, 3, True, 232, 40), (2, 2, True, 232, 40)],
     },
 }
-RING_STEPS = [(64, 4, 3), (64, 4, 2), (64, 4, 4), (32, 4, 3), (32, 4, 4), (32, 2, 4), (128, 4, 2), (128, 8, 2)]
+# Fields of decode.Steps: slots of a step, warps, stages, programs to aim for.
+RING_STEPS = [
+    (*step, programs)
+    for step in [(64, 4, 3), (64, 4, 4), (64, 2, 3), (64, 8, 3), (32, 4, 4), (32, 2, 4), (32, 2, 6), (128, 4, 2),
+                 (128, 8, 2), (128, 8, 3)]
+    for programs in (132, 264, 396, 528, 1056)
+]  # fmt: skip
 
 
-def tune() -> Iterable[str]:
-    """Rows for the tables of the Hopper and ring kernels, the fastest first with its time over windows 512 and 2048.
+def tune(part: str = "all") -> Iterable[str]:
+    """Rows for the tables of the Hopper ("window") and ring ("ring") kernels, the fastest first.
 
     A difference below 10% is none until it repeats in other processes. Raises BenchError off a Hopper card."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         raise BenchError("the tables are those of a Hopper card (compute capability 9.0), and torch finds none here")
     check_kernels()
-    from zoo.kernels import decode, hopper_backward, hopper_forward
+    if part in ("all", "ring"):
+        yield from tune_ring()
+    if part in ("all", "window"):
+        yield from tune_window()
+
+
+def tune_window() -> Iterable[str]:
+    """Schedules of the Hopper kernels, with their time over windows 512 and 2048."""
+    from zoo.kernels import hopper_backward, hopper_forward
     from zoo.kernels.hopper_band import Schedule
 
     for table, by_dim in CANDIDATES.items():
@@ -434,13 +507,25 @@ def tune() -> Iterable[str]:
                 timed.append((total, schedule))
             for total, schedule in sorted(timed, key=lambda pair: pair[0]):
                 yield f"{table}  {dim}: {schedule},  # {total:.3f} ms"
-    q = torch.randn(64, 1, 16, 128, device="cuda").bfloat16()
-    k, v = torch.randn(2, 64, 512, 16, 128, device="cuda").bfloat16().unbind()
-    decay, live = -torch.rand(64, 512, 16, device="cuda"), torch.full((64,), 512, dtype=torch.int32, device="cuda")
-    ring = partial(decode.ring_attention, q, k, v, decay, live, 128**-0.5)
-    steps = sorted((time_ms(partial(ring, decode.Steps(*row))), row) for row in RING_STEPS)
-    for total, row in steps:
-        yield f"STEPS = {decode.Steps(*row)}  # {total:.4f} ms"
+
+
+def tune_ring(best: int = 5) -> Iterable[str]:
+    """Steps of the ring kernel: the `best` of each of RINGS, then those that lose least to them over all."""
+    from zoo.kernels import decode
+
+    times: dict[Any, list[float]] = {decode.Steps(*values): [] for values in RING_STEPS}
+    for ring in RINGS:
+        sets = ring.inputs()
+        for steps in times:
+            attend = partial(decode.ring_attention, scale=ring.head_dim**-0.5, steps=steps)
+            times[steps].append(graph_ms([partial(attend, *inputs) for inputs in sets]))
+        for steps in sorted(times, key=lambda steps: times[steps][-1])[:best]:  # noqa: B023  sorted at once
+            ms = times[steps][-1]
+            yield f"{ring}  {steps}  # {ms:.4f} ms, {ring.tb_per_s(ms, gated=True):.2f} TB/s"
+    fastest = [min(column) for column in zip(*times.values(), strict=True)]
+    losses = {steps: [ms / least for ms, least in zip(row, fastest, strict=True)] for steps, row in times.items()}
+    for steps in sorted(losses, key=lambda steps: max(losses[steps]))[:best]:
+        yield f"STEPS = {steps}  # {' '.join(f'{loss:.2f}' for loss in losses[steps])} of the fastest"
 
 
 SIZE_FIELDS = ("batch", "heads", "kv_heads", "tokens", "slots", "head_dim", "window")

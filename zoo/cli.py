@@ -148,7 +148,11 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--peers", nargs="+", metavar="NAME", help="some of the peers; all by default")
     bench.add_argument("--shapes", nargs="+", metavar="B,H,T,D,W", help="such as 4,16,16384,64,512; nine by default")
     bench.add_argument(
-        "--tune", action="store_true", help="time candidate tiles instead, and print rows for the tables"
+        "--tune",
+        nargs="?",
+        choices=["all", "window", "ring"],
+        const="all",
+        help="time candidate tiles instead (all, or those of one kernel), and print rows for the tables",
     )
     bench.set_defaults(run=run_bench)
 
@@ -304,7 +308,7 @@ def run_bench(args: argparse.Namespace) -> int:
     from zoo import bench
 
     if args.tune:
-        for row in bench.tune():
+        for row in bench.tune(args.tune):
             print(row, flush=True)
     else:
         print(bench.run(args.out, args.rounds, args.peers, args.shapes))

@@ -15,20 +15,21 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
-PROGRAMS = 528  # four for each multiprocessor of a Hopper card; fewer leave some of them idle
 
 
 @dataclass(frozen=True)
 class Steps:
     """Slots per step, warps, and steps whose loads are on their way at once (one fewer than `stages`). What counts is
-    bytes in flight on a multiprocessor, in several programs: one that begins or ends leaves the bus to the others."""
+    bytes in flight on a multiprocessor, in several programs: one that begins or ends leaves the bus to the others.
+    Rings are split along the keys up to so many `programs`, and never to more: shares are to be merged."""
 
     slots: int
     warps: int
     stages: int
+    programs: int
 
 
-STEPS = Steps(64, 4, 3)
+STEPS = Steps(64, 4, 3, 528)
 
 
 def ring_attention(
@@ -42,7 +43,7 @@ def ring_attention(
         return out
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     group, block_d = heads // kv_heads, max(16, triton.next_power_of_2(dim))
-    shares = max(1, min(triton.cdiv(slots, 2 * steps.slots), triton.cdiv(PROGRAMS, batch * kv_heads)))
+    shares = max(1, min(triton.cdiv(slots, 2 * steps.slots), steps.programs // (batch * kv_heads)))
     per_share = triton.cdiv(triton.cdiv(slots, shares), steps.slots) * steps.slots
     shares = max(1, triton.cdiv(slots, per_share))
     partial = q.new_empty((shares, batch, heads, dim), dtype=torch.float32) if shares > 1 else None
