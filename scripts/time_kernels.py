@@ -1,11 +1,15 @@
-"""Times our kernels part by part in one process, for comparing two trees:  python scripts/time_kernels.py [--tree DIR]
+"""Times our kernels part by part in one process, for comparing trees.
 
-DIR holds the other tree's `zoo` (git archive main zoo | tar -x -C DIR). Prints a line per figure: median milliseconds
-of do_bench, and for the backward the time on the device of each kernel in it. Run both trees several times in turn:
-the same kernel differs by up to 10% between processes.
+    python scripts/time_kernels.py --tree DIR --name NAME >> times.txt     once or more for each tree, in turn
+    python scripts/time_kernels.py --table times.txt [--parts]             medians side by side
+
+DIR holds another tree's `zoo` (git archive main zoo | tar -x -C DIR). Prints a line per figure: median milliseconds of
+do_bench, and for the backward the time on the device of each kernel in it. Run all trees several times in turn: the
+same kernel differs by up to 10% between processes.
 """
 
 import argparse
+import statistics
 import sys
 from collections import defaultdict
 from functools import partial
@@ -16,6 +20,8 @@ parser.add_argument("--tree", type=Path, default=Path(__file__).resolve().parent
 parser.add_argument("--name", default="this")
 parser.add_argument("--only", choices=["window", "gate"], help="one part; all by default")
 parser.add_argument("--ms", type=int, default=40, help="of repeats behind each median")
+parser.add_argument("--table", type=Path, help="no timing: medians of such lines, a column each name")
+parser.add_argument("--parts", action="store_true", help="in the table, the single kernels of a backward too")
 arguments = parser.parse_args()
 sys.path.insert(0, str(arguments.tree.resolve()))
 
@@ -28,10 +34,27 @@ from zoo.kernels import gate, hopper_backward  # noqa: E402
 from zoo.ops import backend  # noqa: E402
 
 SHAPES = [(4, 16, 16384, dim, window) for dim in (64, 128) for window in (512, 1024, 2048)]
+SHAPES += [(1, 4, 1 << 20, dim, 512) for dim in (64, 128)]
+
+
+def table(lines: list[str], parts: bool) -> str:
+    """Milliseconds by what was timed, a column each name; then how much faster each is than the first."""
+    times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        name, what, ms = line[:6].strip(), line[6:50].rstrip(), float(line[50:58])
+        if parts or "  " not in what:
+            times[what][name].append(ms)
+    names = list(dict.fromkeys(line[:6].strip() for line in lines))
+    rows = [f"{'':<44}" + "".join(f"{name:>9}" for name in [*names, *names[1:]])]
+    for what, by_name in times.items():
+        medians = [statistics.median(by_name[name]) if name in by_name else float("nan") for name in names]
+        gains = "".join(f"{medians[0] / ms:8.3f}x" for ms in medians[1:])
+        rows.append(f"{what:<44}" + "".join(f"{ms:9.4f}" for ms in medians) + gains)
+    return "\n".join(rows)
 
 
 def say(what: str, ms: float, note: str = "") -> None:
-    sys.stdout.write(f"{arguments.name:<6}{what:<44}{ms:8.4f} ms  {note}\n")
+    sys.stdout.write(f"{arguments.name[:5]:<6}{what[:43]:<44}{ms:8.4f} ms  {note}\n")
     sys.stdout.flush()
 
 
@@ -62,7 +85,7 @@ def window() -> None:
         for gated in (True, False):
             leaves = [x.requires_grad_() for x in (q, k, v, *([decay] if gated else []))]
             gates = decay if gated else None
-            name = f"D{dim} W{width} {'gate' if gated else 'none'}"
+            name = f"T{tokens >> 10}k D{dim} W{width} {'gate' if gated else 'none'}"
 
             forward = partial(ops.window_attention, q, k, v, gates, window=width)
             with torch.no_grad():
@@ -94,8 +117,10 @@ def preprocessing() -> None:
 
 
 if __name__ == "__main__":
+    if arguments.table is not None:
+        sys.exit(print(table(arguments.table.read_text("utf-8").splitlines(), arguments.parts)))
     assert backend.explain("window", "cuda", torch.bfloat16, 64)[0] == "hopper", "needs a Hopper card"
-    say(f"matmul 8192 ({Path(hopper_backward.__file__).parents[2]})", 0.0)
+    assert Path(hopper_backward.__file__).is_relative_to(arguments.tree.resolve()), "another tree came first"
     x = torch.randn(8192, 8192, device="cuda").bfloat16()
     ms = median(partial(torch.matmul, x, x))
     say("matmul 8192", ms, f"{2 * 8192**3 / ms / 1e9:.0f} TFLOP/s")
