@@ -22,13 +22,23 @@ from zoo.ops import nsa, reference_nsa
 
 HEADS, DIM, BLOCK, TOP, WINDOW = 64, 128, 64, 16, 512
 TILES = {
-    ("compressed", "forward"): [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2)],
-    ("compressed", "choose"): [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 3)],
+    ("compressed", "forward"): [
+        (64, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 1), (64, 64, 4, 3), (64, 64, 4, 2),
+        (64, 64, 4, 1), (64, 128, 4, 1), (64, 32, 4, 3), (128, 128, 8, 1), (128, 128, 8, 2), (128, 32, 4, 3),
+    ],
+    ("compressed", "choose"): [
+        (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 1), (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3),
+        (64, 128, 4, 1), (64, 128, 4, 2), (128, 128, 8, 1), (128, 128, 8, 2), (128, 64, 4, 3), (64, 32, 4, 2),
+    ],
     ("compressed", "dq"): [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 32, 4, 3)],
     ("compressed", "dkdv"): [(32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 3), (32, 128, 8, 2)],
-    ("selected", "partial"): [(128, 8, 3), (128, 8, 2), (64, 4, 3), (64, 4, 2), (128, 4, 2)],
+    ("selected", "partial"): [(128, 8, 3), (128, 8, 2), (64, 4, 3), (64, 4, 2), (64, 4, 4), (128, 4, 2), (64, 8, 3)],
+    ("selected", "merge"): [
+        (64, 64, 4, 2), (64, 64, 4, 1), (64, 64, 8, 2), (64, 32, 4, 2), (128, 64, 8, 2), (128, 64, 8, 1),
+        (32, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2),
+    ],
     ("selected", "grads"): [(64, 8, 3), (64, 8, 2), (32, 4, 2), (32, 4, 3), (32, 8, 2)],
-}
+}  # fmt: skip
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
@@ -123,7 +133,7 @@ def tune(tokens: int, group: int) -> None:
             dout, None, q, k, v, detail, detail_lse, index, selected, BLOCK, scale
         ),
     }
-    calls["dkdv"] = calls["dq"]
+    calls["dkdv"], calls["merge"] = calls["dq"], calls["partial"]
     for (family, kernel), tiles in TILES.items():
         module: Any = nsa_compressed if family == "compressed" else nsa_selected
         usual = module.SM90[kernel][DIM]
@@ -140,6 +150,20 @@ def tune(tokens: int, group: int) -> None:
         taken = [round(milliseconds(calls[name]), 3) for name in ("partial", "grads")]
         print(json.dumps({"item rows": rows, "forward, backward ms": taken}), flush=True)
     nsa_selected.ITEM_ROWS = {"partial": 4096, "grads": 8192}
+    pieces = list(nsa_selected._pieces(q, k, index, selected, BLOCK))
+    for sort in ((64, 32, 4), (64, 64, 4), (32, 64, 4), (32, 32, 4), (128, 32, 8), (128, 16, 4)):
+        nsa_selected.SORT = sort
+        taken = [
+            round(milliseconds(lambda kernel=name: [nsa_selected._inverse(piece, kernel) for piece in pieces]), 3)
+            for name in ("partial", "grads")
+        ]
+        print(json.dumps({"inverse index tile": sort, "forward's, backward's ms": taken}), flush=True)
+    nsa_selected.SORT = (64, 32, 4)
+    for chunks in (1, 2, 4, 8, 16, 32, 64):
+        nsa_selected.CHUNKS = {"partial": chunks, "grads": chunks}
+        taken = [round(milliseconds(calls[name]), 3) for name in ("partial", "grads")]
+        print(json.dumps({"chunks": chunks, "forward, backward ms": taken}), flush=True)
+    nsa_selected.CHUNKS = {"partial": 16, "grads": 4}
     for scratch in (256 << 20, 1 << 30, 2 << 30, 8 << 30):
         nsa_selected.SCRATCH_BYTES = scratch
         taken = [round(milliseconds(calls[name]), 3) for name in ("partial", "grads")]

@@ -1,5 +1,7 @@
 """The NSA kernels under Triton's interpreter. Run by test_interpret.py in a process of its own, TRITON_INTERPRET=1."""
 
+import math
+
 import pytest
 import torch
 
@@ -21,8 +23,11 @@ def small_tiles(monkeypatch):
     tiles = {"forward": (32, 16, 4, 1), "choose": (16, 16, 4, 1), "dq": (16, 16, 4, 1), "dkdv": (32, 16, 4, 1)}
     monkeypatch.setattr(nsa_compressed, "choose_tile", lambda kernel, q: tiles[kernel])
     monkeypatch.setattr(nsa_compressed, "PROGRAMS", 6)
-    monkeypatch.setattr(nsa_selected, "choose_tile", lambda kernel, q: (32, 4, 1))
+    tiles |= {"partial": (32, 4, 1), "grads": (32, 4, 1), "merge": (16, 16, 4, 1)}
+    monkeypatch.setattr(nsa_selected, "choose_tile", lambda kernel, q: tiles[kernel])
     monkeypatch.setattr(nsa_selected, "ITEM_ROWS", {"partial": 24, "grads": 40})
+    monkeypatch.setattr(nsa_selected, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(nsa_selected, "SORT", (4, 4, 4))
     monkeypatch.setattr(nsa_selected, "FEW_PAIRS", 0)
     monkeypatch.setattr(nsa_selected, "SCRATCH_BYTES", 1 << 30)
 
@@ -107,6 +112,52 @@ def test_ragged_rows_equal_the_reference():
     places = nsa._places(q, 4, 40, None, start)
     actual = nsa_selected.selected_forward(q, x["k"], x["v"], expected[2], places, 4, 0.3)
     expected = reference_nsa.selected_forward(q, x["k"], x["v"], expected[2], places, 4, 0.3)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 0, 3, 25, 26, 61)])
+@pytest.mark.parametrize("kernel", ["partial", "grads"])
+def test_the_inverse_index_is_a_stable_sort(kernel, cu_seqlens):
+    """By (row, head, chunk of tokens, block); the items cover every pair once, in order, each of one block."""
+    generator = torch.Generator().manual_seed(0)
+    batch, length, heads, top, block = (1 if cu_seqlens else 2), 61, 2, 5, 4
+    packed = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
+    q, k = torch.zeros(batch, length, 4, 8), torch.zeros(batch, length, heads, 8)
+    places = nsa._places(q, block, length, packed, None)
+    own = places.place.div(block, rounding_mode="floor")[:, :, None, None]
+    index = (
+        torch.rand(batch, length, heads, 17, generator=generator).argsort(-1)[..., :top].int()
+    )  # distinct; some late
+    index[torch.rand(index.shape, generator=generator) < 0.1] = -1
+    (piece,) = nsa_selected._pieces(q, k, index, places, block)
+    items = nsa_selected._inverse(piece, kernel)
+
+    wanted = (index >= 0) & (index <= own)
+    if kernel == "partial":
+        wanted &= ~((index == 0) | (index == own) | (index == own - 1))
+    chunk = max(nsa_selected.CHUNK_TOKENS, math.ceil(length / nsa_selected.CHUNKS[kernel]))
+    assert items.chunks == math.ceil(length / chunk) > 1
+    head = torch.arange(batch * heads).view(batch, 1, heads, 1)
+    key = (head * items.chunks + torch.arange(length).view(1, -1, 1, 1) // chunk) * piece.slots
+    key = torch.where(wanted, key + places.first_block[:, :, None, None] + index, items.blocks).flatten()
+    ordered, expected = key.sort(stable=True)
+    pairs = int(wanted.sum())
+    assert torch.equal(items.order[:pairs], expected[:pairs].int())
+    spans = [(int(a), int(b), int(c)) for a, b, c in zip(items.first, items.last, items.block, strict=True) if a < b]
+    assert [i for a, b, _ in spans for i in range(a, b)] == list(range(pairs))
+    assert all((ordered[a:b] == c).all() for a, b, c in spans)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 5, 6, 27, 37)])
+def test_near_blocks_that_nobody_or_somebody_chose(cu_seqlens):
+    """Any of the first, previous and own block may be missing: each query reads what it chose, no more."""
+    generator = torch.Generator().manual_seed(1)
+    x = NSACase("near", 37, group=3, kv_heads=2).tensors(torch.float32)
+    packed = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
+    index = torch.rand(1, 37, 2, 10, generator=generator).argsort(-1)[..., :4].int()
+    places = nsa._places(x["q"], 4, 37, packed, None)
+    arguments = (x["q"], x["k"], x["v"], index, places, 4, 0.3)
+    actual, expected = nsa_selected.selected_forward(*arguments), reference_nsa.selected_forward(*arguments)
     torch.testing.assert_close(actual, expected)
 
 

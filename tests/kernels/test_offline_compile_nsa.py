@@ -18,7 +18,7 @@ WIDE = {
 }  # fmt: skip
 INDEX = {
     "place_ptr", "first_ptr", "index_ptr", "begin_ptr", "end_ptr", "order_ptr", "block_ptr", "item_first_ptr",
-    "item_last_ptr", "first_key_ptr", "first_block_ptr",
+    "item_last_ptr", "first_key_ptr", "first_block_ptr", "start_ptr",
 }  # fmt: skip
 
 
@@ -67,6 +67,16 @@ def build_selected(name, architecture, dim, group=16, element="bf16", tile=None)
     return build(getattr(nsa_selected, f"_{name}"), architecture, element, constants, warps, stages)
 
 
+def build_merge(architecture, dim, group=16, element="bf16", tile=None, block=64, together=True):
+    table = nsa_selected.SM90 if architecture == "sm90" else nsa_selected.OTHER
+    rows, keys, warps, stages = tile or table["merge"][max(64, dim * (2 if element == "fp32" else 1))]
+    constants = {
+        "TOP": 16, "GROUP": group, "D": dim, "BLOCK_D": dim, "BLOCK": block, "BLOCK_K": keys, "BLOCK_R": rows,
+        "TOGETHER": together,
+    }  # fmt: skip
+    return build(nsa_selected._merge, architecture, element, constants, warps, stages, {"lse_ptr"})
+
+
 ROWS = [("sm90", 128, "bf16")]
 SLOW_ROWS = [
     ("sm90", 64, "bf16"), ("sm90", 256, "bf16"), ("sm80", 64, "bf16"),
@@ -85,12 +95,14 @@ def test_every_row_compiles_and_fits(architecture, dim, element):
     for name in ("partial", "grads"):
         built = build_selected(name, architecture, dim, element=element)
         assert built.metadata.shared <= SHARED_BYTES[architecture], name
+    assert build_merge(architecture, dim, element=element).metadata.shared <= SHARED_BYTES[architecture]
 
 
 @pytest.mark.parametrize("group", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_other_groups_compile(group):
     for name in ("forward", "choose"):
         assert build_compressed(name, "sm90", 64, group).metadata.shared <= SHARED_BYTES["sm90"]
+    assert build_merge("sm90", 64, group, block=32).metadata.shared <= SHARED_BYTES["sm90"]
     assert build_selected("partial", "sm90", 64, group).metadata.shared <= SHARED_BYTES["sm90"]
 
 
@@ -99,8 +111,12 @@ def test_overlapping_blocks_compile():
 
 
 def test_the_small_kernels_compile():
-    rows = {"TOP": 16, "GROUP": 16, "D": 128, "BLOCK_D": 128, "BLOCK_R": nsa_selected.MERGE_ROWS}
-    build(nsa_selected._merge, "sm90", "bf16", rows, 4, 3)
+    tokens, places, warps = nsa_selected.SORT
+    for together, put in ((True, False), (True, True), (False, True)):
+        sort = {"TOP": 16, "BLOCK": 64, "BLOCK_T": tokens, "BLOCK_S": places, "TOGETHER": together, "PUT": put}
+        build(nsa_selected._sort, "sm90", "bf16", sort, warps, 3)
+    build_merge("sm90", 128, together=False)
+    rows = {"TOP": 16, "GROUP": 16, "D": 128, "BLOCK_D": 128, "BLOCK_R": nsa_selected.SUM_ROWS}
     build(nsa_selected._sum_pairs, "sm90", "bf16", rows, 4, 3)
     block = {"TOP": 16, "GROUP": 16, "D": 128, "BLOCK_D": 128, "BLOCK": 64, "BLOCK_K": 64}
     build(nsa_selected._sum_items, "sm90", "bf16", block, 4, 3, {"dk_ptr", "dv_ptr"})

@@ -3,6 +3,7 @@
 pytest -m gpu tests/ops/test_nsa_gpu.py
 """
 
+import math
 import warnings
 
 import pytest
@@ -90,6 +91,60 @@ def test_float32_equals_the_loops(case):
     found = run(case, {name: x.cuda() for name, x in tensors.items()})
     errors = {name: relative_error(x.cpu(), expected[name]) for name, x in found.items()}
     assert max(errors.values()) <= 1e-4, errors
+
+
+INVERSES = [  # rows, tokens, kv heads, block, top, documents
+    (1, 16384, 4, 64, 16, None),
+    (2, 3001, 3, 16, 5, None),
+    (1, 5000, 2, 32, 8, (0, 1, 1, 700, 733, 5000)),
+]
+
+
+@pytest.mark.parametrize("kernel", ["partial", "grads"])
+@pytest.mark.parametrize("shape", INVERSES, ids=str)
+def test_the_inverse_index_is_a_stable_sort(shape, kernel):
+    batch, tokens, heads, block, top, documents = shape
+    torch.manual_seed(0)
+    packed = None if documents is None else torch.tensor(documents, dtype=torch.int32, device="cuda")
+    q, k = (torch.empty(batch, tokens, heads, 16, device="cuda", dtype=torch.bfloat16) for _ in "qk")
+    places = nsa._places(q, block, tokens, packed, None)
+    own = places.place.div(block, rounding_mode="floor")[:, :, None, None]
+    index = torch.rand(batch, tokens, heads, -(-tokens // block), device="cuda").topk(top).indices.int()
+    (piece,) = nsa_selected._pieces(q, k, index, places, block)
+    wanted = (index >= 0) & (index <= own)
+    if kernel == "partial":
+        wanted &= (index != 0) & (index != own) & (index != own - 1)
+    for _ in range(5):
+        items = nsa_selected._inverse(piece, kernel)
+        chunk = max(nsa_selected.CHUNK_TOKENS, math.ceil(tokens / nsa_selected.CHUNKS[kernel]))
+        head = torch.arange(batch * heads, device="cuda").view(batch, 1, heads, 1)
+        key = (head * items.chunks + torch.arange(tokens, device="cuda").view(1, -1, 1, 1) // chunk) * piece.slots
+        key = torch.where(wanted, key + places.first_block[:, :, None, None] + index, items.blocks).flatten()
+        ordered, expected = key.sort(stable=True)
+        pairs = int(wanted.sum())
+        assert torch.equal(items.order[:pairs], expected[:pairs].int())
+        full = items.first < items.last
+        first, last, of = items.first[full].long(), items.last[full].long(), items.block[full]
+        assert int((last - first).sum()) == pairs
+        assert torch.equal(first[1:], last[:-1])
+        assert torch.equal(ordered[first], of.long())
+        assert torch.equal(ordered[last - 1], of.long())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_near_block_may_be_missing(shape):
+    """The first, previous and own block are read together only where they were chosen."""
+    tokens, group, kv_heads, dim, _, _, block, top, _ = shape
+    q, k, v, *_, packed = inputs(shape, torch.bfloat16)
+    places = nsa._places(q, block, tokens, packed, None)
+    index = torch.rand(1, tokens, kv_heads, -(-tokens // block), device="cuda").topk(top).indices.int()
+    kernels = backend.choose("nsa", q.device, q.dtype, dim)
+    out, lse = kernels.selected_forward(q, k, v, index, places, block, 0.1)
+    true_out, true_lse = reference_nsa.selected_forward(q.double(), k.double(), v.double(), index, places, block, 0.1)
+    seen = true_lse > -torch.inf
+    assert torch.equal(seen, lse > -torch.inf)
+    assert relative_error(out, true_out) <= 1e-2
+    assert relative_error(lse[seen], true_lse[seen]) <= 1e-2
 
 
 BIG = NSACase("big", 3000, group=4, kv_heads=2, dim=64, block=64, top=8, window=128)

@@ -206,10 +206,10 @@ def _walk(
 
 
 @triton.jit
-def _program(program, tiles, G):
+def program(number, tiles, G):
     """(tile, batch, kv head); the latest rows first, they see most. 64-bit where they multiply strides."""
-    other = program // tiles
-    return tiles - 1 - program % tiles, tl.cast(other // G, tl.int64), tl.cast(other % G, tl.int64)
+    other = number // tiles
+    return tiles - 1 - number % tiles, tl.cast(other // G, tl.int64), tl.cast(other % G, tl.int64)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -220,7 +220,7 @@ def _forward(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
     RATIO: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile, batch, kv_head = _program(tl.program_id(0), tl.cdiv(T * GROUP, BLOCK_R), G)
+    tile, batch, kv_head = program(tl.program_id(0), tl.cdiv(T * GROUP, BLOCK_R), G)
     r0 = tile * BLOCK_R
     row = r0 + tl.arange(0, BLOCK_R)
     token, member, inside = row // GROUP, row % GROUP, row < T * GROUP
@@ -275,7 +275,7 @@ def _choose(
 ):  # fmt: skip
     """The blocks of TOKENS tokens of one key/value head. Selection block j has the place first + j; the free ones are
     1 .. own - 2, the others are forced. `best` holds the KEPT best so far, ascending; -1 is none."""
-    tile, batch, kv_head = _program(tl.program_id(0), tl.cdiv(T, TOKENS), G)
+    tile, batch, kv_head = program(tl.program_id(0), tl.cdiv(T, TOKENS), G)
     t0 = tile * TOKENS
     row = tl.arange(0, TOKENS * PADDED_GROUP)
     token, member = t0 + row // PADDED_GROUP, row % PADDED_GROUP
@@ -306,6 +306,8 @@ def _choose(
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
             p = tl.exp2(s - lse[:, None])  # slots that a row doesn't see are dropped below
             score += weight * tl.sum(tl.reshape(p, [TOKENS, PADDED_GROUP, BLOCK_J]), 1)
+        if PADDED_GROUP > 1:  # the sum left copies in up to eight lanes, which all would sort: deal them out anew
+            score = tl.gather(score, tl.zeros([TOKENS, 1], tl.int32) + tl.arange(0, BLOCK_J)[None, :], 1)
         block = j[None, :] - first[:, None]
         free = (block >= 1) & (block <= own[:, None] - 2)
         key = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
@@ -356,7 +358,7 @@ def _dq(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
     RATIO: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile, batch, kv_head = _program(tl.program_id(0), tl.cdiv(T * GROUP, BLOCK_R), G)
+    tile, batch, kv_head = program(tl.program_id(0), tl.cdiv(T * GROUP, BLOCK_R), G)
     r0 = tile * BLOCK_R
     row = r0 + tl.arange(0, BLOCK_R)
     token, member, inside = row // GROUP, row % GROUP, row < T * GROUP
@@ -405,7 +407,7 @@ def _dkdv(
     """One tile of slots and rows [share * rows_each, (share + 1) * rows_each): a partial sum. Matrices are held
     transposed, (slots, rows)."""
     tiles = tl.cdiv(M, BLOCK_K)
-    tile, batch, kv_head = _program(tl.program_id(0), tiles, G)
+    tile, batch, kv_head = program(tl.program_id(0), tiles, G)
     share = tl.program_id(1)
     k0 = tile * BLOCK_K
     slot = k0 + tl.arange(0, BLOCK_K)
