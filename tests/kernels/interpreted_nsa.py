@@ -11,7 +11,7 @@ from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
 from tests.ops.run_nsa import run
 from zoo import ops
-from zoo.kernels import nsa_compressed, nsa_selected
+from zoo.kernels import nsa_compressed, nsa_inverse, nsa_selected
 from zoo.ops import backend, nsa, reference_nsa
 
 repair()
@@ -25,11 +25,11 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(nsa_compressed, "PROGRAMS", 6)
     tiles |= {"partial": (32, 4, 1), "grads": (32, 4, 1), "merge": (16, 16, 4, 1)}
     monkeypatch.setattr(nsa_selected, "choose_tile", lambda kernel, q: tiles[kernel])
-    monkeypatch.setattr(nsa_selected, "ITEM_ROWS", {"partial": 24, "grads": 40})
-    monkeypatch.setattr(nsa_selected, "CHUNK_TOKENS", 8)
-    monkeypatch.setattr(nsa_selected, "SORT", (4, 4, 4))
-    monkeypatch.setattr(nsa_selected, "FEW_PAIRS", 0)
-    monkeypatch.setattr(nsa_selected, "SCRATCH_BYTES", 1 << 30)
+    monkeypatch.setattr(nsa_inverse, "ITEM_ROWS", {"partial": 24, "grads": 40})
+    monkeypatch.setattr(nsa_inverse, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(nsa_inverse, "SORT", (4, 4, 4))
+    monkeypatch.setattr(nsa_inverse, "FEW_PAIRS", 0)
+    monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", 1 << 30)
 
 
 def errors(case: NSACase, dtype: torch.dtype = torch.float32) -> dict[str, float]:
@@ -59,31 +59,33 @@ def test_equals_the_loops(case):
 @pytest.mark.parametrize("scratch", [1 << 12, 1 << 14])
 def test_pieces(scratch, monkeypatch):
     """Runs of tokens of one head, and runs of heads."""
-    monkeypatch.setattr(nsa_selected, "SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", scratch)
     found = errors(NSACase("pieces", 37, group=2, kv_heads=3))
     assert max(found.values()) <= 1e-4, found
 
 
 def test_a_program_per_pair(monkeypatch):
-    monkeypatch.setattr(nsa_selected, "FEW_PAIRS", 1 << 20)
+    monkeypatch.setattr(nsa_inverse, "FEW_PAIRS", 1 << 20)
     found = errors(NSACase("few", 18, group=2, batch=2))
     assert max(found.values()) <= 1e-4, found
 
 
 @pytest.mark.parametrize(
-    ("block", "stride", "select", "cu_seqlens"),
+    ("block", "stride", "select", "printed", "cu_seqlens"),
     [
-        (4, 2, 8, (0, 3, 3, 40, 50)),
-        pytest.param(4, 2, 8, None, marks=pytest.mark.slow),
-        pytest.param(2, 1, 4, (0, 3, 3, 40, 50), marks=pytest.mark.slow),
-        pytest.param(4, 4, 8, None, marks=pytest.mark.slow),
+        (4, 2, 8, False, (0, 3, 3, 40, 50)),
+        (4, 1, 4, True, (0, 3, 3, 40, 50)),
+        pytest.param(4, 2, 8, False, None, marks=pytest.mark.slow),
+        pytest.param(4, 2, 8, True, None, marks=pytest.mark.slow),
+        pytest.param(2, 1, 4, False, (0, 3, 3, 40, 50), marks=pytest.mark.slow),
+        pytest.param(4, 4, 8, False, None, marks=pytest.mark.slow),
     ],
 )
-def test_overlapping_blocks_equal_the_reference(block, stride, select, cu_seqlens):
+def test_overlapping_blocks_equal_the_reference(block, stride, select, printed, cu_seqlens):
     x = NSACase("overlap", 50, group=2, kv_heads=2).tensors(torch.float32)
     index = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
     k, v = (ops.gather_blocks(y, block, stride, select=select, cu_seqlens=index).mean(2) for y in (x["k"], x["v"]))
-    geometry = reference_nsa.Geometry(block, stride, select, 5)
+    geometry = reference_nsa.Geometry(block, stride, select, 5, printed)
     places = nsa._compressed_places(x["q"], k, geometry, index, None)
     actual = nsa_compressed.compressed_forward(x["q"], k, v, places, geometry, 0.3)
     expected = reference_nsa.compressed_forward(x["q"], k, v, places, geometry, 0.3)
@@ -129,13 +131,13 @@ def test_the_inverse_index_is_a_stable_sort(kernel, cu_seqlens):
         torch.rand(batch, length, heads, 17, generator=generator).argsort(-1)[..., :top].int()
     )  # distinct; some late
     index[torch.rand(index.shape, generator=generator) < 0.1] = -1
-    (piece,) = nsa_selected._pieces(q, k, index, places, block)
-    items = nsa_selected._inverse(piece, kernel)
+    (piece,) = nsa_inverse.pieces(q, k, index, places, block)
+    items = nsa_inverse.inverse(piece, kernel)
 
     wanted = (index >= 0) & (index <= own)
     if kernel == "partial":
         wanted &= ~((index == 0) | (index == own) | (index == own - 1))
-    chunk = max(nsa_selected.CHUNK_TOKENS, math.ceil(length / nsa_selected.CHUNKS[kernel]))
+    chunk = max(nsa_inverse.CHUNK_TOKENS, math.ceil(length / nsa_inverse.CHUNKS[kernel]))
     assert items.chunks == math.ceil(length / chunk) > 1
     head = torch.arange(batch * heads).view(batch, 1, heads, 1)
     key = (head * items.chunks + torch.arange(length).view(1, -1, 1, 1) // chunk) * piece.slots

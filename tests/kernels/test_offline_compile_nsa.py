@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zoo.kernels import nsa_compressed, nsa_selected
+from zoo.kernels import nsa_compressed, nsa_inverse, nsa_selected
 from zoo.kernels.tiles import SHARED_BYTES
 
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90}
@@ -40,7 +40,7 @@ def build(kernel, architecture, element, constants, warps, stages, wide=frozense
     return triton.compile(ASTSource(kernel, signature, values, divisible), target=target, options=options)
 
 
-def build_compressed(name, architecture, dim, group=16, element="bf16", tile=None, ratio=1, overlap=1):
+def build_compressed(name, architecture, dim, group=16, element="bf16", tile=None, ratio=1, overlap=1, shift=0):
     table = nsa_compressed.SM90 if architecture == "sm90" else nsa_compressed.OTHER
     rows, slots, warps, stages = tile or table[name][max(64, dim * (2 if element == "fp32" else 1))]
     constants = {
@@ -48,8 +48,8 @@ def build_compressed(name, architecture, dim, group=16, element="bf16", tile=Non
     }  # fmt: skip
     if name == "choose":
         constants |= {
-            "SELECT": 64, "OVERLAP": overlap, "TOP": 16, "KEPT": 16, "TOKENS": max(1, rows // group, 16 // group),
-            "PADDED_GROUP": group, "BLOCK_J": slots,
+            "SELECT": 64, "OVERLAP": overlap, "SHIFT": shift, "TOP": 16, "KEPT": 16,
+            "TOKENS": max(1, rows // group, 16 // group), "PADDED_GROUP": group, "BLOCK_J": slots,
         }  # fmt: skip
     else:
         constants |= {"BLOCK_R": rows, "BLOCK_K": slots}
@@ -107,14 +107,16 @@ def test_other_groups_compile(group):
 
 
 def test_overlapping_blocks_compile():
-    assert build_compressed("choose", "sm90", 128, ratio=4, overlap=2).metadata.shared <= SHARED_BYTES["sm90"]
+    for shift in (0, 3):
+        built = build_compressed("choose", "sm90", 128, ratio=4, overlap=2, shift=shift)
+        assert built.metadata.shared <= SHARED_BYTES["sm90"]
 
 
 def test_the_small_kernels_compile():
-    tokens, places, warps = nsa_selected.SORT
+    tokens, places, warps = nsa_inverse.SORT
     for together, put in ((True, False), (True, True), (False, True)):
         sort = {"TOP": 16, "BLOCK": 64, "BLOCK_T": tokens, "BLOCK_S": places, "TOGETHER": together, "PUT": put}
-        build(nsa_selected._sort, "sm90", "bf16", sort, warps, 3)
+        build(nsa_inverse._sort, "sm90", "bf16", sort, warps, 3)
     build_merge("sm90", 128, together=False)
     rows = {"TOP": 16, "GROUP": 16, "D": 128, "BLOCK_D": 128, "BLOCK_R": nsa_selected.SUM_ROWS}
     build(nsa_selected._sum_pairs, "sm90", "bf16", rows, 4, 3)

@@ -14,7 +14,7 @@ from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
 from tests.ops.run_nsa import run
 from zoo import ops
-from zoo.kernels import nsa_selected
+from zoo.kernels import nsa_inverse
 from zoo.ops import backend, nsa, reference_nsa
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -84,6 +84,19 @@ def test_both_branches_equal_the_reference_in_float64(shape, dtype, limit):
     assert max(errors.values()) <= limit, errors
 
 
+@pytest.mark.parametrize("block", [32, 64])
+def test_the_printed_importance_equals_the_reference(block):
+    q, k, _, _, _, _, packed = inputs((1100, 4, 2, 64, block, 16, 64, 6, (0, 40, 41, 1100)), torch.float32)
+    k = ops.gather_blocks(4 * k, block, 16, select=64, cu_seqlens=packed).mean(2)
+    geometry = reference_nsa.Geometry(block, 16, 64, 6, printed=True)
+    places = nsa._compressed_places(q, k, geometry, packed, None)
+    kernels = backend.choose("nsa", q.device, q.dtype, 64)
+    index = kernels.compressed_forward(q, k, k, places, geometry, 0.1)[2]
+    wide = k.double()
+    true_index = reference_nsa.compressed_forward(q.double(), wide, wide, places, geometry, 0.1)[2]
+    assert (index == true_index).float().mean() > 0.999
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_float32_equals_the_loops(case):
     tensors = case.tensors(torch.float32)
@@ -110,13 +123,13 @@ def test_the_inverse_index_is_a_stable_sort(shape, kernel):
     places = nsa._places(q, block, tokens, packed, None)
     own = places.place.div(block, rounding_mode="floor")[:, :, None, None]
     index = torch.rand(batch, tokens, heads, -(-tokens // block), device="cuda").topk(top).indices.int()
-    (piece,) = nsa_selected._pieces(q, k, index, places, block)
+    (piece,) = nsa_inverse.pieces(q, k, index, places, block)
     wanted = (index >= 0) & (index <= own)
     if kernel == "partial":
         wanted &= (index != 0) & (index != own) & (index != own - 1)
     for _ in range(5):
-        items = nsa_selected._inverse(piece, kernel)
-        chunk = max(nsa_selected.CHUNK_TOKENS, math.ceil(tokens / nsa_selected.CHUNKS[kernel]))
+        items = nsa_inverse.inverse(piece, kernel)
+        chunk = max(nsa_inverse.CHUNK_TOKENS, math.ceil(tokens / nsa_inverse.CHUNKS[kernel]))
         head = torch.arange(batch * heads, device="cuda").view(batch, 1, heads, 1)
         key = (head * items.chunks + torch.arange(tokens, device="cuda").view(1, -1, 1, 1) // chunk) * piece.slots
         key = torch.where(wanted, key + places.first_block[:, :, None, None] + index, items.blocks).flatten()
@@ -163,7 +176,7 @@ def test_same_bits_every_time_and_in_pieces(case, monkeypatch):
     for _ in range(3):
         again = run(case, tensors)
         assert all(torch.equal(first[name], again[name]) for name in first)
-    monkeypatch.setattr(nsa_selected, "SCRATCH_BYTES", 8 << 20)
+    monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", 8 << 20)
     pieces = run(case, tensors)
     # other tiles, so other sums: near, not the same bits
     assert max(relative_error(pieces[name], first[name].double()) for name in first) <= 1e-2

@@ -73,8 +73,8 @@ def compressed_forward(
             tokens = max(1, rows // group)
             _choose[triton.cdiv(length, tokens) * batch * kv_heads,](
                 q, k, lse, places.place, places.first_block, index, *_strides(q), *_strides(k), **sizes, **switches,
-                SELECT=geometry.select, OVERLAP=geometry.overlap, TOP=geometry.top, TOKENS=max(tokens, 16 // group),
-                KEPT=triton.next_power_of_2(geometry.top), PADDED_GROUP=group,
+                SELECT=geometry.select, OVERLAP=geometry.overlap, SHIFT=geometry.shift, TOP=geometry.top,
+                TOKENS=max(tokens, 16 // group), KEPT=triton.next_power_of_2(geometry.top), PADDED_GROUP=group,
                 BLOCK_J=max(slots, triton.next_power_of_2(geometry.top)), num_warps=warps, num_stages=stages,
             )  # fmt: skip
     return out, lse, index
@@ -270,8 +270,8 @@ def _choose(
     q_ptr, k_ptr, lse_ptr, place_ptr, first_ptr, index_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, T, M, G, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
-    RATIO: tl.constexpr, SELECT: tl.constexpr, OVERLAP: tl.constexpr, TOP: tl.constexpr, KEPT: tl.constexpr,
-    TOKENS: tl.constexpr, PADDED_GROUP: tl.constexpr, BLOCK_J: tl.constexpr,
+    RATIO: tl.constexpr, SELECT: tl.constexpr, OVERLAP: tl.constexpr, SHIFT: tl.constexpr, TOP: tl.constexpr,
+    KEPT: tl.constexpr, TOKENS: tl.constexpr, PADDED_GROUP: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """The blocks of TOKENS tokens of one key/value head. Selection block j has the place first + j; the free ones are
     1 .. own - 2, the others are forced. `best` holds the KEPT best so far, ascending; -1 is none."""
@@ -301,11 +301,14 @@ def _choose(
         score = tl.zeros([TOKENS, BLOCK_J], tl.float32)
         for o in tl.static_range(1 - OVERLAP, RATIO):
             weight = min(min(o + OVERLAP, RATIO - o), min(OVERLAP, RATIO))
-            slot = j * RATIO + o
+            slot = j * RATIO + o - SHIFT
             k = load_rows(k_ptr, slot, slot * 0, stride_kt, stride_kh, (slot >= 0) & (slot < M), D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
             p = tl.exp2(s - lse[:, None])  # slots that a row doesn't see are dropped below
-            score += weight * tl.sum(tl.reshape(p, [TOKENS, PADDED_GROUP, BLOCK_J]), 1)
+            p = tl.sum(tl.reshape(p, [TOKENS, PADDED_GROUP, BLOCK_J]), 1)
+            if SHIFT:  # the first blocks' reach back beyond the document
+                p = tl.where(slot[None, :] >= first[:, None] * RATIO, p, 0.0)
+            score += weight * p
         if PADDED_GROUP > 1:  # the sum left copies in up to eight lanes, which all would sort: deal them out anew
             score = tl.gather(score, tl.zeros([TOKENS, 1], tl.int32) + tl.arange(0, BLOCK_J)[None, :], 1)
         block = j[None, :] - first[:, None]
