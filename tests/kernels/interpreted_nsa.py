@@ -21,7 +21,7 @@ repair()
 def small_tiles(monkeypatch):
     """Several tiles, shares, items and pieces even with few tokens."""
     tiles = {"forward": (32, 16, 4, 1), "choose": (16, 16, 4, 1), "dq": (16, 16, 4, 1), "dkdv": (32, 16, 4, 1)}
-    monkeypatch.setattr(nsa_compressed, "choose_tile", lambda kernel, q: tiles[kernel])
+    monkeypatch.setattr(nsa_compressed, "choose_tile", lambda kernel, q, rows: tiles[kernel])
     monkeypatch.setattr(nsa_compressed, "PROGRAMS", 6)
     tiles |= {"partial": (32, 4, 1), "grads": (32, 4, 1), "merge": (16, 16, 4, 1)}
     monkeypatch.setattr(nsa_selected, "choose_tile", lambda kernel, q: tiles[kernel])
@@ -179,6 +179,24 @@ def test_queries_without_blocks_and_the_lse_gradient():
         nsa_selected.selected_backward(*arguments), reference_nsa.selected_backward(*arguments), strict=True
     ):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("group", "select"), [(3, 4), (1, 8)])
+def test_a_step_equals_the_reference(group, select, monkeypatch):
+    """One token a row, with the tiles for that."""
+    monkeypatch.undo()
+    x = NSACase("step", 90, group=group, kv_heads=2, batch=3).tensors(torch.float32)
+    k, v = (ops.gather_blocks(x[name], 4, select=select).mean(2) for name in "kv")
+    q, start = x["q"][:, :1], torch.tensor([2, 50, 89], dtype=torch.int32)
+    geometry = reference_nsa.Geometry(4, 4, select, 5)
+    places = nsa._compressed_places(q, k, geometry, None, start)
+    actual = nsa_compressed.compressed_forward(q, k, v, places, geometry, 0.3)
+    expected = reference_nsa.compressed_forward(q, k, v, places, geometry, 0.3)
+    assert torch.equal(actual[2], expected[2])
+    torch.testing.assert_close(actual[:2], expected[:2])
+    places = nsa._places(q, select, 90, None, start)
+    arguments = (q, x["k"], x["v"], expected[2], places, select, 0.3)
+    torch.testing.assert_close(nsa_selected.selected_forward(*arguments), reference_nsa.selected_forward(*arguments))
 
 
 @pytest.mark.slow

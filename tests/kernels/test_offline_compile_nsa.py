@@ -106,6 +106,20 @@ def test_other_groups_compile(group):
     assert build_selected("partial", "sm90", 64, group).metadata.shared <= SHARED_BYTES["sm90"]
 
 
+@pytest.mark.parametrize("group", [1, 16])
+@pytest.mark.parametrize(
+    ("architecture", "dim"),
+    [
+        ("sm90", 128),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("sm86", 64), ("sm86", 128), ("sm86", 256))),
+    ],
+)
+def test_the_tiles_of_a_step_compile_and_fit(architecture, dim, group):
+    for name, table in nsa_compressed.STEP.items():
+        built = build_compressed(name, architecture, dim, group, tile=table[dim])
+        assert built.metadata.shared <= SHARED_BYTES[architecture], name
+
+
 def test_overlapping_blocks_compile():
     for shift in (0, 3):
         built = build_compressed("choose", "sm90", 128, ratio=4, overlap=2, shift=shift)

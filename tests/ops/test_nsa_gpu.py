@@ -97,6 +97,29 @@ def test_the_printed_importance_equals_the_reference(block):
     assert (index == true_index).float().mean() > 0.999
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("group", [1, 3, 16])
+def test_a_step_equals_the_reference(group, dim):
+    """One token a row, each at a place of its own, over keys that reach beyond it."""
+    torch.manual_seed(0)
+    q = torch.randn(3, 1, group * 2, dim, device="cuda")
+    k, v = (torch.randn(3, 20000, 2, dim, device="cuda") for _ in "kv")
+    start = torch.tensor([5, 8000, 19999], dtype=torch.int32, device="cuda")
+    means = [4 * ops.pool_blocks(x, 64) for x in (k, v)]
+    geometry = reference_nsa.Geometry(64, 64, 64, 16)
+    kernels = backend.choose("nsa", q.device, q.dtype, dim)
+    places = nsa._compressed_places(q, means[0], geometry, None, start)
+    out, lse, index = kernels.compressed_forward(q, *means, places, geometry, 0.1)
+    truth = reference_nsa.compressed_forward(q.double(), *(x.double() for x in means), places, geometry, 0.1)
+    assert torch.equal(index, truth[2])
+    assert relative_error(out, truth[0]) <= 1e-4
+    assert relative_error(lse[1:], truth[1][1:]) <= 1e-4
+    places = nsa._places(q, 64, 20000, None, start)
+    found = kernels.selected_forward(q, k, v, index, places, 64, 0.1)
+    truth = reference_nsa.selected_forward(q.double(), k.double(), v.double(), index, places, 64, 0.1)
+    assert max(relative_error(a, b) for a, b in zip(found, truth, strict=True)) <= 1e-4
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_float32_equals_the_loops(case):
     tensors = case.tensors(torch.float32)

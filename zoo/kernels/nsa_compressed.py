@@ -37,10 +37,19 @@ OTHER = {
     "dq": {64: (64, 64, 4, 2), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1), 512: (16, 16, 4, 1)},
     "dkdv": {64: (64, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 32, 4, 1), 512: (16, 16, 4, 1)},
 }
+# decoding: one program walks all slots of a row and head, so what counts is how few steps that takes
+STEP_ROWS = 16
+STEP = {
+    "forward": {64: (16, 128, 4, 1), 128: (16, 128, 4, 1), 256: (16, 64, 4, 1), 512: (16, 16, 4, 1)},
+    "choose": {64: (16, 256, 4, 1), 128: (16, 256, 4, 1), 256: (16, 64, 4, 1), 512: (16, 16, 4, 1)},
+}
 
 
-def choose_tile(kernel: str, q: Tensor) -> tuple[int, int, int, int]:
+def choose_tile(kernel: str, q: Tensor, rows: int) -> tuple[int, int, int, int]:
+    """rows: (token, query head) pairs of one key/value head."""
     width = max(64, triton.next_power_of_2(q.shape[3]) * q.dtype.itemsize // 2)
+    if rows <= STEP_ROWS and kernel in STEP:
+        return STEP[kernel][width]
     table = SM90 if architecture(q.device) == "sm90" else OTHER
     return table[kernel][width]
 
@@ -54,6 +63,7 @@ def compressed_forward(
     """out like q, natural-log lse (B,T,H) float32 and block_index (B,T,G,top) int32: ascending, then -1."""
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
+    group_rows = length * heads // kv_heads
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((batch, length, heads), dtype=torch.float32)
     index = torch.empty((batch, length, kv_heads, geometry.top), dtype=torch.int32, device=q.device)
@@ -62,13 +72,13 @@ def compressed_forward(
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
     sizes, switches = _sizes(q, k, scale), _switches(q, k, geometry)
     with _on_device(q):
-        rows, slots, warps, stages = choose_tile("forward", q)
-        _forward[triton.cdiv(length * heads // kv_heads, rows) * batch * kv_heads,](
+        rows, slots, warps, stages = choose_tile("forward", q, group_rows)
+        _forward[triton.cdiv(group_rows, rows) * batch * kv_heads,](
             q, k, v, places.place, places.first_block, out, lse, *_strides(q), *_strides(k), *_strides(v),
             **sizes, **switches, BLOCK_R=rows, BLOCK_K=slots, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if geometry.top:
-            rows, slots, warps, stages = choose_tile("choose", q)
+            rows, slots, warps, stages = choose_tile("choose", q, group_rows)
             group = triton.next_power_of_2(heads // kv_heads)
             tokens = max(1, rows // group)
             _choose[triton.cdiv(length, tokens) * batch * kv_heads,](
@@ -104,12 +114,12 @@ def compressed_backward(
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(dout))
     with _on_device(q):
         row_lse, delta = row_numbers(dout, dlse, out, lse)
-        rows, slots, warps, stages = choose_tile("dq", q)
+        rows, slots, warps, stages = choose_tile("dq", q, group_rows)
         _dq[triton.cdiv(group_rows, rows) * batch * kv_heads,](
             q, k, v, dout, row_lse, delta, places.place, places.first_block, dq, *strides,
             **sizes, **switches, BLOCK_R=rows, BLOCK_K=slots, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        rows, slots, warps, stages = choose_tile("dkdv", q)
+        rows, slots, warps, stages = choose_tile("dkdv", q, group_rows)
         tiles = triton.cdiv(blocks, slots)
         shares = max(1, min(triton.cdiv(group_rows, rows), triton.cdiv(PROGRAMS, tiles * batch * kv_heads)))
         begin, end = _seen_by(places, geometry, tiles, slots)
