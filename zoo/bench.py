@@ -404,12 +404,16 @@ def run(out: Path, rounds: int = 3, peers: list[str] | None = None, shapes: list
     return table(summary)
 
 
-def check_kernels() -> None:
-    """The GPU tests of the checkout, in a process of their own."""
-    tests = Path(__file__).resolve().parents[1] / "tests" / "ops" / "test_gpu.py"
+def check_kernels(name: str = "test_gpu.py", workers: int = 0) -> None:
+    """The GPU tests of the checkout in tests/ops/<name>, in a process of their own, or in `workers` of them.
+
+    Raises BenchError when they are not there or do not pass.
+    """
+    tests = Path(__file__).resolve().parents[1] / "tests" / "ops" / name
     if not tests.is_file():
         raise BenchError("no speed without green tests, and these come with a checkout: run zoo bench from one")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(tests)]
+    command += ["-n", str(workers)] if workers else []
     done = subprocess.run(command, cwd=tests.parents[2], capture_output=True, text=True)
     if done.returncode:
         raise BenchError(f"no speed without green tests; {' '.join(command)} ended with:\n{done.stdout[-3000:]}")

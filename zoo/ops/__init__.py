@@ -13,6 +13,7 @@ from zoo.ops.nsa import (
     mix_branches,
     nsa_attention,
     pool_blocks,
+    runs_dense,
     selected_attention,
 )
 from zoo.ops.window import gated_window_attention, window_attention
@@ -28,6 +29,7 @@ __all__ = [
     "nsa_attention",
     "pool_blocks",
     "ring_attention",
+    "runs_dense",
     "selected_attention",
     "window_attention",
 ]
