@@ -1,0 +1,86 @@
+"""A narrow projection in float32, as gates need it, on the tensor cores.
+
+A rounding error in a gate's pre-activation is carried along the whole window, so these projections are float32 under
+autocast too (SPEC.md 3.2). As a float32 product of a few dozen columns over all tokens that is slow on a GPU: it runs
+outside the tensor cores. Here both sides are split into two bfloat16 pieces, x = x_high + x_low, and three of the four
+products of pieces are taken with float32 sums; what is left out is 2^-16 of the result.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def precise_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias in float32 (float64 for float64 input), whatever autocast says.
+
+    x       (..., C) floating
+    weight  (N, C), N small
+    bias    (N,)
+    Where a GPU would compute in bfloat16 or float16 anyway (autocast, or such an x), the product runs as three bfloat16
+    ones, and its gradients have the precision that autocast gives those of any linear layer.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        if not _in_pieces(x):
+            return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+        high = x.to(torch.bfloat16)
+        low = (x.detach().float() - high.detach().float()).to(torch.bfloat16) if x.dtype != torch.bfloat16 else None
+        y = _piecewise_linear(high.flatten(0, -2), None if low is None else low.flatten(0, -2), weight)
+        y = y.unflatten(0, x.shape[:-1])
+        return y if bias is None else y + bias.float()
+
+
+def _in_pieces(x: Tensor) -> bool:
+    if x.device.type != "cuda" or x.dtype == torch.float64:
+        return False
+    return x.dtype != torch.float32 or torch.is_autocast_enabled("cuda")
+
+
+def _pieces(x: Tensor) -> tuple[Tensor, Tensor]:
+    high = x.to(torch.bfloat16)
+    return high, (x.float() - high.float()).to(torch.bfloat16)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of bfloat16 matrices, summed and returned in float32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+@torch.library.custom_op("zoo::piecewise_linear", mutates_args=())
+def _piecewise_linear(high: Tensor, low: Tensor | None, weight: Tensor) -> Tensor:
+    """(high + low) @ weight.T, (M, C) and (N, C) to (M, N) float32. The gradient of both pieces goes to `high`."""
+    weight_high, weight_low = _pieces(weight)
+    fine, coarse = _product(high, torch.cat((weight_low, weight_high)).T).chunk(2, dim=1)
+    if low is not None:
+        fine = fine + _product(low, weight_high.T)
+    return fine + coarse
+
+
+@_piecewise_linear.register_fake
+def _(high, low, weight):
+    return high.new_empty((high.shape[0], weight.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("zoo::piecewise_linear_backward", mutates_args=())
+def _piecewise_linear_backward(dy: Tensor, high: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    dy = dy.to(torch.bfloat16)
+    return dy @ weight.to(torch.bfloat16), _product(dy.T, high).to(weight.dtype)
+
+
+@_piecewise_linear_backward.register_fake
+def _(dy, high, weight):
+    return high.new_empty(high.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    high, _, weight = inputs
+    ctx.save_for_backward(high, weight)
+
+
+def _backward(ctx, dy: Tensor):
+    dhigh, dweight = _piecewise_linear_backward(dy, *ctx.saved_tensors)
+    return dhigh, None, dweight
+
+
+_piecewise_linear.register_autograd(_backward, setup_context=_save)
