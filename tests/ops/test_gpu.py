@@ -233,14 +233,16 @@ def test_linear_cross_entropy(tokens, vocabulary, dtype):
         assert relative_error(one.detach(), truth.detach()) <= allowed
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_precise_linear_is_float32(dtype):
+def test_precise_linear_is_float32(dtype, compiled):
     torch.manual_seed(0)
     x = torch.randn(2, 1000, 768, device="cuda").to(dtype).requires_grad_()
-    weight = (0.02 * torch.randn(24, 768, device="cuda")).requires_grad_()
-    dy = torch.randn(2, 1000, 24, device="cuda")
+    weight = (0.02 * torch.randn(48, 768, device="cuda")).requires_grad_()
+    dy = torch.randn(2, 1000, 48, device="cuda")
+    operator = torch.compile(precise_linear, fullgraph=True) if compiled else precise_linear
     with torch.autocast("cuda", torch.bfloat16):
-        y = precise_linear(x, weight)
+        y = operator(x, weight)
     wide = [t.detach().double().requires_grad_() for t in (x, weight)]
     exact = wide[0] @ wide[1].T
     assert relative_error(y.detach(), exact.detach()) <= 2e-5

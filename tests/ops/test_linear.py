@@ -59,7 +59,26 @@ def test_a_cpu_computes_in_float32_at_least(dtype):
     assert relative_error(y.detach(), truth(x, weight, bias).detach()) <= 1e-6
 
 
+def test_stacked_by_vmap(pieces):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(3, *size, generator=generator).requires_grad_() for size in ((2, 5, 8), (4, 8)))
+    stacked = torch.vmap(precise_linear)(x, weight)
+    one_by_one = torch.stack([precise_linear(*pair) for pair in zip(x, weight, strict=True)])
+    torch.testing.assert_close(stacked, one_by_one)
+    gradients = [torch.autograd.grad(y.square().sum(), (x, weight)) for y in (stacked, one_by_one)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_compiled_it_is_as_precise(pieces):
+    """A compiler may compute x - bfloat16(x) as 0 when it sees both."""
+    x, weight, bias = tensors()
+    torch._dynamo.reset()
+    y = torch.compile(lambda x, weight, bias: precise_linear(2 * x, weight, bias), fullgraph=True)(x, weight, bias)
+    assert relative_error(y.detach(), truth(2 * x, weight, bias).detach()) <= 1e-5
+
+
 def test_operator_keeps_its_promises(pieces):
-    high, low = (torch.randn(5, 8).bfloat16() for _ in range(2))
-    arguments = (high.requires_grad_(), low, torch.randn(3, 8, requires_grad=True))
-    torch.library.opcheck(torch.ops.zoo.piecewise_linear.default, arguments)
+    x, weight = torch.randn(5, 8), torch.randn(3, 8, requires_grad=True)
+    for whole in (x, None):
+        torch.library.opcheck(torch.ops.zoo.piecewise_linear.default, (x.bfloat16().requires_grad_(), whole, weight))

@@ -16,6 +16,7 @@ from zoo.ops.nsa import (
     pool_blocks,
     selected_attention,
 )
+from zoo.ops.rotary import rotary_table
 from zoo.ops.window import gated_window_attention, window_attention
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "pool_blocks",
     "precise_linear",
     "ring_attention",
+    "rotary_table",
     "selected_attention",
     "window_attention",
 ]

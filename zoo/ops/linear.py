@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.ops.stacking import in_front
+
 
 def precise_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias in float32 (float64 for float64 input), whatever autocast says.
@@ -24,10 +26,9 @@ def precise_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     with torch.autocast(x.device.type, enabled=False):
         if not _in_pieces(x):
             return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
-        high = x.to(torch.bfloat16)
-        low = (x.detach().float() - high.detach().float()).to(torch.bfloat16) if x.dtype != torch.bfloat16 else None
-        y = _piecewise_linear(high.flatten(0, -2), None if low is None else low.flatten(0, -2), weight)
-        y = y.unflatten(0, x.shape[:-1])
+        high = x.to(torch.bfloat16).flatten(0, -2)
+        whole = None if x.dtype == torch.bfloat16 else x.detach().flatten(0, -2)
+        y = _piecewise_linear(high, whole, weight).unflatten(0, x.shape[:-1])
         return y if bias is None else y + bias.float()
 
 
@@ -37,35 +38,40 @@ def _in_pieces(x: Tensor) -> bool:
     return x.dtype != torch.float32 or torch.is_autocast_enabled("cuda")
 
 
-def _pieces(x: Tensor) -> tuple[Tensor, Tensor]:
-    high = x.to(torch.bfloat16)
-    return high, (x.float() - high.float()).to(torch.bfloat16)
+def _rounding_error(x: Tensor, high: Tensor) -> Tensor:
+    """x - high in bfloat16, one pass. Inside the operator, not before it: a compiler that fuses the rounding to `high`
+    with this difference computes both in float32, and finds zero."""
+    return torch.sub(x, high, out=torch.empty_like(high))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of bfloat16 matrices, summed and returned in float32."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    """a @ b of bfloat16 matrices, or of stacks of them, summed and returned in float32."""
+    if not a.is_cuda:
+        return a.float() @ b.float()
+    return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
 
 
 @torch.library.custom_op("zoo::piecewise_linear", mutates_args=())
-def _piecewise_linear(high: Tensor, low: Tensor | None, weight: Tensor) -> Tensor:
-    """(high + low) @ weight.T, (M, C) and (N, C) to (M, N) float32. The gradient of both pieces goes to `high`."""
-    weight_high, weight_low = _pieces(weight)
-    fine, coarse = _product(high, torch.cat((weight_low, weight_high)).T).chunk(2, dim=1)
-    if low is not None:
-        fine = fine + _product(low, weight_high.T)
+def _piecewise_linear(high: Tensor, x: Tensor | None, weight: Tensor) -> Tensor:
+    """x @ weight.T, (M, C) and (N, C) to (M, N) float32, or a stack of each. `high` is x in bfloat16 and gets the
+    gradient of x; x is None where that is all of it."""
+    weight_high = weight.to(torch.bfloat16)
+    pieces = torch.cat((_rounding_error(weight, weight_high), weight_high), dim=-2)
+    fine, coarse = _product(high, pieces.mT).chunk(2, dim=-1)
+    if x is not None:
+        fine = fine + _product(_rounding_error(x, high), weight_high.mT)
     return fine + coarse
 
 
 @_piecewise_linear.register_fake
-def _(high, low, weight):
-    return high.new_empty((high.shape[0], weight.shape[0]), dtype=torch.float32)
+def _(high, x, weight):
+    return high.new_empty((*high.shape[:-1], weight.shape[-2]), dtype=torch.float32)
 
 
 @torch.library.custom_op("zoo::piecewise_linear_backward", mutates_args=())
 def _piecewise_linear_backward(dy: Tensor, high: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     dy = dy.to(torch.bfloat16)
-    return dy @ weight.to(torch.bfloat16), _product(dy.T, high).to(weight.dtype)
+    return dy @ weight.to(torch.bfloat16), _product(dy.mT, high).to(weight.dtype)
 
 
 @_piecewise_linear_backward.register_fake
@@ -84,3 +90,12 @@ def _backward(ctx, dy: Tensor):
 
 
 _piecewise_linear.register_autograd(_backward, setup_context=_save)
+
+
+@_piecewise_linear.register_vmap
+def _(info, in_dims, high, x, weight):
+    high, x, weight = (
+        None if y is None else in_front(y, dim, info.batch_size)
+        for y, dim in zip((high, x, weight), in_dims, strict=True)
+    )
+    return _piecewise_linear(high, x, weight), 0
