@@ -32,6 +32,7 @@ def test_one_graph_for_ten_lengths(name):
 
 def test_rotary_angles_are_computed_once():
     """Whatever the compiler makes of a block, float64 cosines are no part of it."""
+    from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
@@ -39,7 +40,7 @@ def test_rotary_angles_are_computed_once():
 
     def keep(graph, _):
         seen.append([str(node.target) for node in graph.graph.nodes])
-        return graph
+        return make_boxed_func(graph.forward)
 
     torch._dynamo.reset()
     backbone = Backbone(config.build(BackboneConfig, {"width": 32, "depth": 2, "heads": 2, "mixer": "gatedfwa"}))
