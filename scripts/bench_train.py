@@ -84,7 +84,7 @@ def _no_sync() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    loop._step = watched
+    loop._step = watched  # type: ignore[assignment]
 
 
 # What can be changed in an arm of ours
