@@ -12,7 +12,15 @@ import torch
 from tests.ops.cases import CASES
 from tests.ops.definition import Case, relative_error
 from tests.ops.run_case import run
-from zoo.ops import backend, gated_window_attention, linear_cross_entropy, log_decay, reference, window_attention
+from zoo.ops import (
+    backend,
+    gated_window_attention,
+    linear_cross_entropy,
+    log_decay,
+    precise_linear,
+    reference,
+    window_attention,
+)
 from zoo.ops.prune import first_tiles, pruned_spans
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -330,3 +338,20 @@ def test_linear_cross_entropy(tokens, vocabulary, dtype):
     for one, other, truth in zip(ours, theirs, exact, strict=True):
         allowed = 1.5 * relative_error(other.detach(), truth.detach()) + 1e-5
         assert relative_error(one.detach(), truth.detach()) <= allowed
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_precise_linear_is_float32(dtype, compiled):
+    torch.manual_seed(0)
+    x = torch.randn(2, 1000, 768, device="cuda").to(dtype).requires_grad_()
+    weight = (0.02 * torch.randn(48, 768, device="cuda")).requires_grad_()
+    dy = torch.randn(2, 1000, 48, device="cuda")
+    operator = torch.compile(precise_linear, fullgraph=True) if compiled else precise_linear
+    with torch.autocast("cuda", torch.bfloat16):
+        y = operator(x, weight)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    exact = wide[0] @ wide[1].T
+    assert relative_error(y.detach(), exact.detach()) <= 2e-5
+    found, expected = torch.autograd.grad(y, (x, weight), dy), torch.autograd.grad(exact, wide, dy.double())
+    assert max(relative_error(a, b) for a, b in zip(found, expected, strict=True)) <= 1e-2

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo import ops
@@ -62,10 +61,7 @@ class Gate(nn.Module):
             self.bias[dims.heads :] = amplitude
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        # A rounding error in z is carried along the whole window, so the projection is float32 under autocast too.
-        with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(x.dtype, torch.float32)
-            z, u = F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide)).chunk(2, dim=-1)
+        z, u = ops.precise_linear(x, self.weight, self.bias).chunk(2, dim=-1)
         return z, u
 
 
@@ -110,10 +106,7 @@ class Attention(Mixer):
 
     def _shift(self, x: Tensor, k: Tensor, v: Tensor, ctx: Context, state: Any) -> tuple[Tensor, Tensor]:
         assert self.shift is not None
-        with torch.autocast(x.device.type, enabled=False):  # float32, as the gate (SPEC.md 3.2)
-            wide = torch.promote_types(x.dtype, torch.float32)
-            shares = torch.sigmoid(F.linear(x.to(wide), self.shift.weight.to(wide)))
-        keep_k, keep_v = shares.chunk(2, dim=-1)
+        keep_k, keep_v = ops.precise_linear(x, self.shift.weight).sigmoid().chunk(2, dim=-1)
         starts = None if ctx.cu_seqlens is None else document_starts(ctx.cu_seqlens, x.shape[1])
         tails = (None, None) if state is None else (state["tail_k"], state["tail_v"])
         shifted = tuple(
