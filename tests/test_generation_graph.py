@@ -61,6 +61,23 @@ def test_steps_in_place_draw_the_same(mixer, in_place):
     assert torch.equal(steps, again)
 
 
+def test_a_step_in_place_keeps_every_tensor():
+    """A graph writes to the memory that it was recorded with, so the state has to hold on to just these tensors."""
+
+    def step(state):
+        state["position"] = state["position"] + 1  # as the backbone does
+        state["ring"].mul_(2)
+        return {"position": state["position"], "ring": state["ring"]}
+
+    state = {"position": torch.zeros(2), "ring": torch.ones(2)}
+    before = dict(state)
+    for _ in range(3):
+        generation._step_in_place(step, state)
+    assert all(state[name] is before[name] for name in before)
+    assert state["position"].tolist() == [3, 3]
+    assert state["ring"].tolist() == [8, 8]
+
+
 def test_guided_steps_in_place_draw_the_same(in_place):
     model, prompt = image_model("gatedfwa", "cpu"), image_prompt("cpu")
     steps, again = (
