@@ -271,8 +271,10 @@ def _parameters(model: Model, h_last: Tensor, head_state: Any, guidance: float) 
 
 
 def _step_in_place(step: Callable[[Any], Any], state: Any) -> None:
-    """One step on the tensors of `state` themselves: what they hold afterwards stands where it stood before. A step may
-    exchange entries of the dicts that it is given, so it gets dicts of its own: `state` still holds the same tensors."""
+    """One step on the tensors of `state` themselves: what they hold afterwards stands where it stood before.
+
+    A step may exchange entries of the dicts that it is given, so it gets dicts of its own: `state` keeps its tensors.
+    """
     after = step(map_state(lambda tensor: tensor, state))
     pairs = [(old, new) for old, new in zip(leaves(state), leaves(after), strict=True) if new is not old]
     for old, new in [(old, new.clone()) for old, new in pairs]:  # one may be a view of what another overwrites
