@@ -1,206 +1,515 @@
-"""Times Native Sparse Attention stage by stage on a CUDA device, beside fla's and full attention where they import.
+"""Times Native Sparse Attention on a CUDA device beside fla's parallel_nsa, FlashAttention-4 and dense attention.
 
-    python scripts/bench_nsa.py                          the stages at T 16384 and 65536, for 16, 4 and 1 heads a group
-    python scripts/bench_nsa.py --tokens 65536 --groups 16 --tune    every kernel over candidate tiles (set the tables)
-    python scripts/bench_nsa.py --crossover              the whole op against dense causal attention, T 1k to 32k
-    python scripts/bench_nsa.py --decode                 one step at a context of 64k, time and bytes read
+    python scripts/bench_nsa.py                          all of it, once the GPU tests of NSA have passed
+    python scripts/bench_nsa.py --only speed --groups 16 --tokens 65536
+    python scripts/bench_nsa.py --only tune --groups 16 --tokens 16384 --kernels merge choose
 
-Prints one JSON object per line. 64 query heads, head_dim 128, block 64, top 16, window 512, bfloat16, batch 1.
+speed      compression + selection and the whole op, forward and backward, their stages, and the peers that import
+crossover  the whole op against dense causal attention, one CUDA graph each
+decode     a step after 64k tokens, one CUDA graph: time, bytes of keys and values, against full attention
+tune       each kernel over candidate tiles, and the settings of the inverse index; not part of "all"
+
+Prints medians in ms; with $OUT set every row, complete, goes to $OUT/bench_nsa.json as soon as it is there. A row whose
+measurement fails says so and the others go on. 64 query heads, head_dim 128, block 64, top 16, window 512, bfloat16.
 """
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from zoo import ops
-from zoo.kernels import nsa_compressed, nsa_selected
+from zoo import bench, ops
+from zoo.kernels import nsa_compressed, nsa_inverse, nsa_selected
 from zoo.ops import nsa, reference_nsa
 
 HEADS, DIM, BLOCK, TOP, WINDOW = 64, 128, 64, 16, 512
-TILES = {
-    ("compressed", "forward"): [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2)],
-    ("compressed", "choose"): [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 3)],
-    ("compressed", "dq"): [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 32, 4, 3)],
-    ("compressed", "dkdv"): [(32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 3), (32, 128, 8, 2)],
-    ("selected", "partial"): [(128, 8, 3), (128, 8, 2), (64, 4, 3), (64, 4, 2), (128, 4, 2)],
-    ("selected", "grads"): [(64, 8, 3), (64, 8, 2), (32, 4, 2), (32, 4, 3), (32, 8, 2)],
-}
+DEVICE, DTYPE = "cuda", torch.bfloat16
+CROSSOVER_TOKENS = (1024, 2048, 4096, 8192, 16384)
+CONTEXT = 65536
+WORKERS = 8  # processes that compile ahead
+SAID: set[str] = set()  # reasons that stand in the output already
+Call = Callable[[], Any]
 
 
-def milliseconds(call: Callable[[], Any]) -> float:
-    import triton.testing
-
-    return float(triton.testing.do_bench(call, warmup=50, rep=200, return_mode="median"))
+# ----------------------------------------------------------------------------------------------------------- what runs
 
 
-def inputs(tokens: int, group: int) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    kv_heads = HEADS // group
-    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
-    x = {"q": torch.randn(1, tokens, HEADS, DIM, **options), "dout": torch.randn(1, tokens, HEADS, DIM, **options)}
-    x |= {name: torch.randn(1, tokens, kv_heads, DIM, **options) for name in "kv"}
-    x["gates"] = torch.rand(1, tokens, HEADS, 3, **options)
-    x["log_decay"] = -0.05 * torch.rand(1, tokens, HEADS, device="cuda")
+def inputs(tokens: int, group: int, batch: int = 1) -> dict[str, Tensor]:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(heads: int) -> Tensor:
+        return torch.randn(batch, tokens, heads, DIM, device=DEVICE, generator=generator).to(DTYPE)
+
+    x = {"q": normal(HEADS), "k": normal(HEADS // group), "v": normal(HEADS // group), "dout": normal(HEADS)}
+    x["gates"] = torch.rand(batch, tokens, HEADS, 3, device=DEVICE, generator=generator).to(DTYPE)
+    x["log_decay"] = -0.05 * torch.rand(batch, tokens, HEADS, device=DEVICE, generator=generator)
     return x
 
 
-def backward(out: torch.Tensor, leaves: list[torch.Tensor], dout: torch.Tensor) -> Callable[[], Any]:
+def whole(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, log_decay: Tensor) -> Tensor:
+    return ops.nsa_attention(q, k, v, gates, log_decay, block=BLOCK, top=TOP, window=WINDOW)
+
+
+def pair(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
+    """What fla's parallel_nsa computes without a window: both branches, pooled and weighted."""
+    means = (ops.pool_blocks(x, BLOCK) for x in (k, v))
+    gist, _, index = ops.compressed_attention(q, *means, block=BLOCK, top=TOP)
+    detail = ops.selected_attention(q, k, v, index, block=BLOCK)
+    return torch.addcmul(gist * gates[..., :1], detail, gates[..., 1:2])
+
+
+def fla_nsa(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
+    from fla.ops.nsa.parallel import parallel_nsa  # type: ignore[import-not-found]
+
+    weights = {"g_cmp": gates[..., 0], "g_slc": gates[..., 1]}
+    return parallel_nsa(q, k, v, **weights, block_counts=TOP, block_size=BLOCK, window_size=0)
+
+
+def flash_attention_4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
+
+    out = flash_attn_func(q, k, v, causal=True)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def milliseconds(call: Call) -> float:
+    from triton.testing import do_bench
+
+    call()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    once = 1e3 * (time.perf_counter() - begin)
+    return float(do_bench(call, warmup=25, rep=int(max(100, 9 * once)), return_mode="median"))
+
+
+def graphed(call: Call) -> Call:
+    """The call as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+class Row(dict):
+    """One row of the report; a measurement that fails leaves a None and its reason."""
+
+    def time(self, name: str, make: Callable[[], Call], *, gradients: bool = False) -> None:
+        """`make` gives the call to be timed, and may fail, too."""
+        try:
+            with torch.set_grad_enabled(gradients):
+                self[name] = round(milliseconds(make()), 4)
+        except Exception as error:  # a peer that is not there, a shape that it does not do, too little memory
+            self[name] = None
+            self.setdefault("errors", {})[name] = f"{type(error).__name__}: {error}"[:300]
+        torch.cuda.empty_cache()
+
+    def forward_and_backward(
+        self, name: str, call: Callable[..., Tensor], leaves: list[Tensor], others: list[Tensor], dout: Tensor
+    ) -> None:
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        self.time(name, lambda: partial(call, *leaves, *others))
+        self.time(f"{name} backward", lambda: back(call(*leaves, *others), leaves, dout), gradients=True)
+
+    def text(self, name: str) -> str:
+        names = [n for n in (name, f"{name} backward") if n in self]
+        return f"{name} {' / '.join('-' if self[n] is None else f'{self[n]:.4g}' for n in names)}"
+
+    def line(self) -> str:
+        return "   ".join(self.text(name) for name in self if not name.endswith("backward") and name != "errors")
+
+    def times(self, name: str, of: str) -> str:
+        """How many times as long `of` takes as `name`."""
+        return f"{self[of] / self[name]:.2f}x" if self.get(of) and self.get(name) else "-"
+
+    def reasons(self) -> None:
+        for name, reason in self.get("errors", {}).items():
+            if (short := f"    {name}: {' '.join(reason.split())[:110]}") not in SAID:
+                SAID.add(short)
+                say(short)
+
+
+def ready(call: Call) -> Callable[[], Call]:
+    return lambda: call
+
+
+def back(out: Tensor, leaves: list[Tensor], dout: Tensor) -> Call:
     return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
 
-def stages(tokens: int, group: int) -> None:
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+class Report:
+    """Rows as they come, in $OUT/bench_nsa.json; `facts` say of what machine, and whether the tests had passed."""
+
+    def __init__(self, facts: dict[str, Any]):
+        self.rows: list[dict[str, Any]] = []
+        self.facts = facts
+
+    def add(self, kind: str, row: dict[str, Any]) -> None:
+        self.rows.append({"kind": kind, **row})
+        if out := os.environ.get("OUT"):
+            text = json.dumps({**self.facts, "rows": self.rows}, indent=1)
+            Path(out, "bench_nsa.json").write_text(text + "\n", encoding="utf-8")
+
+
+# -------------------------------------------------------------------------------------------------------------- speed
+
+
+def speed(report: Report, tokens: int, group: int) -> None:
     x = inputs(tokens, group)
-    q, k, v, dout = x["q"], x["k"], x["v"], x["dout"]
-    row: dict[str, Any] = {"tokens": tokens, "group": group}
-    row["pool"] = milliseconds(lambda: (ops.pool_blocks(k, BLOCK), ops.pool_blocks(v, BLOCK)))
-    means = [ops.pool_blocks(y, BLOCK).requires_grad_() for y in (k, v)]
-    leaves = [y.requires_grad_() for y in (q, k, v)]
-    row["compressed"] = milliseconds(lambda: ops.compressed_attention(q, *means, block=BLOCK, top=0))
-    row["compressed and choice"] = milliseconds(lambda: ops.compressed_attention(q, *means, block=BLOCK, top=TOP))
-    out, _, index = ops.compressed_attention(q, *means, block=BLOCK, top=TOP)
-    row["compressed backward"] = milliseconds(backward(out, [q, *means], dout))
-    row["selected"] = milliseconds(lambda: ops.selected_attention(q, k, v, index, block=BLOCK))
-    out = ops.selected_attention(q, k, v, index, block=BLOCK)
-    row["selected backward"] = milliseconds(backward(out, leaves, dout))
-    places = nsa._places(q, BLOCK, tokens, None, None)
-    pieces = list(nsa_selected._pieces(q, k, index, places, BLOCK))
-    row["inverse index"] = milliseconds(lambda: [nsa_selected._inverse(piece, "partial") for piece in pieces])
-    row["window"] = milliseconds(lambda: ops.window_attention(q, k, v, x["log_decay"], window=WINDOW))
-    arguments = (q, k, v, x["gates"], x["log_decay"])
-    del out
-    row["whole"] = milliseconds(lambda: ops.nsa_attention(*arguments, block=BLOCK, top=TOP, window=WINDOW))
-    print(json.dumps({name: round(y, 3) if isinstance(y, float) else y for name, y in row.items()}), flush=True)
-    peers(tokens, group, x)
+    q, k, v, gates, decay, dout = (x[name] for name in ("q", "k", "v", "gates", "log_decay", "dout"))
+    row = Row(tokens=tokens, group=group)
+    row.forward_and_backward("compression + selection", pair, [q, k, v], [gates], dout)
+    row.forward_and_backward("fla nsa", fla_nsa, [q, k, v], [gates], dout)
+    row.forward_and_backward("whole", whole, [q, k, v, gates, decay], [], dout)
+    row.time("flash-attention-4 full", lambda: partial(flash_attention_4, q, k, v))
+    row["stages"] = stages(x)
+    report.add("speed", row)
+    ours = "compression + selection"
+    say(f"T {tokens}, {group} query heads a kv head, forward / backward")
+    say(
+        f"  {row.text(ours)}   {row.text('fla nsa')}   "
+        f"{row.times(ours, 'fla nsa')} / {row.times(f'{ours} backward', 'fla nsa backward')}"
+    )
+    full = "flash-attention-4 full"
+    say(f"  {row.text('whole')}   {row.text(full)}   {row.times('whole', full)}")
+    say(f"  {row['stages'].line()}")
+    row.reasons()
+    row["stages"].reasons()
 
 
-def peers(tokens: int, group: int, x: dict[str, torch.Tensor]) -> None:
-    q, k, v, dout = x["q"], x["k"], x["v"], x["dout"]
-    row: dict[str, Any] = {"tokens": tokens, "group": group}
-    gates = x["gates"]
-    try:
-        from fla.ops.nsa.parallel import parallel_nsa
+def stages(x: dict[str, Tensor]) -> Row:
+    """The parts of the op, each with its operands ready."""
+    q, k, v, decay, dout = (x[name] for name in ("q", "k", "v", "log_decay", "dout"))
+    means = [ops.pool_blocks(y, BLOCK) for y in (k, v)]
+    index = ops.compressed_attention(q, *means, block=BLOCK, top=TOP)[2]
+    pieces = list(nsa_inverse.pieces(q, k, index, nsa._places(q, BLOCK, q.shape[1], None, None), BLOCK))
+    row = Row()
 
-        def call() -> torch.Tensor:
-            return parallel_nsa(
-                q, k, v, g_cmp=gates[..., 0], g_slc=gates[..., 1], block_counts=TOP, block_size=BLOCK, window_size=0
-            )
+    def compressed(*y: Tensor) -> Tensor:
+        return ops.compressed_attention(*y, block=BLOCK, top=0)[0]
 
-        row["fla compression and selection"] = milliseconds(call)
-        row["fla backward"] = milliseconds(backward(call(), [q, k, v], dout))
-    except (ImportError, ValueError) as error:
-        row["fla"] = str(error)
-    try:
-        from flash_attn.cute.interface import flash_attn_func
-
-        row["flash attention 4, full"] = milliseconds(lambda: flash_attn_func(q, k, v, causal=True))
-    except ImportError as error:
-        row["flash attention 4"] = str(error)
-    print(json.dumps(row), flush=True)
+    row.time("pool", lambda: lambda: [ops.pool_blocks(y, BLOCK) for y in (k, v)])
+    row.forward_and_backward("compressed", compressed, [q, *means], [], dout)
+    row.time("with choice", lambda: partial(ops.compressed_attention, q, *means, block=BLOCK, top=TOP))
+    row.forward_and_backward("selected", partial(ops.selected_attention, block=BLOCK), [q, k, v], [index], dout)
+    row.time("its index", lambda: lambda: [nsa_inverse.inverse(piece, "partial") for piece in pieces])
+    row.time("its index backward", lambda: lambda: [nsa_inverse.inverse(piece, "grads") for piece in pieces])
+    row.forward_and_backward("window", partial(ops.window_attention, window=WINDOW), [q, k, v, decay], [], dout)
+    row.time("mix", lambda: partial(ops.mix_branches, x["gates"], q, q, q))
+    return row
 
 
-def tune(tokens: int, group: int) -> None:
+# ---------------------------------------------------------------------------------------------------------- crossover
+
+
+def crossover(report: Report, tokens: int, group: int) -> None:
+    """Forward, and forward with backward, each as one CUDA graph; the eager forward shows what launches cost."""
+    x = inputs(tokens, group)
+    leaves = [x[name].requires_grad_() for name in ("q", "k", "v")]
+    row = Row(tokens=tokens, group=group)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "nsa": partial(whole, *leaves, x["gates"], x["log_decay"]),
+        "dense": partial(ops.window_attention, *leaves),
+        "sdpa": partial(sdpa, *leaves),
+        "flash-attention-4": partial(flash_attention_4, *leaves),
+    }
+
+    def both(call: Callable[[], Tensor]) -> Any:
+        return torch.autograd.grad(call(), leaves, x["dout"])
+
+    for name, call in calls.items():
+        row.time(name, partial(graphed, call))
+        row.time(f"{name} backward", partial(graphed, partial(both, call)), gradients=True)
+    row.time("nsa eager", ready(calls["nsa"]))
+    report.add("crossover", row)
+    say(
+        f"crossover, T {tokens}, {group} query heads a kv head, forward / both: "
+        f"{'   '.join(row.text(name) for name in [*calls, 'nsa eager'])}"
+    )
+    row.reasons()
+
+
+# ------------------------------------------------------------------------------------------------------------- decode
+
+
+@torch.no_grad()
+def decode(report: Report, group: int, batch: int) -> None:
+    """A step as the mixer takes it: the compressed branch with its choice, the selected one, the window, their sum."""
+    x = inputs(CONTEXT, group, batch)
+    q, k, v, gates, decay = x["q"][:, -1:], x["k"], x["v"], x["gates"][:, -1:], x["log_decay"][:, -WINDOW:].contiguous()
+    means = [ops.pool_blocks(y, BLOCK)[:, : CONTEXT // BLOCK].contiguous() for y in (k, v)]
+    place = torch.arange(CONTEXT - WINDOW, CONTEXT, device=DEVICE)
+    start, full, live = (
+        torch.full((batch,), number, dtype=torch.int32, device=DEVICE) for number in (CONTEXT - 1, CONTEXT, WINDOW)
+    )
+
+    def compressed(top: int = TOP) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.compressed_attention(q, *means, block=BLOCK, top=top, query_start=start)
+
+    def selected(index: Tensor) -> Tensor:
+        return ops.selected_attention(q, k, v, index, block=BLOCK, query_start=start)
+
+    def window() -> Tensor:
+        return ops.ring_attention(q, k.index_select(1, place), v.index_select(1, place), decay, live)
+
+    def step() -> Tensor:
+        gist, _, index = compressed()
+        return ops.mix_branches(gates, gist, selected(index), window())
+
+    row = Row(context=CONTEXT, group=group, batch=batch)
+    heads_first = [y.transpose(1, 2) for y in (q, k, v)]
+    row.time("step", partial(graphed, step))
+    row.time("full ring", partial(graphed, partial(ops.ring_attention, q, k, v, None, full)))
+    row.time("full sdpa", partial(graphed, partial(F.scaled_dot_product_attention, *heads_first, enable_gqa=True)))
+    parts = row["stages"] = Row()
+    parts.time("compressed", partial(graphed, partial(compressed, 0)))
+    parts.time("with choice", partial(graphed, compressed))
+    parts.time("selected", partial(graphed, partial(selected, compressed()[2])))
+    parts.time("window", partial(graphed, window))
+    read, token_bytes = CONTEXT // BLOCK + TOP * BLOCK + WINDOW, 2 * batch * HEADS // group * DIM * k.element_size()
+    row["MB read"], row["MB read, full"] = read * token_bytes / 1e6, CONTEXT * token_bytes / 1e6
+    report.add("decode", row)
+    say(
+        f"decode at {CONTEXT}, {group} query heads a kv head, batch {batch}: {row.text('step')}   "
+        f"{row.text('full ring')} {row.times('step', 'full ring')}   {row.text('full sdpa')} "
+        f"{row.times('step', 'full sdpa')}   reads {row['MB read']:.1f} of {row['MB read, full']:.1f} MB "
+        f"({CONTEXT / read:.1f}x fewer)"
+    )
+    say(f"  {parts.line()}")
+    row.reasons()
+    parts.reasons()
+
+
+# --------------------------------------------------------------------------------------------------------------- tune
+
+TILES: dict[str, list[tuple[int, ...]]] = {
+    "forward": [
+        (64, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 1), (64, 64, 4, 3), (64, 64, 4, 2),
+        (64, 64, 4, 1), (64, 128, 4, 1), (64, 32, 4, 3), (128, 128, 8, 1), (128, 128, 8, 2), (128, 32, 4, 3),
+    ],
+    "choose": [
+        (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 1), (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3),
+        (64, 128, 4, 1), (64, 128, 4, 2), (128, 128, 8, 1), (128, 128, 8, 2), (128, 64, 4, 3), (64, 32, 4, 2),
+    ],
+    "dq": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 32, 4, 3)],
+    "dkdv": [(32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 3), (32, 128, 8, 2)],
+    "partial": [(128, 8, 3), (128, 8, 2), (64, 4, 3), (64, 4, 2), (64, 4, 4), (128, 4, 2), (64, 8, 3)],
+    "merge": [
+        (64, 64, 4, 2), (64, 64, 4, 1), (64, 64, 8, 2), (64, 32, 4, 2), (128, 64, 8, 2), (128, 64, 8, 1),
+        (32, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2),
+    ],
+    "grads": [(64, 8, 3), (64, 8, 2), (32, 4, 2), (32, 4, 3), (32, 8, 2)],
+}  # fmt: skip
+COMPRESSED = ("forward", "choose", "dq", "dkdv")
+SETTINGS: dict[str, list[Any]] = {
+    "ITEM_ROWS": [{"partial": rows, "grads": rows} for rows in (1024, 2048, 4096, 8192, 16384)],
+    "SORT": [(64, 32, 4), (64, 64, 4), (32, 64, 4), (32, 32, 4), (128, 32, 8), (128, 16, 4)],
+    "CHUNKS": [{"partial": chunks, "grads": chunks} for chunks in (1, 2, 4, 8, 16, 32, 64)],
+    "SCRATCH_BYTES": [256 << 20, 1 << 30, 2 << 30, 8 << 30],
+}
+
+
+def passes(tokens: int, group: int) -> dict[str, Call]:
+    """The launcher that runs each kernel."""
     x = inputs(tokens, group)
     q, k, v, dout = x["q"], x["k"], x["v"], x["dout"]
     means = [ops.pool_blocks(y, BLOCK) for y in (k, v)]
-    geometry = reference_nsa.Geometry(BLOCK, BLOCK, BLOCK, TOP)
+    geometry, none = (reference_nsa.Geometry(BLOCK, BLOCK, BLOCK, top) for top in (TOP, 0))
     scale = DIM**-0.5
     compressed = nsa._compressed_places(q, means[0], geometry, None, None)
     selected = nsa._places(q, BLOCK, tokens, None, None)
     out, lse, index = nsa_compressed.compressed_forward(q, *means, compressed, geometry, scale)
-    detail, detail_lse = nsa_selected.selected_forward(q, k, v, index, selected, BLOCK, scale)
-    calls = {
-        "forward": lambda: nsa_compressed.compressed_forward(
-            q, *means, compressed, reference_nsa.Geometry(BLOCK, BLOCK, BLOCK, 0), scale
-        ),
+    detail = nsa_selected.selected_forward(q, k, v, index, selected, BLOCK, scale)
+
+    def back() -> Any:
+        return nsa_compressed.compressed_backward(dout, None, q, *means, out, lse, compressed, none, scale)
+
+    def walk() -> Any:
+        return nsa_selected.selected_forward(q, k, v, index, selected, BLOCK, scale)
+
+    def walk_back() -> Any:
+        return nsa_selected.selected_backward(dout, None, q, k, v, *detail, index, selected, BLOCK, scale)
+
+    return {
+        "forward": lambda: nsa_compressed.compressed_forward(q, *means, compressed, none, scale),
         "choose": lambda: nsa_compressed.compressed_forward(q, *means, compressed, geometry, scale),
-        "dq": lambda: nsa_compressed.compressed_backward(dout, None, q, *means, out, lse, compressed, geometry, scale),
-        "partial": lambda: nsa_selected.selected_forward(q, k, v, index, selected, BLOCK, scale),
-        "grads": lambda: nsa_selected.selected_backward(
-            dout, None, q, k, v, detail, detail_lse, index, selected, BLOCK, scale
-        ),
-    }
-    calls["dkdv"] = calls["dq"]
-    for (family, kernel), tiles in TILES.items():
-        module: Any = nsa_compressed if family == "compressed" else nsa_selected
-        usual = module.SM90[kernel][DIM]
-        for tile in tiles:
-            module.SM90[kernel][DIM] = tile
-            try:
-                taken: Any = round(milliseconds(calls[kernel]), 3)
-            except Exception as error:  # a tile that does not compile or fit is a finding, not an end
-                taken = f"{type(error).__name__}: {error}"[:120]
-            print(json.dumps({"kernel": kernel, "group": group, "tile": tile, "pass ms": taken}), flush=True)
-        module.SM90[kernel][DIM] = usual
-    for rows in (1024, 2048, 4096, 8192, 16384):
-        nsa_selected.ITEM_ROWS = {"partial": rows, "grads": rows}
-        taken = [round(milliseconds(calls[name]), 3) for name in ("partial", "grads")]
-        print(json.dumps({"item rows": rows, "forward, backward ms": taken}), flush=True)
-    nsa_selected.ITEM_ROWS = {"partial": 4096, "grads": 8192}
-    for scratch in (256 << 20, 1 << 30, 2 << 30, 8 << 30):
-        nsa_selected.SCRATCH_BYTES = scratch
-        taken = [round(milliseconds(calls[name]), 3) for name in ("partial", "grads")]
-        print(json.dumps({"scratch MiB": scratch >> 20, "forward, backward ms": taken}), flush=True)
+        "dq": back, "dkdv": back, "partial": walk, "merge": walk, "grads": walk_back,
+    }  # fmt: skip
 
 
-def crossover(tokens: int, group: int) -> None:
-    x = inputs(tokens, group)
-    leaves = [x[name].requires_grad_() for name in ("q", "k", "v")]
-    row: dict[str, Any] = {"tokens": tokens, "group": group}
-    for name, call in {
-        "nsa": lambda: ops.nsa_attention(*leaves, x["gates"], x["log_decay"], block=BLOCK, top=TOP, window=WINDOW),
-        "dense": lambda: ops.window_attention(*leaves),
-    }.items():
-        row[name] = round(milliseconds(call), 3)
-        row[f"{name} backward"] = round(milliseconds(backward(call(), leaves, x["dout"])), 3)
-    print(json.dumps(row), flush=True)
+def tiles(kernel: str) -> Any:
+    module: Any = nsa_compressed if kernel in COMPRESSED else nsa_selected
+    return module.SM90[kernel]
 
 
-@torch.no_grad()
-def decode(tokens: int, group: int) -> None:
-    x = inputs(tokens, group)
-    q, k, v = x["q"][:, -1:], x["k"], x["v"]
-    start = torch.tensor([tokens - 1], dtype=torch.int32, device="cuda")
-    live = torch.tensor([tokens], dtype=torch.int32, device="cuda")
-    means = [ops.pool_blocks(y, BLOCK) for y in (k, v)]
-
-    def sparse() -> torch.Tensor:
-        gist, _, index = ops.compressed_attention(q, *means, block=BLOCK, top=TOP, query_start=start)
-        return gist + ops.selected_attention(q, k, v, index, block=BLOCK, query_start=start)
-
-    times = []
-    for call in (sparse, lambda: ops.ring_attention(q, k, v, None, live)):
-        call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        times.append(statistics.median(milliseconds(graph.replay) for _ in range(3)))
-    read = tokens // BLOCK + TOP * BLOCK + WINDOW
-    print(json.dumps({
-        "decode at": tokens, "group": group, "nsa ms": times[0], "full ms": times[1], "tokens read": read,
-        "fewer": round(tokens / read, 1),
-    }))  # fmt: skip
+def with_tile(kernel: str, tile: tuple[int, ...], call: Call) -> Any:
+    table = tiles(kernel)
+    usual = table[DIM]
+    table[DIM] = tile
+    try:
+        return call()
+    finally:
+        table[DIM] = usual
 
 
-def main() -> None:
+def with_setting(name: str, value: Any, call: Call) -> Any:
+    usual = getattr(nsa_inverse, name)
+    setattr(nsa_inverse, name, value)
+    try:
+        return call()
+    finally:
+        setattr(nsa_inverse, name, usual)
+
+
+def tune(report: Report, tokens: int, group: int, kernels: list[str]) -> None:
+    calls = passes(tokens, group)
+    say(f"tune, T {tokens}, {group} query heads a kv head; ms of the pass that runs the kernel")
+    for kernel in kernels:
+        usual, found = tiles(kernel)[DIM], {}
+        for tile in dict.fromkeys([usual, *TILES[kernel]]):
+            row = Row(kernel=kernel, tokens=tokens, group=group, tile=tile)
+            with_tile(kernel, tile, partial(row.time, "pass", ready(calls[kernel])))
+            report.add("tune", row)
+            if row["pass"] is not None:
+                found[tile] = row["pass"]
+        best = sorted(found, key=found.__getitem__)[:3]
+        say(f"  {kernel}, now {usual} {found.get(usual)}; best {'; '.join(f'{tile} {found[tile]}' for tile in best)}")
+    for name, values in SETTINGS.items():
+        lines = []
+        for value in values:
+            row = Row(setting=name, value=value, tokens=tokens, group=group)
+            for what, kernel in (("forward", "partial"), ("backward", "grads")):
+                with_setting(name, value, partial(row.time, what, ready(calls[kernel])))
+            report.add("tune", row)
+            short = next(iter(value.values())) if isinstance(value, dict) else value
+            lines.append(f"{short}: {row['forward']} / {row['backward']}")
+        say(f"  {name}, now {getattr(nsa_inverse, name)}; {'; '.join(lines)}")
+
+
+# ------------------------------------------------------------------------------------------------- compiling beforehand
+
+
+Job = tuple[str, int, tuple[int, ...] | None]  # what, heads a group, tile
+
+
+def jobs(parts: list[str], groups: list[int], kernels: list[str]) -> Iterator[Job]:
+    """What to run once, in processes side by side: what they compile, all find in Triton's cache."""
+    for group in groups:
+        if "tune" in parts:
+            yield from ((kernel, group, tile) for kernel in kernels for tile in TILES[kernel])
+        if {"speed", "crossover"} & set(parts):
+            yield from ((what, group, None) for what in ("whole", "dense", "fla"))
+        if "decode" in parts:
+            yield "step", group, None
+
+
+def run_once(job: Job) -> None:
+    what, group, tile = job
+    x = inputs(2048, group)
+    q, k, v = leaves = [x[name].requires_grad_() for name in ("q", "k", "v")]
+    if tile is not None:
+        with torch.no_grad():
+            with_tile(what, tile, passes(2048, group)[what])
+    elif what == "step":
+        with torch.no_grad():
+            start = torch.full((1,), 2047, dtype=torch.int32, device=DEVICE)
+            means = [ops.pool_blocks(y, BLOCK) for y in (k, v)]
+            index = ops.compressed_attention(q[:, -1:], *means, block=BLOCK, top=TOP, query_start=start)[2]
+            ops.selected_attention(q[:, -1:], k, v, index, block=BLOCK, query_start=start)
+    else:
+        call: Callable[[], Tensor] = {
+            "whole": partial(whole, *leaves, x["gates"], x["log_decay"]),
+            "dense": partial(ops.window_attention, *leaves),
+            "fla": partial(fla_nsa, *leaves, x["gates"]),
+        }[what]
+        torch.autograd.grad(call(), leaves, x["dout"])
+    torch.cuda.synchronize()
+
+
+def compile_ahead(todo: list[Job]) -> None:
+    begin = time.perf_counter()
+    with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
+        failed = [future for future in [pool.submit(run_once, job) for job in todo] if future.exception() is not None]
+    say(f"compiled ahead in {time.perf_counter() - begin:.0f} s; {len(failed)} of {len(todo)} did not run")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="*", default=[16384, 65536])
-    parser.add_argument("--groups", type=int, nargs="*", default=[16, 4, 1])
-    for mode in ("tune", "crossover", "decode"):
-        parser.add_argument(f"--{mode}", action="store_true")
+    parts = ["speed", "crossover", "decode"]
+    parser.add_argument("--only", nargs="+", choices=[*parts, "tune"], default=parts)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 65536])
+    parser.add_argument("--groups", type=int, nargs="+", default=[16, 4, 1], help="query heads a kv head")
+    parser.add_argument("--kernels", nargs="+", choices=list(TILES), default=list(TILES), help="of tune")
+    parser.add_argument("--untested", action="store_true", help="measure without running the GPU tests first")
     options = parser.parse_args()
-
+    if not torch.cuda.is_available():
+        sys.stderr.write("bench_nsa measures a GPU, and torch finds none here\n")
+        return 1
+    if not options.untested:
+        try:
+            bench.check_kernels("test_nsa_gpu.py", workers=WORKERS)
+        except bench.BenchError as error:
+            sys.stderr.write(f"{error}\n")
+            return 1
+    versions = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
+    report = Report({**versions, "command": sys.argv[1:], "tests": "not run here" if options.untested else "passed"})
+    compile_ahead(list(jobs(options.only, options.groups, options.kernels)))
+    todo: list[Call] = []
     for group in options.groups:
-        if options.crossover:
-            for tokens in (1024, 2048, 4096, 8192, 16384, 32768):
-                crossover(tokens, group)
-            continue
-        for tokens in options.tokens:
-            (tune if options.tune else decode if options.decode else stages)(tokens, group)
+        for part, run in (("speed", speed), ("tune", partial(tune, kernels=options.kernels))):
+            if part in options.only:
+                todo += [partial(run, report, tokens, group) for tokens in options.tokens]
+    for group in options.groups if "decode" in options.only else ():
+        todo += [partial(decode, report, group, batch) for batch in ((1, 16) if group == 16 else (1,))]
+    for group in options.groups if "crossover" in options.only else ():
+        todo += [partial(crossover, report, tokens, group) for tokens in CROSSOVER_TOKENS]
+    return sum(not finished(part) for part in todo)
+
+
+def finished(part: Call) -> bool:
+    """Whether it ran to its end; if not its reason is printed, and the others go on."""
+    try:
+        part()
+    except Exception as error:
+        say(f"  {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return False
+    finally:
+        torch.cuda.empty_cache()
+    return True
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

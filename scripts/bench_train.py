@@ -2,20 +2,27 @@
 
     python scripts/bench_train.py                          every arm at T 4096 and 16384, 65,536 tokens a step
     python scripts/bench_train.py --arms gatedfwa flex     some of them
-    python scripts/bench_train.py --arms gatedfwa --tokens 1048576 --budget 1048576 --micro 1    a million tokens a row
+    python scripts/bench_train.py --arms gatedfwa --tokens 1048576 --budget 1048576 --micro 1 --steps 4    a long row
+    python scripts/bench_train.py --arms gatedfwa --tokens 4096 --profile    where a step's time goes, kernel by kernel
+    python scripts/bench_train.py --arms gatedfwa+sync     an error if a step waits for the device
+    python scripts/bench_train.py --curves gatedfwa gatedfwa+reference --tokens 1024 --budget 16384    losses compared
 
 12 layers, 768 wide, 12 heads of 64, vocabulary 50304 tied, window 512, bfloat16 autocast, fused AdamW, compiled. Our
 arms run zoo.train.train on random tokens, reading, logging and all; peers run the least loop that trains. Every arm is
-a process of its own. Prints one JSON object a line: tokens/s (median over the steps after the warm-up), peak GiB.
+a process of its own, with a time limit. Prints one JSON object a line: tokens/s (median over the steps after the
+warm-up), peak GiB. `arm+variant+variant` times an arm with something changed: see `VARIANTS`.
 """
 
 import argparse
 import json
+import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +33,72 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WIDTH, DEPTH, HEADS, VOCABULARY, WINDOW = 768, 12, 12, 50304, 512
-WARM = 10  # steps before the clock counts
+WARM = 10  # steps before the clock counts, or half of all
+
+# ------------------------------------------------------------------------------------------------------------ variants
+
+
+def _f32_gates() -> None:
+    from zoo.ops import linear
+
+    linear._in_pieces = lambda x: False  # type: ignore[assignment]
+
+
+def _inline_rotary() -> None:
+    from zoo import backbone
+    from zoo.ops import rotary
+
+    backbone.rotary_table = rotary._rotary_table._init_fn  # type: ignore[assignment]
+
+
+def _loss_rows(rows: int) -> Callable[[], None]:
+    def apply() -> None:
+        from zoo.ops import loss
+
+        loss.CHUNK_ELEMENTS_GPU = rows * VOCABULARY
+
+    return apply
+
+
+def _inductor(**values: Any) -> Callable[[], None]:
+    def apply() -> None:
+        from torch._inductor import config
+
+        for name, value in values.items():
+            assert hasattr(config, name), name
+            setattr(config, name, value)
+
+    return apply
+
+
+def _no_sync() -> None:
+    """An error where the host waits for the device inside a step, once the first few have compiled."""
+    from zoo.train import loop
+
+    step = loop._step
+
+    def watched(state: Any, *args: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error" if state.step >= 5 else "default")
+        try:
+            return step(state, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    loop._step = watched  # type: ignore[assignment]
+
+
+# What can be changed in an arm of ours
+VARIANTS: dict[str, Callable[[], None]] = {
+    "f32gates": _f32_gates,  # gate and token shift projected in float32, off the tensor cores
+    "inlinerotary": _inline_rotary,  # the compiler sees how rotary angles are computed
+    "rows5632": _loss_rows(5632),  # tokens whose logits stand at once; 5632 * 768 is a whole wave of 132 tiles
+    "rows8192": _loss_rows(8192),
+    "autotune": _inductor(max_autotune=True),
+    "descent": _inductor(coordinate_descent_tuning=True),
+    "sync": _no_sync,
+    "reference": lambda: os.environ.update(ZOO_BACKEND="reference"),
+    "triton": lambda: os.environ.update(ZOO_BACKEND="triton"),
+}
 
 # ------------------------------------------------------------------------------------------------------------ our arms
 
@@ -43,6 +115,9 @@ def zoo_overrides(arm: str, tokens: int) -> tuple[str, dict[str, Any]]:
 
 
 def run_zoo(arm: str, tokens: int, budget: int, micro: int, steps: int, profile: bool) -> dict[str, Any]:
+    arm, *variants = arm.split("+")
+    for variant in variants:
+        VARIANTS[variant]()
     from zoo import config, registry
     from zoo.data import SourceStream, Windows
     from zoo.task import Task
@@ -53,7 +128,7 @@ def run_zoo(arm: str, tokens: int, budget: int, micro: int, steps: int, profile:
         context: int = tokens
 
     class RandomTask(Task):
-        """Tokens without a meaning, read as a corpus is."""
+        """Made-up tokens, read as a corpus is."""
 
         domain, Config = "random", RandomConfig
 
@@ -61,8 +136,10 @@ def run_zoo(arm: str, tokens: int, budget: int, micro: int, steps: int, profile:
             self.config = config
 
         def stream(self, split: str, *, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0) -> SourceStream:
-            corpus = torch.randint(0, VOCABULARY, (64 * budget + 1,), dtype=torch.int32).numpy()
-            source = Windows(corpus, self.config.context, seed=seed)
+            generator = torch.Generator().manual_seed(0)
+            corpus = (torch.rand(64 * budget + 2, generator=generator) ** 4 * VOCABULARY).int()
+            corpus[1::2] = corpus[0::2]  # some tokens are common, and every other one repeats: there is a loss to lower
+            source = Windows(corpus.numpy(), self.config.context, seed=seed)
             return SourceStream(source, batch_size=batch_size, rank=rank, world=world)
 
     registry.tasks.register("random")(RandomTask)
@@ -78,7 +155,7 @@ def run_zoo(arm: str, tokens: int, budget: int, micro: int, steps: int, profile:
                 "micro_batch_size": micro,
                 "precision": "bf16",
                 "compile": True,
-                "log_every": 5,
+                "log_every": 1,
                 "save_every": 0,
                 "optimizer": {"lr": 3e-4},
                 "schedule": {"warmup": 20},
@@ -88,13 +165,55 @@ def run_zoo(arm: str, tokens: int, budget: int, micro: int, steps: int, profile:
     with tempfile.TemporaryDirectory() as folder:
         train(recipe, Path(folder) / "run", profile=profile)
         rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-    rates = [row["tokens_per_second"] for row in rows if row["step"] > WARM]
+        table = kernel_table(Path(folder) / "run" / "profile" / "trace-rank0.json") if profile else {}
+    late = [row for row in rows if row["step"] > warm_steps(steps)]
+    rates = [row["tokens_per_second"] for row in late]
     return {
         "tokens_per_second": round(statistics.median(rates)),
-        "spread": round((max(rates) - min(rates)) / statistics.median(rates), 3),
-        "mfu": round(statistics.median(row.get("mfu", 0.0) for row in rows if row["step"] > WARM), 3),
+        "mfu": round(statistics.median(row.get("mfu", 0.0) for row in late), 3),
         "losses": [round(row["train/loss"], 4) for row in rows],
-    }
+    } | table
+
+
+def warm_steps(steps: int) -> int:
+    return min(WARM, steps // 2)
+
+
+# ------------------------------------------------------------------------------------------------------------- profile
+
+KINDS = (  # the first that fits a kernel's name
+    ("copies", r"^Memcpy|^Memset|copy_kernel"),
+    ("loss rows", r"^_cross_entropy"),
+    ("inductor", r"^triton_"),
+    ("GEMM float32", r"sgemm|simt|gemmSN|gemv|ffma|f32f32_f32f32|_sss_|tf32"),
+    ("GEMM", r"nvjet|gemm|cutlass|xmma|splitK|cublas"),
+    ("optimizer", r"multi_tensor_apply|[Ff]used_?[Aa]dam"),
+    ("eager", r"at::native|^void at"),
+    ("zoo kernels", r"^_"),
+)
+
+
+def kernel_table(trace: Path) -> dict[str, Any]:
+    """ms a step by kind of kernel, those of the 25 costliest kernels, and how long the device had nothing to do."""
+    from zoo.train.profile import ACTIVE
+
+    events = json.loads(trace.read_text())["traceEvents"]
+    work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    kernels, calls, kinds = Counter[str](), Counter[str](), Counter[str]()
+    idle, until = 0.0, min(e["ts"] for e in work)
+    for event in sorted(work, key=lambda e: e["ts"]):
+        idle += max(0.0, event["ts"] - until)
+        until = max(until, event["ts"] + event["dur"])
+        name = event["name"]
+        kernels[name] += event["dur"]
+        calls[name] += 1
+        kinds[next((kind for kind, pattern in KINDS if re.search(pattern, name)), "other")] += event["dur"]
+
+    def per_step(microseconds: float) -> float:
+        return round(microseconds / 1000 / ACTIVE, 2)
+
+    top = [f"{per_step(time):6} ms {calls[name] / ACTIVE:5.0f}x {name[:90]}" for name, time in kernels.most_common(25)]
+    return {"kinds": {kind: per_step(t) for kind, t in kinds.most_common()}, "idle": per_step(idle), "top": top}
 
 
 # --------------------------------------------------------------------------------------------------------------- peers
@@ -182,7 +301,7 @@ def run_peer(arm: str, tokens: int, budget: int, micro: int, steps: int) -> dict
         optimizer.zero_grad()
         torch.cuda.synchronize()
         times.append(time.monotonic() - began)
-    return {"tokens_per_second": round(budget / statistics.median(times[WARM:]))}
+    return {"tokens_per_second": round(budget / statistics.median(times[warm_steps(steps) :]))}
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -199,29 +318,61 @@ def run_arm(options: argparse.Namespace, arm: str, tokens: int) -> dict[str, Any
     return {"arm": arm, "tokens": tokens, "budget": options.budget, "micro": micro, **found, "peak_gib": peak}
 
 
+def in_a_process(options: argparse.Namespace, arm: str, tokens: int) -> dict[str, Any]:
+    """What `run_arm` finds, or what went wrong."""
+    sizes = {"tokens": tokens, "budget": options.budget, "micro": options.micro, "steps": options.steps}
+    flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, __file__, "--here", "--arms", arm, *flags, *(["--profile"] if options.profile else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit)
+    except subprocess.TimeoutExpired:
+        return {"arm": arm, "tokens": tokens, "error": f"no end after {options.limit} s"}
+    if done.returncode:
+        return {"arm": arm, "tokens": tokens, "error": done.stderr[-600:]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def say(found: dict[str, Any]) -> None:
+    found.pop("losses", None)
+    top = found.pop("top", [])
+    sys.stdout.write("\n".join([json.dumps(found), *top]) + "\n")
+    sys.stdout.flush()
+
+
+def compare_curves(options: argparse.Namespace) -> None:
+    """The two losses of each step beside each other: their largest and mean difference, and every 20th."""
+    found = [in_a_process(options, arm, options.tokens[0]) for arm in options.curves]
+    curves = [one.get("losses", []) for one in found]
+    for one in found:
+        say(one)
+    if all(curves):
+        apart = [abs(a - b) for a, b in zip(*curves, strict=True)]
+        row = {"largest": round(max(apart), 4), "mean": round(statistics.mean(apart), 5), "steps": len(apart)}
+        say({"curves": options.curves, **row, "every_20th": [curve[::20] for curve in curves]})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arms = ["gatedfwa", "sdpa", "flex", "gatedfwa_nsa", "gatedfwa_nsa-wide", "fla_nsa"]
-    parser.add_argument("--arms", nargs="*", default=arms)
+    parser.add_argument("--arms", nargs="*", default=arms, help=f"variants of ours: {', '.join(VARIANTS)}")
+    parser.add_argument("--curves", nargs=2, help="two arms whose losses to compare over 200 steps, instead of speed")
+    parser.add_argument("--limit", type=float, default=180, help="seconds an arm may take")
     parser.add_argument("--tokens", type=int, nargs="*", default=[4096, 16384])
     parser.add_argument("--budget", type=int, default=65536, help="tokens a step")
     parser.add_argument("--micro", type=int, default=0, help="rows a micro-batch; 0: 32,768 tokens, all for the peers")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--profile", action="store_true", help="with --here, of our arms: where the time goes")
+    parser.add_argument("--steps", type=int, default=0, help="0: 40, or 200 for curves")
+    parser.add_argument("--profile", action="store_true", help="of our arms: where the time goes")
     parser.add_argument("--here", action="store_true", help="one arm, in this process")
     options = parser.parse_args()
+    options.steps = options.steps or (200 if options.curves else 40)
     if options.here:
         sys.stdout.write(json.dumps(run_arm(options, options.arms[0], options.tokens[0])) + "\n")
-        return
-    for tokens in options.tokens:
-        for arm in options.arms:
-            sizes = {"tokens": tokens, "budget": options.budget, "micro": options.micro, "steps": options.steps}
-            flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-            command = [sys.executable, __file__, "--here", "--arms", arm, *flags]
-            done = subprocess.run(command, capture_output=True, text=True)
-            failed = json.dumps({"arm": arm, "tokens": tokens, "error": done.stderr[-1500:]}) + "\n"
-            sys.stdout.write(failed if done.returncode else done.stdout.splitlines()[-1] + "\n")
-            sys.stdout.flush()
+    elif options.curves:
+        compare_curves(options)
+    else:
+        for tokens in options.tokens:
+            for arm in options.arms:
+                say(in_a_process(options, arm, tokens))
 
 
 if __name__ == "__main__":

@@ -56,3 +56,33 @@ def test_no_speed_without_green_tests(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(bench.BenchError, match=r"(?s)no speed without green tests.*2 failed"):
         bench.check_kernels()
+
+
+@pytest.mark.parametrize("text", ["", "1,2,3,4", "4,16,16384,64,0", "4,16,16384,64,-5", "a,b,c,d,e", "1,2,3,4,5,6"])
+def test_a_shape_is_five_numbers(text, tmp_path):
+    with pytest.raises(bench.BenchError, match="it takes five numbers of 1 or more"):
+        bench.run(tmp_path, shapes=[text])
+    assert bench.parse_shape("4,16,16384,64,512") == bench.SHAPES[1]
+
+
+def test_peers_are_chosen_by_name(tmp_path):
+    assert [peer.name for peer in bench.choose_peers(["flex", "zoo"])] == ["flex", "zoo"]
+    assert bench.choose_peers([]) == list(bench.PEERS)
+    with pytest.raises(bench.BenchError, match="peers = zo; it takes names among zoo; "):
+        bench.run(tmp_path, peers=["zoo", "zo"])
+
+
+def test_candidates_are_schedules_and_hold_what_stands():
+    pytest.importorskip("triton.experimental.gluon")
+    from zoo.kernels import decode, hopper_backward, hopper_forward
+    from zoo.kernels.hopper_band import Schedule
+
+    tables = {
+        "TABLE": hopper_forward.TABLE,
+        "DQ_TABLE": hopper_backward.DQ_TABLE,
+        "DKV_TABLE": hopper_backward.DKV_TABLE,
+    }
+    for name, table in tables.items():
+        for dim, schedule in table.items():
+            assert schedule in [Schedule(*values) for values in bench.CANDIDATES[name][dim]]
+    assert decode.STEPS in [decode.Steps(*values) for values in bench.RING_STEPS]

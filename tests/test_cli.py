@@ -42,7 +42,7 @@ def test_the_public_options_are_these():
             *("--seed", "--stop", "--target", "--temperature", "--time", "--top-k", "--top-p"),
         ],
         "list": ["--help", "--kind"],
-        "bench": ["--help", "--out", "--rounds"],
+        "bench": ["--help", "--out", "--peers", "--rounds", "--shapes", "--tune"],
         "doctor": ["--help"],
     }
 

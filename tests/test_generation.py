@@ -167,25 +167,3 @@ def test_a_condition_reaches_training_too(grid_model):
     assert not torch.allclose(*seen)
     logits = grid_model.head.logits(seen[1][:, -1], None)
     torch.testing.assert_close(logits, full_logits(grid_model, tokens, torch.tensor([0, 1])))
-
-
-def test_a_graph_needs_a_gpu(grid_model):
-    with pytest.raises(ValueError, match="graph = True records a CUDA graph; the model is on cpu"):
-        generate(grid_model, torch.zeros(1, 2, dtype=torch.int64), max_new=2, graph=True)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("mixer", ["gatedfwa", "softmax", "swa"])
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_recorded_step_draws_what_the_plain_one_does(mixer, guidance):
-    shape = {"height": 8, "width": 8, "channels": 3, "levels": 256, "classes": 10, "neighbours": True}
-    model = create_model(f"image_{mixer}_1m", head=shape).cuda()
-    prompt = Batch(torch.full((4, 1), 256), condition=torch.arange(4))
-    for sampling in (Sampling(temperature=0, guidance=guidance), Sampling(guidance=guidance)):
-        plain, recorded = (
-            generate(model, prompt, max_new=192, sampling=sampling, seed=3, graph=graph) for graph in (False, True)
-        )
-        assert recorded.shape == plain.shape
-        if sampling.temperature == 0:
-            assert (plain == recorded).float().mean() > 0.99  # ties, by rounding
-        assert len(recorded.unique()) > 1

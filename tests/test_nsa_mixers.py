@@ -11,6 +11,7 @@ from zoo.mixers.base import Context
 from zoo.registry import mixers
 
 FORMS = {
+    "printed": {"block": 8, "compressed_block": 4, "stride": 2, "importance": "printed"},
     "paper": {"block": 8, "compressed_block": 4, "stride": 2, "compression": "mlp", "separate_kv": True},
     "overlap": {"block": 4, "compressed_block": 4, "stride": 2},
     "separate": {"block": 3, "separate_kv": True},

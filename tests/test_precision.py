@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from zoo import config, ops
 from zoo.backbone import Backbone, BackboneConfig
-from zoo.layers import rotary_table
 from zoo.mixers.base import Context
+from zoo.ops import rotary_table
 from zoo.registry import mixers
 
 

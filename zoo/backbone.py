@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo import config as configs
 from zoo.config import Choice
-from zoo.layers import MLP, PassOn, document_positions, init_normal, rotary_table
+from zoo.layers import MLP, PassOn, document_positions, init_normal
 from zoo.mixers.base import Context, Dims, Mixer
-from zoo.ops import may_look
+from zoo.ops import may_look, rotary_table
 from zoo.registry import mixers, nearest
 from zoo.state import State
 

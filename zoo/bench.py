@@ -11,9 +11,10 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +120,17 @@ class Skip(Exception):
     pass
 
 
-def ours(gated: bool) -> Callable[[Inputs], tuple[Call, list[Tensor], Tensor]]:
+def ours(gated: bool, prune: float | None = None, closer: float = 0) -> Callable[[Inputs], tuple[Call, list, Tensor]]:
+    """closer: how much lower than those of Inputs (normal around 4) the gates' pre-activations are."""
+
     def make(x: Inputs) -> tuple[Call, list[Tensor], Tensor]:
         decay = x.log_decay if gated else None
-        leaves = [x.q, x.k, x.v, *([x.log_decay] if gated else [])]
-        return (lambda: ops.window_attention(x.q, x.k, x.v, decay, window=x.shape.window)), leaves, x.dout
+        if decay is not None and closer:
+            z = decay.detach() - torch.log(-torch.expm1(decay.detach().double())).float()  # logit of e^decay
+            decay = F.logsigmoid(z - closer).requires_grad_()
+        leaves = [x.q, x.k, x.v, *([] if decay is None else [decay])]
+        call = partial(ops.window_attention, x.q, x.k, x.v, decay, window=x.shape.window, prune=prune)
+        return call, leaves, x.dout
 
     return make
 
@@ -193,6 +200,8 @@ def sdpa(kind: str) -> Callable[[Inputs], tuple[Call, list[Tensor], Tensor]]:
 PEERS = (
     Peer("zoo", True, ours(True)),
     Peer("zoo no gate", False, ours(False)),
+    Peer("zoo pruned 1e-3, z 4", True, ours(True, 1e-3)),  # gates normal around z, deviation 1; all tiles are counted
+    Peer("zoo pruned 1e-3, z 2", True, ours(True, 1e-3, closer=2)),
     Peer("flash-attention-4", False, flash_attention_4),
     Peer("fla forgetting", True, fla_forgetting),
     Peer("flex", True, flex(True)),
@@ -210,6 +219,31 @@ def time_ms(call: Call) -> float:
     from triton.testing import do_bench
 
     return float(do_bench(call, warmup=25, rep=MILLISECONDS, return_mode="median"))
+
+
+def graph_ms(calls: Sequence[Call], least: int = 16, replays: int = 20) -> float:
+    """Median milliseconds of one of `calls`, which follow each other in one CUDA graph: as in a decoding model, nobody
+    waits for Python. Calls on inputs of their own, larger in all than the L2 cache, find none of it there."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph, rounds = torch.cuda.CUDAGraph(), -(-least // len(calls))
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        graph.replay()
+        mark.record()
+    torch.cuda.synchronize()
+    spans = [one.elapsed_time(other) for one, other in pairwise(marks)]
+    return statistics.median(spans) / (rounds * len(calls))
 
 
 def measure_attention(shape: Shape, peer: Peer) -> Iterable[dict[str, Any]]:
@@ -248,37 +282,88 @@ def measure_gate() -> Iterable[dict[str, Any]]:
     yield {
         "peer": "zoo",
         "what": "gate backward",
-        "ms": time_ms(lambda: gate.prefix_backward(grad, (z, u), None)),
+        "ms": time_ms(lambda: gate.prefix_backward(grad, grad, (z, u), None)),
         **shape,
     }
 
 
+@dataclass(frozen=True)
+class Ring:
+    """A decoding step's attention: one token of each row over a full ring."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    slots: int
+    head_dim: int = 128
+
+    def inputs(self, total: int = 1 << 29) -> list[tuple[Tensor, ...]]:
+        """q, k, v, decay, live, as many sets as it takes for keys and values of `total` bytes."""
+        one = 4 * self.batch * self.slots * self.kv_heads * self.head_dim
+        return [self._inputs() for _ in range(-(-total // one))]
+
+    def _inputs(self) -> tuple[Tensor, ...]:
+        q = torch.randn(self.batch, 1, self.heads, self.head_dim, device="cuda").bfloat16()
+        size = (self.batch, self.slots, self.kv_heads, self.head_dim)
+        k, v = (torch.randn(size, device="cuda").bfloat16() for _ in range(2))
+        decay = -torch.rand(self.batch, self.slots, self.heads, device="cuda")
+        return q, k, v, decay, torch.full((self.batch,), self.slots, dtype=torch.int32, device="cuda")
+
+    def tb_per_s(self, ms: float, gated: bool) -> float:
+        """On the bytes of keys and values, and of the decays where there are any."""
+        moved = 4 * self.kv_heads * self.head_dim + 4 * self.heads * gated
+        return self.batch * self.slots * moved / ms / 1e9
+
+    def __str__(self) -> str:
+        return f"B{self.batch} H{self.heads} G{self.kv_heads} S{self.slots} D{self.head_dim}"
+
+
+RINGS = (Ring(64, 16, 16, 512), Ring(64, 16, 4, 512), Ring(1, 16, 16, 65536))
+
+
 def measure_decode() -> Iterable[dict[str, Any]]:
-    """One token over a full ring: bytes of keys, values and decays over time."""
-    for batch, heads, kv_heads, slots, dim in ((64, 16, 16, 512, 128), (64, 16, 4, 512, 128), (1, 16, 16, 65536, 128)):
-        q = torch.randn(batch, 1, heads, dim, device="cuda").bfloat16()
-        k, v = (torch.randn(batch, slots, kv_heads, dim, device="cuda").bfloat16() for _ in range(2))
-        decay = -torch.rand(batch, slots, heads, device="cuda")
-        live = torch.full((batch,), slots, dtype=torch.int32, device="cuda")
-        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-        attend: Any = partial(F.scaled_dot_product_attention, enable_gqa=heads != kv_heads)
-        calls: dict[str, Call] = {
-            "zoo": lambda: ops.ring_attention(q, k, v, decay, live),  # noqa: B023  timed at once
-            "zoo no gate": lambda: ops.ring_attention(q, k, v, None, live),  # noqa: B023
-            "sdpa no gate": lambda: attend(*heads_first),  # noqa: B023
-        }
-        for name, call in calls.items():
-            ms = time_ms(call)
-            moved = 2 * k.numel() * k.element_size() + (decay.numel() * 4 if name == "zoo" else 0)
-            sizes = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "slots": slots, "head_dim": dim}
-            yield {"peer": name, "what": "decode", "ms": ms, "tb_per_s": moved / ms / 1e9, **sizes}
+    """One token over a full ring, in a CUDA graph over more keys and values than the L2 cache holds."""
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+    attends: dict[str, Callable[..., Tensor]] = {
+        "zoo": ops.ring_attention,
+        "zoo no gate": lambda q, k, v, _, live: ops.ring_attention(q, k, v, None, live),
+        "sdpa no gate": sdpa,
+    }
+    for ring in RINGS:
+        sets = ring.inputs()
+        for name, attend in attends.items():
+            ms = graph_ms([partial(attend, *inputs) for inputs in sets])
+            speed = ring.tb_per_s(ms, name == "zoo")
+            yield {"peer": name, "what": "decode", "ms": ms, "tb_per_s": speed, **asdict(ring)}
 
 
-def one_round() -> list[dict[str, Any]]:
+def choose_peers(names: list[str]) -> list[Peer]:
+    """All peers for no names. Raises BenchError for one that is none."""
+    known = {peer.name: peer for peer in PEERS}
+    if unknown := [name for name in names if name not in known]:
+        raise BenchError(f"peers = {', '.join(unknown)}; it takes names among {'; '.join(known)}")
+    return [known[name] for name in names] or list(PEERS)
+
+
+def parse_shape(text: str) -> Shape:
+    """B,H,T,D,window, five numbers of 1 or more."""
+    numbers = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
+    if len(numbers) != 5 or min(numbers) < 1:
+        raise BenchError(
+            f"shapes = {text}; it takes five numbers of 1 or more, B,H,T,D,window, such as 4,16,16384,64,512"
+        )
+    return Shape(*numbers)
+
+
+def one_round(peers: list[str], shapes: list[str]) -> list[dict[str, Any]]:
     """Everything once, in this process; what a peer cannot do is said on stderr."""
     rows: list[dict[str, Any]] = []
-    for shape in SHAPES:
-        for peer in PEERS:
+    for shape in [parse_shape(text) for text in shapes] or SHAPES:
+        for peer in choose_peers(peers):
             try:
                 rows += measure_attention(shape, peer)
             except (ImportError, Skip, RuntimeError, NotImplementedError) as error:
@@ -291,18 +376,25 @@ def one_round() -> list[dict[str, Any]]:
 # The command
 
 
-def run(out: Path, rounds: int = 3) -> str:
+def run(out: Path, rounds: int = 3, peers: list[str] | None = None, shapes: list[str] | None = None) -> str:
     """Test, measure `rounds` times in processes of their own, write bench.csv and bench.png to `out`; returns a table.
 
-    Raises BenchError without a CUDA device, or when the kernels' tests are not there or do not pass.
+    peers: names of PEERS; shapes: "B,H,T,D,window"; None: all. Raises BenchError for one that is none,
+    without a CUDA device, or when the kernels' tests are not there or do not pass.
     """
+    peers, shapes = peers or [], shapes or []
+    choose_peers(peers)
+    [parse_shape(text) for text in shapes]
+    if rounds < 1:
+        raise BenchError(f"rounds = {rounds}; it takes 1 or more")
     if not torch.cuda.is_available():
         raise BenchError("zoo bench kernels measures a GPU, and torch finds none here")
     check_kernels()
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(rounds):
-        done = subprocess.run([sys.executable, "-m", "zoo.bench"], stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "zoo.bench", json.dumps([peers, shapes])]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise BenchError(f"round {number + 1} of {rounds} failed with exit code {done.returncode}")
         rows += [{"round": number, **json.loads(line)} for line in done.stdout.splitlines()]
@@ -312,12 +404,16 @@ def run(out: Path, rounds: int = 3) -> str:
     return table(summary)
 
 
-def check_kernels() -> None:
-    """The GPU tests of the checkout, in a process of their own."""
-    tests = Path(__file__).resolve().parents[1] / "tests" / "ops" / "test_gpu.py"
+def check_kernels(name: str = "test_gpu.py", workers: int = 0) -> None:
+    """The GPU tests of the checkout in tests/ops/<name>, in a process of their own, or in `workers` of them.
+
+    Raises BenchError when they are not there or do not pass.
+    """
+    tests = Path(__file__).resolve().parents[1] / "tests" / "ops" / name
     if not tests.is_file():
         raise BenchError("no speed without green tests, and these come with a checkout: run zoo bench from one")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(tests)]
+    command += ["-n", str(workers)] if workers else []
     done = subprocess.run(command, cwd=tests.parents[2], capture_output=True, text=True)
     if done.returncode:
         raise BenchError(f"no speed without green tests; {' '.join(command)} ended with:\n{done.stdout[-3000:]}")
@@ -353,6 +449,89 @@ def table(summary: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+# By table and head dim: the fields of hopper_band.Schedule.
+CANDIDATES = {
+    "TABLE": {
+        64: [(3, 4, False, 160, 32), (3, 3, False, 160, 32), (3, 4, True, 160, 32), (2, 4, False, 224, 56)],
+        128: [(3, 3, True, 160, 32), (2, 3, True, 224, 56), (2, 4, True, 224, 56), (2, 3, False, 224, 56)],
+    },
+    "DQ_TABLE": {
+        64: [(3, 4, True, 160, 32), (3, 3, True, 160, 32), (2, 4, True, 224, 56), (2, 4, False, 224, 56)],
+        128: [(2, 3, True, 224, 56), (2, 2, True, 224, 56)],
+    },
+    "DKV_TABLE": {
+        64: [(2, 4, False, 232, 40), (2, 3, False, 232, 40), (2, 5, False, 232, 40), (2, 4, True, 232, 40)],
+        128: [(2, 3, True, 232, 40), (2, 2, True, 232, 40)],
+    },
+}
+# Fields of decode.Steps: slots of a step, warps, stages, programs to aim for.
+RING_STEPS = [
+    (*step, programs)
+    for step in [(64, 4, 3), (64, 4, 4), (64, 2, 3), (64, 8, 3), (32, 4, 4), (32, 2, 4), (32, 2, 6), (128, 4, 2),
+                 (128, 8, 2), (128, 8, 3)]
+    for programs in (132, 264, 396, 528, 1056)
+]  # fmt: skip
+
+
+def tune(part: str = "all") -> Iterable[str]:
+    """Rows for the tables of the Hopper ("window") and ring ("ring") kernels, the fastest first.
+
+    A difference below 10% is none until it repeats in other processes. Raises BenchError off a Hopper card."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        raise BenchError("the tables are those of a Hopper card (compute capability 9.0), and torch finds none here")
+    check_kernels()
+    if part in ("all", "ring"):
+        yield from tune_ring()
+    if part in ("all", "window"):
+        yield from tune_window()
+
+
+def tune_window() -> Iterable[str]:
+    """Schedules of the Hopper kernels, with their time over windows 512 and 2048."""
+    from zoo.kernels import hopper_backward, hopper_forward
+    from zoo.kernels.hopper_band import Schedule
+
+    for table, by_dim in CANDIDATES.items():
+        for dim, candidates in by_dim.items():
+            timed = []
+            for values in candidates:
+                schedule, total = Schedule(*values), 0.0
+                for width in (512, 2048):
+                    x = Inputs.random(Shape(4, 16, 16384, dim, width))
+                    q, k, v, decay = (tensor.detach() for tensor in (x.q, x.k, x.v, x.log_decay))
+                    options: dict[str, Any] = {"window": width, "scale": dim**-0.5, "spans": None}
+                    if table == "TABLE":
+                        forward = partial(hopper_forward.window_forward, q, k, v, (decay,), **options)
+                        total += time_ms(partial(forward, schedule=schedule))
+                        continue
+                    out, lse = hopper_forward.window_forward(q, k, v, (decay,), **options)
+                    name = "dq_schedule" if table == "DQ_TABLE" else "dkv_schedule"
+                    backward = partial(hopper_backward.window_backward, x.dout, None, q, k, v, out, lse, (decay,))
+                    total += time_ms(partial(backward, **options, **{name: schedule}))
+                timed.append((total, schedule))
+            for total, schedule in sorted(timed, key=lambda pair: pair[0]):
+                yield f"{table}  {dim}: {schedule},  # {total:.3f} ms"
+
+
+def tune_ring(best: int = 5) -> Iterable[str]:
+    """Steps of the ring kernel: the `best` of each of RINGS, then those that lose least to them over all."""
+    from zoo.kernels import decode
+
+    times: dict[Any, list[float]] = {decode.Steps(*values): [] for values in RING_STEPS}
+    for ring in RINGS:
+        sets = ring.inputs()
+        for steps in times:
+            attend = partial(decode.ring_attention, scale=ring.head_dim**-0.5, steps=steps)
+            times[steps].append(graph_ms([partial(attend, *inputs) for inputs in sets]))
+        for steps in sorted(times, key=lambda steps: times[steps][-1])[:best]:  # noqa: B023  sorted at once
+            ms = times[steps][-1]
+            yield f"{ring}  {steps}  # {ms:.4f} ms, {ring.tb_per_s(ms, gated=True):.2f} TB/s"
+    fastest = [min(column) for column in zip(*times.values(), strict=True)]
+    losses = {steps: [ms / least for ms, least in zip(row, fastest, strict=True)] for steps, row in times.items()}
+    for steps in sorted(losses, key=lambda steps: max(losses[steps]))[:best]:
+        yield f"STEPS = {steps}  # {' '.join(f'{loss:.2f}' for loss in losses[steps])} of the fastest"
+
+
 SIZE_FIELDS = ("batch", "heads", "kv_heads", "tokens", "slots", "head_dim", "window")
 
 
@@ -384,5 +563,5 @@ def plot(summary: list[dict[str, Any]], path: Path) -> None:
 
 if __name__ == "__main__":
     backend.choose("window", torch.device("cuda"), torch.bfloat16, 64)
-    for measured in one_round():
+    for measured in one_round(*json.loads(sys.argv[1])):
         sys.stdout.write(json.dumps(measured) + "\n")

@@ -145,6 +145,15 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("what", choices=["kernels"])
     bench.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for bench.csv and bench.png")
     bench.add_argument("--rounds", type=int, default=3, help="processes to measure in (default 3)")
+    bench.add_argument("--peers", nargs="+", metavar="NAME", help="some of the peers; all by default")
+    bench.add_argument("--shapes", nargs="+", metavar="B,H,T,D,W", help="such as 4,16,16384,64,512; nine by default")
+    bench.add_argument(
+        "--tune",
+        nargs="?",
+        choices=["all", "window", "ring"],
+        const="all",
+        help="time candidate tiles instead (all, or those of one kernel), and print rows for the tables",
+    )
     bench.set_defaults(run=run_bench)
 
     commands.add_parser(
@@ -298,7 +307,11 @@ def run_list(args: argparse.Namespace) -> int:
 def run_bench(args: argparse.Namespace) -> int:
     from zoo import bench
 
-    print(bench.run(args.out, args.rounds))
+    if args.tune:
+        for row in bench.tune(args.tune):
+            print(row, flush=True)
+    else:
+        print(bench.run(args.out, args.rounds, args.peers, args.shapes))
     return 0
 
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from zoo.model import Batch, Context, Model
-from zoo.state import clone, leaves
+from zoo.state import clone, leaves, map_state
+
+GRAPHS = ("cuda",)  # types of device that record graphs
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def generate(
     _check_prompt(batch, sampling)
     model.head.check(batch.inputs)  # where the caller has them: an index out of range on a GPU ends its context
     device = next(model.parameters()).device
-    if graph and device.type != "cuda":
+    if graph and device.type not in GRAPHS:
         raise ValueError(f"graph = True records a CUDA graph; the model is on {device}, where it takes False")
     steps = _steps(model, batch, max_new, sampling, seed, chunk, graph)
     return steps if stream else torch.cat(list(steps), dim=1)
@@ -203,7 +205,11 @@ def _steps(
             return {"drawn": drawn, "cache": cache, "head": head_state}
 
         state: Any = {"drawn": drawn, "cache": cache, "head": head_state}
-        replay = _recorded(step, state, generator) if graph and max_new > 1 else None
+        del cache, head_state
+        replay: Callable[[], Tensor] | None = None
+        if graph and max_new > 1:
+            state = clone(state)  # memory that nobody else has, without views of one another: the graph writes there
+            replay = _recorded(step, state, generator)
         for _ in range(max_new - 1):
             if replay is not None:
                 yield replay()
@@ -264,28 +270,37 @@ def _parameters(model: Model, h_last: Tensor, head_state: Any, guidance: float) 
     return free + guidance * (model.head.logits(given, head_state).float() - free)
 
 
+def _step_in_place(step: Callable[[Any], Any], state: Any) -> None:
+    """One step on the tensors of `state` themselves: what they hold afterwards stands where it stood before.
+
+    A step may exchange entries of the dicts that it is given, so it gets dicts of its own: `state` keeps its tensors.
+    """
+    after = step(map_state(lambda tensor: tensor, state))
+    pairs = [(old, new) for old, new in zip(leaves(state), leaves(after), strict=True) if new is not old]
+    for old, new in [(old, new.clone()) for old, new in pairs]:  # one may be a view of what another overwrites
+        old.copy_(new)
+
+
 def _recorded(step: Callable[[Any], Any], state: Any, generator: torch.Generator) -> Callable[[], Tensor]:
     """`step` as a CUDA graph over the memory of `state` {"drawn", "cache", "head"}; each call goes one step on and
     returns what it drew. Steps are of fixed shapes and never look at a value, so all of them are the same graph."""
-    state = clone(state)
-    memory, drawn = leaves(state), state["drawn"]
     before = generator.get_state()
     warm = torch.cuda.Stream()
     warm.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(warm):
-        for _ in range(2):  # kernels compile and choose their tiles before the recording
-            step(clone(state))
+    with torch.cuda.stream(warm):  # kernels compile and choose their tiles before the recording, on copies
+        trial = clone(state)
+        for _ in range(2):
+            _step_in_place(step, trial)
     torch.cuda.current_stream().wait_stream(warm)
     generator.set_state(before)
 
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        for old, new in zip(memory, leaves(step(state)), strict=True):
-            old.copy_(new)
+    with torch.cuda.graph(graph):  # records and runs nothing: the state stays as it is
+        _step_in_place(step, state)
 
     def replay() -> Tensor:
         graph.replay()
-        return drawn.clone()
+        return state["drawn"].clone()
 
     return replay

@@ -11,21 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def rotary_table(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each (B, T, D/2) float32, for positions (B, T) or (B, T, A): with A axes the D/2 frequencies are
-    dealt out evenly, axis after axis (Su et al., arXiv 2104.09864; 2-D as in arXiv 2403.13298)."""
-    axes = 1 if positions.dim() == 2 else positions.shape[-1]
-    if head_dim % (2 * axes):
-        raise ValueError(f"head_dim {head_dim} is not a multiple of {2 * axes}, which {axes} rotary axes need")
-    each = head_dim // (2 * axes)
-    # float64, or the angle at position 1,000,000 is 0.06 off; an MPS device has no float64
-    wide = torch.float32 if positions.device.type == "mps" else torch.float64
-    frequency = base ** (-torch.arange(each, device=positions.device, dtype=wide) / each)
-    angle = positions.reshape(*positions.shape[:2], axes, 1).to(wide) * frequency  # (B, T, A, D/2A)
-    angle = angle.flatten(2)
-    return angle.cos().float(), angle.sin().float()
-
-
 def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the pairs (x_i, x_{i + D/2}) of x (B, T, H, D); computed in float32 (or wider), returned in x's dtype."""
     cos, sin = (part.unsqueeze(2) for part in table)  # (B, T, 1, D/2)

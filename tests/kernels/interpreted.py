@@ -15,6 +15,7 @@ from zoo.kernels import loss as losses
 from zoo.kernels import window as kernels
 from zoo.kernels.tiles import CHUNK, Tile, Tiles
 from zoo.ops import backend, linear_cross_entropy, log_decay, reference
+from zoo.ops.prune import pruned_spans
 
 repair()
 SMALL = Tiles(forward=Tile(32, 16, 4, 1), dkdv=Tile(16, 32, 4, 1), dq=Tile(32, 32, 4, 1))
@@ -88,6 +89,31 @@ def test_strided_inputs(tiles):
         assert relative_error(a, e.double()) <= 1e-4
 
 
+@pytest.mark.parametrize("chosen", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("documents", [None, torch.tensor([0, 90, 90, 260], dtype=torch.int32)])
+def test_pruned_tiles(documents, chosen, tiles):
+    """The tiles that the reference skips, and no other, also where they matter: values and gradients agree."""
+    tiles(chosen)
+    torch.manual_seed(0)
+    queries = 200 if documents is None else 260
+    q, dout = torch.randn(2, 1, queries, 4, 16)
+    k, v = torch.randn(2, 1, 260, 2, 16)
+    decay = -torch.rand(1, 260, 4)
+    decay /= 100
+    first = torch.tensor([[[0, 0, 1, 2, 2], [0, 1, 1, 3, 4]]], dtype=torch.int32)
+    spans = None if documents is None else reference.document_spans(documents, 260)
+    options = {"window": 200, "scale": 0.25, "spans": pruned_spans(first, spans, 260)}
+    results = []
+    for module in (kernels, reference):
+        out, lse = module.window_forward(q, k, v, (decay,), **options)
+        *grads, gate = module.window_backward(dout, None, q, k, v, out, lse, (decay,), **options)
+        results.append((out, lse, *grads, *gate))
+    for a, e in zip(*results, strict=True):
+        assert relative_error(a, e.double()) <= 1e-4
+    whole, _ = kernels.window_forward(q, k, v, (decay,), **options | {"spans": spans})
+    assert relative_error(whole, results[0][0].double()) > 1e-2
+
+
 def test_same_bits_every_time(tiles):
     tiles(SMALL)
     case = Case("bits", 60, 20, "fused", heads=4, kv_heads=2)
@@ -118,6 +144,24 @@ def test_chunk_prefix(length):
     bias = suffix[0].double() - suffix[0, :, t:].double() + carry[:, chunk[t]][:, None] - carry[:, chunk]
     expected = (prefix[:, t:] - prefix) / math.log(2)
     torch.testing.assert_close(bias, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("segments", [1, 2, 512])
+@pytest.mark.parametrize(("length", "queries"), [(1, 1), (128, 128), (700, 700), (700, 300)])
+@pytest.mark.parametrize("documents", [False, True])
+def test_prefix_backward(length, queries, documents, segments, monkeypatch):
+    """Both sides of d prefix to d z and d u: segments of several chunks, of one, and a row that is all one segment."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(gates, "SEGMENTS", segments)
+    z, u = torch.randn(2, 1, length, 20).unbind()
+    keys, few = torch.randn(1, 20, length), torch.randn(1, 20, queries)
+    spans = reference.document_spans(torch.tensor([0, length // 3, length], dtype=torch.int32), length)
+    both = keys.double() + torch.nn.functional.pad(few, (length - queries, 0)).double()
+    spans = spans if documents else None
+    expected = reference._gate_backward(both[:, :, None], (z.double(), u.double()), spans)
+    actual = gates.prefix_backward(keys, few, (z, u), None if spans is None else spans[1])
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The NSA kernels under Triton's interpreter. Run by test_interpret.py in a process of its own, TRITON_INTERPRET=1."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
 from tests.ops.run_nsa import run
 from zoo import ops
-from zoo.kernels import nsa_compressed, nsa_selected
+from zoo.kernels import nsa_compressed, nsa_inverse, nsa_selected
 from zoo.ops import backend, nsa, reference_nsa
 
 repair()
@@ -19,12 +21,15 @@ repair()
 def small_tiles(monkeypatch):
     """Several tiles, shares, items and pieces even with few tokens."""
     tiles = {"forward": (32, 16, 4, 1), "choose": (16, 16, 4, 1), "dq": (16, 16, 4, 1), "dkdv": (32, 16, 4, 1)}
-    monkeypatch.setattr(nsa_compressed, "choose_tile", lambda kernel, q: tiles[kernel])
+    monkeypatch.setattr(nsa_compressed, "choose_tile", lambda kernel, q, rows: tiles[kernel])
     monkeypatch.setattr(nsa_compressed, "PROGRAMS", 6)
-    monkeypatch.setattr(nsa_selected, "choose_tile", lambda kernel, q: (32, 4, 1))
-    monkeypatch.setattr(nsa_selected, "ITEM_ROWS", {"partial": 24, "grads": 40})
-    monkeypatch.setattr(nsa_selected, "FEW_PAIRS", 0)
-    monkeypatch.setattr(nsa_selected, "SCRATCH_BYTES", 1 << 30)
+    tiles |= {"partial": (32, 4, 1), "grads": (32, 4, 1), "merge": (16, 16, 4, 1)}
+    monkeypatch.setattr(nsa_selected, "choose_tile", lambda kernel, q: tiles[kernel])
+    monkeypatch.setattr(nsa_inverse, "ITEM_ROWS", {"partial": 24, "grads": 40})
+    monkeypatch.setattr(nsa_inverse, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(nsa_inverse, "SORT", (4, 4, 4))
+    monkeypatch.setattr(nsa_inverse, "FEW_PAIRS", 0)
+    monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", 1 << 30)
 
 
 def errors(case: NSACase, dtype: torch.dtype = torch.float32) -> dict[str, float]:
@@ -54,31 +59,33 @@ def test_equals_the_loops(case):
 @pytest.mark.parametrize("scratch", [1 << 12, 1 << 14])
 def test_pieces(scratch, monkeypatch):
     """Runs of tokens of one head, and runs of heads."""
-    monkeypatch.setattr(nsa_selected, "SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", scratch)
     found = errors(NSACase("pieces", 37, group=2, kv_heads=3))
     assert max(found.values()) <= 1e-4, found
 
 
 def test_a_program_per_pair(monkeypatch):
-    monkeypatch.setattr(nsa_selected, "FEW_PAIRS", 1 << 20)
+    monkeypatch.setattr(nsa_inverse, "FEW_PAIRS", 1 << 20)
     found = errors(NSACase("few", 18, group=2, batch=2))
     assert max(found.values()) <= 1e-4, found
 
 
 @pytest.mark.parametrize(
-    ("block", "stride", "select", "cu_seqlens"),
+    ("block", "stride", "select", "printed", "cu_seqlens"),
     [
-        (4, 2, 8, (0, 3, 3, 40, 50)),
-        pytest.param(4, 2, 8, None, marks=pytest.mark.slow),
-        pytest.param(2, 1, 4, (0, 3, 3, 40, 50), marks=pytest.mark.slow),
-        pytest.param(4, 4, 8, None, marks=pytest.mark.slow),
+        (4, 2, 8, False, (0, 3, 3, 40, 50)),
+        (4, 1, 4, True, (0, 3, 3, 40, 50)),
+        pytest.param(4, 2, 8, False, None, marks=pytest.mark.slow),
+        pytest.param(4, 2, 8, True, None, marks=pytest.mark.slow),
+        pytest.param(2, 1, 4, False, (0, 3, 3, 40, 50), marks=pytest.mark.slow),
+        pytest.param(4, 4, 8, False, None, marks=pytest.mark.slow),
     ],
 )
-def test_overlapping_blocks_equal_the_reference(block, stride, select, cu_seqlens):
+def test_overlapping_blocks_equal_the_reference(block, stride, select, printed, cu_seqlens):
     x = NSACase("overlap", 50, group=2, kv_heads=2).tensors(torch.float32)
     index = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
     k, v = (ops.gather_blocks(y, block, stride, select=select, cu_seqlens=index).mean(2) for y in (x["k"], x["v"]))
-    geometry = reference_nsa.Geometry(block, stride, select, 5)
+    geometry = reference_nsa.Geometry(block, stride, select, 5, printed)
     places = nsa._compressed_places(x["q"], k, geometry, index, None)
     actual = nsa_compressed.compressed_forward(x["q"], k, v, places, geometry, 0.3)
     expected = reference_nsa.compressed_forward(x["q"], k, v, places, geometry, 0.3)
@@ -110,6 +117,52 @@ def test_ragged_rows_equal_the_reference():
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 0, 3, 25, 26, 61)])
+@pytest.mark.parametrize("kernel", ["partial", "grads"])
+def test_the_inverse_index_is_a_stable_sort(kernel, cu_seqlens):
+    """By (row, head, chunk of tokens, block); the items cover every pair once, in order, each of one block."""
+    generator = torch.Generator().manual_seed(0)
+    batch, length, heads, top, block = (1 if cu_seqlens else 2), 61, 2, 5, 4
+    packed = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
+    q, k = torch.zeros(batch, length, 4, 8), torch.zeros(batch, length, heads, 8)
+    places = nsa._places(q, block, length, packed, None)
+    own = places.place.div(block, rounding_mode="floor")[:, :, None, None]
+    index = (
+        torch.rand(batch, length, heads, 17, generator=generator).argsort(-1)[..., :top].int()
+    )  # distinct; some late
+    index[torch.rand(index.shape, generator=generator) < 0.1] = -1
+    (piece,) = nsa_inverse.pieces(q, k, index, places, block)
+    items = nsa_inverse.inverse(piece, kernel)
+
+    wanted = (index >= 0) & (index <= own)
+    if kernel == "partial":
+        wanted &= ~((index == 0) | (index == own) | (index == own - 1))
+    chunk = max(nsa_inverse.CHUNK_TOKENS, math.ceil(length / nsa_inverse.CHUNKS[kernel]))
+    assert items.chunks == math.ceil(length / chunk) > 1
+    head = torch.arange(batch * heads).view(batch, 1, heads, 1)
+    key = (head * items.chunks + torch.arange(length).view(1, -1, 1, 1) // chunk) * piece.slots
+    key = torch.where(wanted, key + places.first_block[:, :, None, None] + index, items.blocks).flatten()
+    ordered, expected = key.sort(stable=True)
+    pairs = int(wanted.sum())
+    assert torch.equal(items.order[:pairs], expected[:pairs].int())
+    spans = [(int(a), int(b), int(c)) for a, b, c in zip(items.first, items.last, items.block, strict=True) if a < b]
+    assert [i for a, b, _ in spans for i in range(a, b)] == list(range(pairs))
+    assert all((ordered[a:b] == c).all() for a, b, c in spans)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 5, 6, 27, 37)])
+def test_near_blocks_that_nobody_or_somebody_chose(cu_seqlens):
+    """Any of the first, previous and own block may be missing: each query reads what it chose, no more."""
+    generator = torch.Generator().manual_seed(1)
+    x = NSACase("near", 37, group=3, kv_heads=2).tensors(torch.float32)
+    packed = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
+    index = torch.rand(1, 37, 2, 10, generator=generator).argsort(-1)[..., :4].int()
+    places = nsa._places(x["q"], 4, 37, packed, None)
+    arguments = (x["q"], x["k"], x["v"], index, places, 4, 0.3)
+    actual, expected = nsa_selected.selected_forward(*arguments), reference_nsa.selected_forward(*arguments)
+    torch.testing.assert_close(actual, expected)
+
+
 def test_queries_without_blocks_and_the_lse_gradient():
     x = NSACase("holes", 30, group=2, kv_heads=2).tensors(torch.float32)
     index = torch.full((1, 30, 2, 3), -1, dtype=torch.int32)
@@ -126,6 +179,24 @@ def test_queries_without_blocks_and_the_lse_gradient():
         nsa_selected.selected_backward(*arguments), reference_nsa.selected_backward(*arguments), strict=True
     ):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("group", "select"), [(3, 4), (1, 8)])
+def test_a_step_equals_the_reference(group, select, monkeypatch):
+    """One token a row, with the tiles for that."""
+    monkeypatch.undo()
+    x = NSACase("step", 90, group=group, kv_heads=2, batch=3).tensors(torch.float32)
+    k, v = (ops.gather_blocks(x[name], 4, select=select).mean(2) for name in "kv")
+    q, start = x["q"][:, :1], torch.tensor([2, 50, 89], dtype=torch.int32)
+    geometry = reference_nsa.Geometry(4, 4, select, 5)
+    places = nsa._compressed_places(q, k, geometry, None, start)
+    actual = nsa_compressed.compressed_forward(q, k, v, places, geometry, 0.3)
+    expected = reference_nsa.compressed_forward(q, k, v, places, geometry, 0.3)
+    assert torch.equal(actual[2], expected[2])
+    torch.testing.assert_close(actual[:2], expected[:2])
+    places = nsa._places(q, select, 90, None, start)
+    arguments = (q, x["k"], x["v"], expected[2], places, select, 0.3)
+    torch.testing.assert_close(nsa_selected.selected_forward(*arguments), reference_nsa.selected_forward(*arguments))
 
 
 @pytest.mark.slow

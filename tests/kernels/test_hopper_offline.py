@@ -18,7 +18,7 @@ from zoo.kernels import hopper_backward, hopper_forward
 from zoo.kernels.tiles import SHARED_BYTES
 
 ELEMENT_POINTERS = {"out", "dout", "dq_ptr"}
-FLOAT_POINTERS = {"suffix", "total", "lse", "dlse", "rows", "dprefix"}
+FLOAT_POINTERS = {"suffix", "total", "lse", "dlse", "rows", "key_side"}
 INDEX_POINTERS = {"starts", "ends"}
 FLOATS = {"scale", "scale_log2", "bias_factor"}
 KERNELS = {

@@ -20,7 +20,9 @@ FLOAT32_POINTERS = {
     "total_ptr",
     "row_lse_ptr",
     "delta_ptr",
-    "dprefix_ptr",
+    "key_side_ptr",
+    "query_side_ptr",
+    "sums_ptr",
     "lse_ptr",
     "dlse_ptr",
     "grad_ptr",
@@ -49,7 +51,7 @@ def build(kernel, architecture, element, constants, warps=4, stages=1):
 
 def build_window(kernel, architecture, width, tile: Tile, element="bf16", gated=True, windowed=True, bounded=False):
     absent = set() if bounded else set(INDEX_POINTERS)
-    absent |= set() if gated else {"suffix_ptr", "total_ptr", "dprefix_ptr"}
+    absent |= set() if gated else {"suffix_ptr", "total_ptr", "key_side_ptr", "query_side_ptr"}
     constants = {name: None for name in absent if name in kernel.arg_names} | {
         "GROUP": 1, "D": width, "BLOCK_D": width, "BLOCK_Q": tile.queries, "BLOCK_K": tile.keys, "CHUNK": CHUNK,
         "GATED": gated, "WINDOWED": windowed, "BOUNDED": bounded,
@@ -83,8 +85,9 @@ def test_every_switch_compiles(switches):
 def test_the_small_kernels_compile(architecture):
     shape = {"CHUNK": CHUNK, "HEADS": gate.HEADS, "EPS": 1e-3, "ACTIVATE": True}
     build(gate._prefix, architecture, "bf16", shape)
-    build(gate._reverse_cumsum, architecture, "fp32", {"SCAN": gate.SCAN})
-    build(gate._activation_backward, architecture, "bf16", shape | {"BOUNDED": True})
+    build(gate._segment_sums, architecture, "bf16", {"CHUNK": CHUNK, "HEADS": gate.HEADS})
+    build(gate._segment_backward, architecture, "bf16", shape | {"BOUNDED": False, "SEGMENTS": gate.SEGMENTS})
+    build(gate._bounded_backward, architecture, "bf16", shape)
     switches = {"D": 64, "BLOCK_D": 64, "BLOCK_Q": window.ROWS, "GATED": True, "WITH_DLSE": True}
     build(window._rows, architecture, "bf16", switches)
 

@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zoo.kernels import nsa_compressed, nsa_selected
+from zoo.kernels import nsa_compressed, nsa_inverse, nsa_selected
 from zoo.kernels.tiles import SHARED_BYTES
 
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90}
@@ -18,7 +18,7 @@ WIDE = {
 }  # fmt: skip
 INDEX = {
     "place_ptr", "first_ptr", "index_ptr", "begin_ptr", "end_ptr", "order_ptr", "block_ptr", "item_first_ptr",
-    "item_last_ptr", "first_key_ptr", "first_block_ptr",
+    "item_last_ptr", "first_key_ptr", "first_block_ptr", "start_ptr",
 }  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def build(kernel, architecture, element, constants, warps, stages, wide=frozense
     return triton.compile(ASTSource(kernel, signature, values, divisible), target=target, options=options)
 
 
-def build_compressed(name, architecture, dim, group=16, element="bf16", tile=None, ratio=1, overlap=1):
+def build_compressed(name, architecture, dim, group=16, element="bf16", tile=None, ratio=1, overlap=1, shift=0):
     table = nsa_compressed.SM90 if architecture == "sm90" else nsa_compressed.OTHER
     rows, slots, warps, stages = tile or table[name][max(64, dim * (2 if element == "fp32" else 1))]
     constants = {
@@ -48,8 +48,8 @@ def build_compressed(name, architecture, dim, group=16, element="bf16", tile=Non
     }  # fmt: skip
     if name == "choose":
         constants |= {
-            "SELECT": 64, "OVERLAP": overlap, "TOP": 16, "KEPT": 16, "TOKENS": max(1, rows // group, 16 // group),
-            "PADDED_GROUP": group, "BLOCK_J": slots,
+            "SELECT": 64, "OVERLAP": overlap, "SHIFT": shift, "TOP": 16, "KEPT": 16,
+            "TOKENS": max(1, rows // group, 16 // group), "PADDED_GROUP": group, "BLOCK_J": slots,
         }  # fmt: skip
     else:
         constants |= {"BLOCK_R": rows, "BLOCK_K": slots}
@@ -65,6 +65,16 @@ def build_selected(name, architecture, dim, group=16, element="bf16", tile=None)
         "TOP": 16, "GROUP": group, "D": dim, "BLOCK_D": dim, "BLOCK": 64, "BLOCK_K": 64, "BLOCK_R": rows,
     }  # fmt: skip
     return build(getattr(nsa_selected, f"_{name}"), architecture, element, constants, warps, stages)
+
+
+def build_merge(architecture, dim, group=16, element="bf16", tile=None, block=64, together=True):
+    table = nsa_selected.SM90 if architecture == "sm90" else nsa_selected.OTHER
+    rows, keys, warps, stages = tile or table["merge"][max(64, dim * (2 if element == "fp32" else 1))]
+    constants = {
+        "TOP": 16, "GROUP": group, "D": dim, "BLOCK_D": dim, "BLOCK": block, "BLOCK_K": keys, "BLOCK_R": rows,
+        "TOGETHER": together,
+    }  # fmt: skip
+    return build(nsa_selected._merge, architecture, element, constants, warps, stages, {"lse_ptr"})
 
 
 ROWS = [("sm90", 128, "bf16")]
@@ -85,22 +95,44 @@ def test_every_row_compiles_and_fits(architecture, dim, element):
     for name in ("partial", "grads"):
         built = build_selected(name, architecture, dim, element=element)
         assert built.metadata.shared <= SHARED_BYTES[architecture], name
+    assert build_merge(architecture, dim, element=element).metadata.shared <= SHARED_BYTES[architecture]
 
 
 @pytest.mark.parametrize("group", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_other_groups_compile(group):
     for name in ("forward", "choose"):
         assert build_compressed(name, "sm90", 64, group).metadata.shared <= SHARED_BYTES["sm90"]
+    assert build_merge("sm90", 64, group, block=32).metadata.shared <= SHARED_BYTES["sm90"]
     assert build_selected("partial", "sm90", 64, group).metadata.shared <= SHARED_BYTES["sm90"]
 
 
+@pytest.mark.parametrize("group", [1, 16])
+@pytest.mark.parametrize(
+    ("architecture", "dim"),
+    [
+        ("sm90", 128),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("sm86", 64), ("sm86", 128), ("sm86", 256))),
+    ],
+)
+def test_the_tiles_of_a_step_compile_and_fit(architecture, dim, group):
+    for name, table in nsa_compressed.STEP.items():
+        built = build_compressed(name, architecture, dim, group, tile=table[dim])
+        assert built.metadata.shared <= SHARED_BYTES[architecture], name
+
+
 def test_overlapping_blocks_compile():
-    assert build_compressed("choose", "sm90", 128, ratio=4, overlap=2).metadata.shared <= SHARED_BYTES["sm90"]
+    for shift in (0, 3):
+        built = build_compressed("choose", "sm90", 128, ratio=4, overlap=2, shift=shift)
+        assert built.metadata.shared <= SHARED_BYTES["sm90"]
 
 
 def test_the_small_kernels_compile():
-    rows = {"TOP": 16, "GROUP": 16, "D": 128, "BLOCK_D": 128, "BLOCK_R": nsa_selected.MERGE_ROWS}
-    build(nsa_selected._merge, "sm90", "bf16", rows, 4, 3)
+    tokens, places, warps = nsa_inverse.SORT
+    for together, put in ((True, False), (True, True), (False, True)):
+        sort = {"TOP": 16, "BLOCK": 64, "BLOCK_T": tokens, "BLOCK_S": places, "TOGETHER": together, "PUT": put}
+        build(nsa_inverse._sort, "sm90", "bf16", sort, warps, 3)
+    build_merge("sm90", 128, together=False)
+    rows = {"TOP": 16, "GROUP": 16, "D": 128, "BLOCK_D": 128, "BLOCK_R": nsa_selected.SUM_ROWS}
     build(nsa_selected._sum_pairs, "sm90", "bf16", rows, 4, 3)
     block = {"TOP": 16, "GROUP": 16, "D": 128, "BLOCK_D": 128, "BLOCK": 64, "BLOCK_K": 64}
     build(nsa_selected._sum_items, "sm90", "bf16", block, 4, 3, {"dk_ptr", "dv_ptr"})

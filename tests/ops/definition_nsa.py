@@ -23,7 +23,9 @@ def softmax_mix(q: Tensor, keys: list[Tensor], values: list[Tensor], scale: floa
     return out, [float((weight / total).detach()) for weight in weights]
 
 
-def chosen_blocks(probabilities: list[list[float]], t: int, block: int, stride: int, select: int, top: int) -> set[int]:
+def chosen_blocks(
+    probabilities: list[list[float]], t: int, block: int, stride: int, select: int, top: int, importance: str
+) -> set[int]:
     """probabilities: for each head of the group those of the compressed blocks visible to token t."""
     own = t // select
     forced = {0, own} | ({own - 1} if own else set())
@@ -34,14 +36,17 @@ def chosen_blocks(probabilities: list[list[float]], t: int, block: int, stride: 
         score[j] = 0.0
         for m in range(select // stride):
             for n in range(block // stride):
-                i = select // stride * j + m - n
+                i = select // stride * j + (m if importance == "spatial" else -m) - n
                 if 0 <= i < len(probabilities[0]):
                     score[j] += sum(p[i] for p in probabilities)
     ranked = sorted(score, key=lambda j: (-score[j], j))
     return forced | set(ranked[: top - 3])
 
 
-def nsa_loops(q, k, v, branch_gates, log_decay=None, *, block, top, window, cu_seqlens=None, stride=None, select=None):
+def nsa_loops(
+    q, k, v, branch_gates, log_decay=None, *,
+    block, top, window, cu_seqlens=None, stride=None, select=None, importance="spatial",
+):  # fmt: skip
     """out (B,T,H,D) with mean-pooled blocks, and the chosen blocks as sets by (row, token, kv head)."""
     stride, select = stride or block, select or block
     batch, length, heads, dim = q.shape
@@ -61,7 +66,7 @@ def nsa_loops(q, k, v, branch_gates, log_decay=None, *, block, top, window, cu_s
                     for h in members:
                         compressed[h], weights = softmax_mix(q[b, first + t, h], means_k, means_v, scale)
                         p.append(weights)
-                    blocks = chosen_blocks(p, t, block, stride, select, top)
+                    blocks = chosen_blocks(p, t, block, stride, select, top, importance)
                     choice[b, first + t, g] = blocks
                     places = [i for j in sorted(blocks) for i in range(j * select, min((j + 1) * select, t + 1))]
                     near = range(max(0, t - window + 1), t + 1)

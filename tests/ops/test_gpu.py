@@ -12,7 +12,16 @@ import torch
 from tests.ops.cases import CASES
 from tests.ops.definition import Case, relative_error
 from tests.ops.run_case import run
-from zoo.ops import backend, gated_window_attention, linear_cross_entropy, log_decay, reference, window_attention
+from zoo.ops import (
+    backend,
+    gated_window_attention,
+    linear_cross_entropy,
+    log_decay,
+    precise_linear,
+    reference,
+    window_attention,
+)
+from zoo.ops.prune import first_tiles, pruned_spans
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -97,6 +106,112 @@ def test_same_bits_every_time(case):
     for _ in range(5):
         again = run(case, tensors)
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_many_items_for_each_program(dim, groups):
+    """Long enough that every program of a persistent grid takes several items, and finishes with rows of another head.
+
+    Heads and rows are copies of each other in part: equal inputs must give equal bits wherever they are computed.
+    """
+    heads, tokens = 8 * groups, 3000
+    case = Case("items", tokens, 300, "fused", batch=3, heads=heads, kv_heads=8, dim=dim)
+    tensors = on_gpu(case, torch.bfloat16)
+    for x in tensors.values():
+        x[2] = x[0]
+    many = run(case, tensors)
+    one = run(
+        Case("item", tokens, 300, "fused", batch=1, heads=heads, kv_heads=8, dim=dim),
+        {name: x[:1].clone() for name, x in tensors.items()},
+    )
+    for name, x in many.items():
+        assert torch.equal(x[0], x[2]), name
+        assert torch.equal(x[:1], one[name]), name
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("window", [None, 1500])
+@pytest.mark.parametrize("documents", [None, (0, 1, 700, 700, 2000)])
+def test_pruned_tiles(documents, window, dim, groups):
+    """The kernels skip what they are told to, also where it matters: against float64 with the same tiles masked."""
+    torch.manual_seed(0)
+    length, heads = 2000, 2 * groups
+    q, dout = torch.randn(2, 1, length, heads, dim, device="cuda").bfloat16().unbind()
+    k, v = torch.randn(2, 1, length, 2, dim, device="cuda").bfloat16().unbind()
+    decay = -0.002 * torch.rand(1, length, heads, device="cuda")
+    cut = None if documents is None else torch.tensor(documents, dtype=torch.int32, device="cuda")
+    spans = None if cut is None else reference.document_spans(cut, length)
+    tile = torch.arange(32, device="cuda")
+    first = torch.stack([(tile - 3).clamp(min=0), tile // 2]).int()[None]
+    spans = pruned_spans(first, spans, length)
+    found = []
+    for dtype in (torch.float64, torch.bfloat16, None):  # exact, plain PyTorch, ours
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        x = [y.detach().to(dtype or y.dtype).requires_grad_() for y in (q, k, v)] + [decay.to(wide).requires_grad_()]
+        if dtype is None:
+            out, _ = torch.ops.zoo.window_attention(*x, None, None, window, dim**-0.5, cut, None, first)
+        else:
+            out, _ = reference.definition(*x, window=window, spans=spans)
+        found.append([out.detach(), *torch.autograd.grad(out, x, dout.to(out.dtype))])
+    for truth, plain, ours in zip(*found, strict=True):
+        bound = 2 * relative_error(plain, truth) + 2 * torch.finfo(torch.bfloat16).eps
+        assert relative_error(ours, truth) <= bound
+
+
+def test_pruning_stays_within_its_bound():
+    """The public argument: something is skipped, and out moves by no more than 2 prune max |v| beside rounding."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4000, 4, 64, device="cuda").bfloat16().unbind()
+    decay = -0.1 * torch.rand(2, 4000, 4, device="cuda")
+    assert first_tiles(q, k, decay, window=2048, scale=0.125, prune=1e-3).max() > 40
+    out, less = (window_attention(q, k, v, decay, window=2048, prune=prune).double() for prune in (None, 1e-3))
+    rounding = 2**-8 * out.abs().max()
+    assert (out - less).norm(dim=-1).max() <= 2e-3 * v.double().norm(dim=-1).max() + rounding
+    again = window_attention(q, k, v, decay, window=2048, prune=1e-3).double()
+    assert torch.equal(less, again)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("length", "queries"), [(1, 1), (128, 128), (66_000, 66_000), (70_001, 30_000)])
+def test_gate_gradients_by_segments(length, queries, documents):
+    """Rows of one chunk, of a segment per chunk, and of segments of several chunks, against float64."""
+    gates = pytest.importorskip("zoo.kernels.gate")
+    torch.manual_seed(0)
+    z, u = torch.randn(2, 2, length, 20, device="cuda").unbind()
+    keys, few = torch.randn(2, 20, length, device="cuda"), torch.randn(2, 20, queries, device="cuda")
+    cut = torch.tensor([0, length // 3, length], dtype=torch.int32, device="cuda")
+    spans = tuple(x.expand(2, -1) for x in reference.document_spans(cut, length)) if documents else None
+    both = keys.double() + torch.nn.functional.pad(few, (length - queries, 0)).double()
+    expected = reference._gate_backward(both[:, :, None], (z.double(), u.double()), spans)
+    copies = [gates.prefix_backward(keys.clone(), few, (z, u), None if spans is None else spans[1]) for _ in range(3)]
+    for actual in copies:
+        for first, x, e in zip(copies[0], actual, expected, strict=True):
+            assert torch.equal(first, x)
+            assert relative_error(x, e) <= 1e-5
+
+
+@pytest.mark.parametrize(("batch", "heads", "kv_heads", "slots"), [(64, 16, 16, 512), (3, 16, 4, 700), (1, 8, 8, 9000)])
+@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("gated", [True, False])
+def test_one_token_over_a_ring(batch, heads, kv_heads, slots, dim, gated):
+    """The kernel against float64; rows full, partly live and empty, and whatever dead slots hold."""
+    decode = pytest.importorskip("zoo.kernels.decode")
+    torch.manual_seed(0)
+    q = torch.randn(batch, 1, heads, dim, device="cuda").bfloat16()
+    k, v = torch.randn(2, batch, slots, kv_heads, dim, device="cuda").bfloat16().unbind()
+    live = torch.randint(0, slots + 1, (batch,), device="cuda", dtype=torch.int32)
+    live[0], live[-1] = slots, slots // 2 + 1
+    dead = torch.arange(slots, device="cuda") >= live[:, None]
+    k[dead], v[dead] = torch.nan, torch.nan
+    decay = -3 * torch.rand(batch, slots, heads, device="cuda") if gated else None
+    actual = decode.ring_attention(q, k, v, decay, live, 0.1)
+    k[dead], v[dead] = 0, 0
+    wide = (x if x is None else x.double() for x in (q, k, v, decay))
+    expected = reference.ring_attention(*wide, live, 0.1)
+    assert relative_error(actual, expected) <= 5e-3
+    assert torch.equal(actual, decode.ring_attention(q, k, v, decay, live, 0.1))
 
 
 def test_no_host_synchronisation():
@@ -223,3 +338,20 @@ def test_linear_cross_entropy(tokens, vocabulary, dtype):
     for one, other, truth in zip(ours, theirs, exact, strict=True):
         allowed = 1.5 * relative_error(other.detach(), truth.detach()) + 1e-5
         assert relative_error(one.detach(), truth.detach()) <= allowed
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_precise_linear_is_float32(dtype, compiled):
+    torch.manual_seed(0)
+    x = torch.randn(2, 1000, 768, device="cuda").to(dtype).requires_grad_()
+    weight = (0.02 * torch.randn(48, 768, device="cuda")).requires_grad_()
+    dy = torch.randn(2, 1000, 48, device="cuda")
+    operator = torch.compile(precise_linear, fullgraph=True) if compiled else precise_linear
+    with torch.autocast("cuda", torch.bfloat16):
+        y = operator(x, weight)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    exact = wide[0] @ wide[1].T
+    assert relative_error(y.detach(), exact.detach()) <= 2e-5
+    found, expected = torch.autograd.grad(y, (x, weight), dy), torch.autograd.grad(exact, wide, dy.double())
+    assert max(relative_error(a, b) for a, b in zip(found, expected, strict=True)) <= 1e-2

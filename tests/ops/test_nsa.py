@@ -44,20 +44,23 @@ def as_sets(block_index: torch.Tensor) -> dict:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("block", "stride", "select"), [(4, 4, 4), (4, 2, 4), (4, 2, 8), (2, 1, 4), (4, 4, 8)])
+@pytest.mark.parametrize(
+    ("block", "stride", "select"), [(4, 4, 4), (4, 2, 4), (4, 2, 8), (4, 1, 4), (2, 1, 4), (4, 4, 8)]
+)
 @pytest.mark.parametrize("cu_seqlens", [None, (0, 3, 3, 40, 66)])
-def test_choice_and_overlapping_blocks_equal_the_loops(block, stride, select, cu_seqlens):
+@pytest.mark.parametrize("importance", ["spatial", "printed"])
+def test_choice_and_overlapping_blocks_equal_the_loops(block, stride, select, cu_seqlens, importance):
     case = NSACase("choice", 66, group=2, kv_heads=2, cu_seqlens=cu_seqlens)
     x = case.tensors()
     x["branch_gates"] = torch.tensor([1.0, 0, 0], dtype=torch.float64).expand_as(x["branch_gates"])
     out, choice = nsa_loops(
         x["q"], x["k"], x["v"], x["branch_gates"], block=block, stride=stride, select=select, top=5, window=1,
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=cu_seqlens, importance=importance,
     )  # fmt: skip
     index = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
     k, v = (ops.gather_blocks(y, block, stride, select=select, cu_seqlens=index).mean(2) for y in (x["k"], x["v"]))
     found, _, block_index = ops.compressed_attention(
-        x["q"], k, v, block=block, stride=stride, select=select, top=5, cu_seqlens=index
+        x["q"], k, v, block=block, stride=stride, select=select, top=5, importance=importance, cu_seqlens=index
     )
     assert relative_error(found, out) <= 1e-12
     assert as_sets(block_index) == choice
@@ -66,6 +69,22 @@ def test_choice_and_overlapping_blocks_equal_the_loops(block, stride, select, cu
 def test_paper_weights():
     assert reference_nsa.Geometry(32, 16, 64, 16).weights() == {-1: 1, 0: 2, 1: 2, 2: 2, 3: 1}
     assert reference_nsa.Geometry(64, 64, 64, 16).weights() == {0: 1}
+    assert reference_nsa.Geometry(32, 16, 64, 16, printed=True).weights() == {-4: 1, -3: 2, -2: 2, -1: 2, 0: 1}
+    assert reference_nsa.Geometry(64, 64, 64, 16, printed=True).weights() == {0: 1}
+
+
+def test_the_printed_importance_is_another():
+    """SPEC.md 5.1: the two forms look at different tokens; which one is taken can be seen."""
+    x = NSACase("printed", 66, group=2).tensors()
+    k, v = (ops.gather_blocks(x[name], 2, 1, select=4).mean(2) for name in "kv")
+    spatial, printed = (
+        ops.compressed_attention(x["q"], k, v, block=2, stride=1, select=4, top=5, importance=form)
+        for form in ("spatial", "printed")
+    )
+    assert torch.equal(spatial[0], printed[0])
+    assert not torch.equal(spatial[2], printed[2])
+    with pytest.raises(ValueError, match="importance"):
+        ops.compressed_attention(x["q"], k, v, block=2, stride=1, select=4, importance="literal")
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, (0, 5, 5, 31, 50)])
@@ -86,6 +105,17 @@ def test_every_block_selected_is_full_attention(cu_seqlens, short, monkeypatch):
         torch.autograd.grad(loss, (q, k, v)), torch.autograd.grad(full_loss, (q, k, v)), strict=True
     ):
         torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_dense_path_stays_where_it_is_equal(monkeypatch):
+    assert ops.runs_dense(1024, 64, 16)
+    assert not ops.runs_dense(1025, 64, 16)
+    x = NSACase("edge", 16, group=2).tensors()
+    dense = run(NSACase("edge", 16, group=2), x)
+    monkeypatch.setattr(nsa, "CROSSOVER", 15)
+    assert not ops.runs_dense(16, 4, 4)
+    for name, found in run(NSACase("edge", 16, group=2), x).items():
+        torch.testing.assert_close(found, dense[name])
 
 
 def test_dense_shortcut_is_no_change(monkeypatch):
@@ -182,7 +212,7 @@ def test_operators_pass_torchs_own_checks():
     q, k, v = (x[name].requires_grad_() for name in "qkv")
     means = [ops.pool_blocks(y, 4).detach().requires_grad_() for y in (k, v)]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(nsa._compressed_attention, (q, *means, 4, 4, 4, 4, 0.3, None, None), test_utils=tests)
+    torch.library.opcheck(nsa._compressed_attention, (q, *means, 4, 4, 4, 4, False, 0.3, None, None), test_utils=tests)
     index = torch.zeros(1, 20, 1, 4, dtype=torch.int32) - 1
     index[..., 0] = 0
     torch.library.opcheck(nsa._selected_attention, (q, k, v, index, 4, 0.3, None, None), test_utils=tests)

@@ -3,6 +3,7 @@
 pytest -m gpu tests/ops/test_nsa_gpu.py
 """
 
+import math
 import warnings
 
 import pytest
@@ -13,7 +14,7 @@ from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
 from tests.ops.run_nsa import run
 from zoo import ops
-from zoo.kernels import nsa_selected
+from zoo.kernels import nsa_inverse
 from zoo.ops import backend, nsa, reference_nsa
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -83,6 +84,42 @@ def test_both_branches_equal_the_reference_in_float64(shape, dtype, limit):
     assert max(errors.values()) <= limit, errors
 
 
+@pytest.mark.parametrize("block", [32, 64])
+def test_the_printed_importance_equals_the_reference(block):
+    q, k, _, _, _, _, packed = inputs((1100, 4, 2, 64, block, 16, 64, 6, (0, 40, 41, 1100)), torch.float32)
+    k = ops.gather_blocks(4 * k, block, 16, select=64, cu_seqlens=packed).mean(2)
+    geometry = reference_nsa.Geometry(block, 16, 64, 6, printed=True)
+    places = nsa._compressed_places(q, k, geometry, packed, None)
+    kernels = backend.choose("nsa", q.device, q.dtype, 64)
+    index = kernels.compressed_forward(q, k, k, places, geometry, 0.1)[2]
+    wide = k.double()
+    true_index = reference_nsa.compressed_forward(q.double(), wide, wide, places, geometry, 0.1)[2]
+    assert (index == true_index).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("group", [1, 3, 16])
+def test_a_step_equals_the_reference(group, dim):
+    """One token a row, each at a place of its own, over keys that reach beyond it."""
+    torch.manual_seed(0)
+    q = torch.randn(3, 1, group * 2, dim, device="cuda")
+    k, v = (torch.randn(3, 20000, 2, dim, device="cuda") for _ in "kv")
+    start = torch.tensor([5, 8000, 19999], dtype=torch.int32, device="cuda")
+    means = [4 * ops.pool_blocks(x, 64) for x in (k, v)]
+    geometry = reference_nsa.Geometry(64, 64, 64, 16)
+    kernels = backend.choose("nsa", q.device, q.dtype, dim)
+    places = nsa._compressed_places(q, means[0], geometry, None, start)
+    out, lse, index = kernels.compressed_forward(q, *means, places, geometry, 0.1)
+    truth = reference_nsa.compressed_forward(q.double(), *(x.double() for x in means), places, geometry, 0.1)
+    assert torch.equal(index, truth[2])
+    assert relative_error(out, truth[0]) <= 1e-4
+    assert relative_error(lse[1:], truth[1][1:]) <= 1e-4
+    places = nsa._places(q, 64, 20000, None, start)
+    found = kernels.selected_forward(q, k, v, index, places, 64, 0.1)
+    truth = reference_nsa.selected_forward(q.double(), k.double(), v.double(), index, places, 64, 0.1)
+    assert max(relative_error(a, b) for a, b in zip(found, truth, strict=True)) <= 1e-4
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_float32_equals_the_loops(case):
     tensors = case.tensors(torch.float32)
@@ -90,6 +127,60 @@ def test_float32_equals_the_loops(case):
     found = run(case, {name: x.cuda() for name, x in tensors.items()})
     errors = {name: relative_error(x.cpu(), expected[name]) for name, x in found.items()}
     assert max(errors.values()) <= 1e-4, errors
+
+
+INVERSES = [  # rows, tokens, kv heads, block, top, documents
+    (1, 16384, 4, 64, 16, None),
+    (2, 3001, 3, 16, 5, None),
+    (1, 5000, 2, 32, 8, (0, 1, 1, 700, 733, 5000)),
+]
+
+
+@pytest.mark.parametrize("kernel", ["partial", "grads"])
+@pytest.mark.parametrize("shape", INVERSES, ids=str)
+def test_the_inverse_index_is_a_stable_sort(shape, kernel):
+    batch, tokens, heads, block, top, documents = shape
+    torch.manual_seed(0)
+    packed = None if documents is None else torch.tensor(documents, dtype=torch.int32, device="cuda")
+    q, k = (torch.empty(batch, tokens, heads, 16, device="cuda", dtype=torch.bfloat16) for _ in "qk")
+    places = nsa._places(q, block, tokens, packed, None)
+    own = places.place.div(block, rounding_mode="floor")[:, :, None, None]
+    index = torch.rand(batch, tokens, heads, -(-tokens // block), device="cuda").topk(top).indices.int()
+    (piece,) = nsa_inverse.pieces(q, k, index, places, block)
+    wanted = (index >= 0) & (index <= own)
+    if kernel == "partial":
+        wanted &= (index != 0) & (index != own) & (index != own - 1)
+    for _ in range(5):
+        items = nsa_inverse.inverse(piece, kernel)
+        chunk = max(nsa_inverse.CHUNK_TOKENS, math.ceil(tokens / nsa_inverse.CHUNKS[kernel]))
+        head = torch.arange(batch * heads, device="cuda").view(batch, 1, heads, 1)
+        key = (head * items.chunks + torch.arange(tokens, device="cuda").view(1, -1, 1, 1) // chunk) * piece.slots
+        key = torch.where(wanted, key + places.first_block[:, :, None, None] + index, items.blocks).flatten()
+        ordered, expected = key.sort(stable=True)
+        pairs = int(wanted.sum())
+        assert torch.equal(items.order[:pairs], expected[:pairs].int())
+        full = items.first < items.last
+        first, last, of = items.first[full].long(), items.last[full].long(), items.block[full]
+        assert int((last - first).sum()) == pairs
+        assert torch.equal(first[1:], last[:-1])
+        assert torch.equal(ordered[first], of.long())
+        assert torch.equal(ordered[last - 1], of.long())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_near_block_may_be_missing(shape):
+    """The first, previous and own block are read together only where they were chosen."""
+    tokens, group, kv_heads, dim, _, _, block, top, _ = shape
+    q, k, v, *_, packed = inputs(shape, torch.bfloat16)
+    places = nsa._places(q, block, tokens, packed, None)
+    index = torch.rand(1, tokens, kv_heads, -(-tokens // block), device="cuda").topk(top).indices.int()
+    kernels = backend.choose("nsa", q.device, q.dtype, dim)
+    out, lse = kernels.selected_forward(q, k, v, index, places, block, 0.1)
+    true_out, true_lse = reference_nsa.selected_forward(q.double(), k.double(), v.double(), index, places, block, 0.1)
+    seen = true_lse > -torch.inf
+    assert torch.equal(seen, lse > -torch.inf)
+    assert relative_error(out, true_out) <= 1e-2
+    assert relative_error(lse[seen], true_lse[seen]) <= 1e-2
 
 
 BIG = NSACase("big", 3000, group=4, kv_heads=2, dim=64, block=64, top=8, window=128)
@@ -108,7 +199,7 @@ def test_same_bits_every_time_and_in_pieces(case, monkeypatch):
     for _ in range(3):
         again = run(case, tensors)
         assert all(torch.equal(first[name], again[name]) for name in first)
-    monkeypatch.setattr(nsa_selected, "SCRATCH_BYTES", 8 << 20)
+    monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", 8 << 20)
     pieces = run(case, tensors)
     # other tiles, so other sums: near, not the same bits
     assert max(relative_error(pieces[name], first[name].double()) for name in first) <= 1e-2

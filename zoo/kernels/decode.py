@@ -7,17 +7,34 @@ With more than one share a second kernel merges the partial results by their log
 Shapes: q, out (B,1,H,D); k, v (B,S,G,D); decay (B,S,H) float32; live (B,) int32.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
-BLOCK_S = 64  # slots per step
-PROGRAMS = 528  # four for each multiprocessor of a Hopper card; fewer leave some of them idle
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, live: Tensor, scale: float) -> Tensor:
+@dataclass(frozen=True)
+class Steps:
+    """Slots per step, warps, and steps whose loads are on their way at once (one fewer than `stages`). What counts is
+    bytes in flight on a multiprocessor, in several programs: one that begins or ends leaves the bus to the others.
+    Rings are split along the keys up to so many `programs`, and never to more: shares are to be merged."""
+
+    slots: int
+    warps: int
+    stages: int
+    programs: int
+
+
+STEPS = Steps(64, 4, 3, 528)
+
+
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, live: Tensor, scale: float, steps: Steps = STEPS
+) -> Tensor:
     """out like q; a row with live = 0 gives 0. Checked tensors; k and v may have any strides but the last."""
     batch, _, heads, dim = q.shape
     slots, kv_heads = k.shape[1], k.shape[2]
@@ -26,8 +43,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, live: 
         return out
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     group, block_d = heads // kv_heads, max(16, triton.next_power_of_2(dim))
-    shares = max(1, min(triton.cdiv(slots, 2 * BLOCK_S), triton.cdiv(PROGRAMS, batch * kv_heads)))
-    per_share = triton.cdiv(triton.cdiv(slots, shares), BLOCK_S) * BLOCK_S
+    shares = max(1, min(triton.cdiv(slots, 2 * steps.slots), steps.programs // (batch * kv_heads)))
+    per_share = triton.cdiv(triton.cdiv(slots, shares), steps.slots) * steps.slots
     shares = max(1, triton.cdiv(slots, per_share))
     partial = q.new_empty((shares, batch, heads, dim), dtype=torch.float32) if shares > 1 else None
     partial_lse = q.new_empty((shares, batch, heads), dtype=torch.float32) if shares > 1 else None
@@ -35,8 +52,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, live: 
     _share[(batch * kv_heads, shares)](
         q, k, v, decay, live, out, partial, partial_lse, scale, slots, per_share, batch, heads,
         q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3], *decay_strides,
-        GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), D=dim, BLOCK_D=block_d, BLOCK_S=BLOCK_S,
-        GATED=decay is not None, MERGED=shares == 1, num_warps=4, num_stages=3,
+        GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), D=dim, BLOCK_D=block_d, BLOCK_S=steps.slots,
+        GATED=decay is not None, MERGED=shares == 1, num_warps=steps.warps, num_stages=steps.stages,
     )  # fmt: skip
     if shares > 1:
         _merge[(batch * heads,)](
@@ -77,7 +94,9 @@ def _share(
     for i in range(0, (tl.maximum(last - first, 0) + BLOCK_S - 1) // BLOCK_S):
         slot = first + i * BLOCK_S + step
         is_live = slot < last
-        inside = is_live[:, None] & is_column[None, :]
+        inside = is_live[:, None]
+        if D != BLOCK_D:
+            inside = inside & is_column[None, :]
         far = tl.cast(slot, tl.int64)
         k = tl.load(k_ptr + far[:, None] * stride_ks + column[None, :], mask=inside, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)

@@ -7,7 +7,7 @@ Only differences of the gate's prefix sum inside one window count, so the prefix
 and sum_{i=j+1..t} log_decay_i = suffix_j - suffix_t + the totals of the chunks after j's, up to t's. Each chunk is
 computed on its own: no carry along the sequence, and an error that does not know how long the sequence is.
 
-Shapes: log_decay, z, u (B,N,H); suffix, dprefix (B,H,N) float32; total (B,H,chunks) float32.
+Shapes: log_decay, z, u (B,N,H); suffix (B,H,N) float32; total (B,H,chunks) float32.
 """
 
 import torch
@@ -19,7 +19,7 @@ from zoo.kernels import EPS
 from zoo.kernels.tiles import CHUNK
 
 HEADS = 16  # per program: a row of the (B,N,H) inputs is read in pieces this wide
-SCAN = 2048  # tokens per step of the backward's scan
+SEGMENTS = 512  # of a row at most, in the backward: their sums are added up by every program anew
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -38,20 +38,39 @@ def prefix(gate: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     return suffix, total
 
 
-def prefix_backward(dprefix: Tensor, gate: tuple[Tensor, ...], end: Tensor | None) -> tuple[Tensor, ...]:
-    """Gradients of `gate`, from that of the (unrestarted) prefix sum, which is overwritten.
+def prefix_backward(
+    key_side: Tensor, query_side: Tensor, gate: tuple[Tensor, ...], end: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Gradients of `gate`, from the two sides of that of the (unrestarted) prefix sum (zoo/kernels/window.py).
 
+    key_side (B,H,N); query_side (B,H,T), of the last T positions. d log_decay_j is the sum of both over j and all that
+    follows. Two passes over segments of the row, at most SEGMENTS of them: each segment's sum, then every segment with
+    what follows it. Any length, no atomics, the same bits every time.
     end (B,N) int32: one past each token's document; the sum over later documents is zero but for rounding, and removed.
+    It needs the sums of other segments, which are then stored in key_side, and a third pass.
     """
     first, second = (x if x.stride(-1) == 1 else x.contiguous() for x in (gate[0], gate[-1]))
     batch, length, heads = first.shape
+    offset = length - query_side.shape[2]
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in gate)
-    end_strides = (0, 0) if end is None else end.stride()
-    _reverse_cumsum[(batch * heads,)](dprefix, length, SCAN=SCAN)
-    _activation_backward[(triton.cdiv(length, CHUNK), batch, triton.cdiv(heads, HEADS))](
-        dprefix, first, second, end, grads[0], grads[-1], *first.stride()[:2], *second.stride()[:2], *end_strides,
-        length, heads, EPS=EPS, ACTIVATE=len(gate) == 2, BOUNDED=end is not None, CHUNK=CHUNK, HEADS=HEADS,
+    steps = triton.cdiv(length, CHUNK * SEGMENTS)  # chunks to a segment
+    segments = triton.cdiv(length, CHUNK * steps)
+    sums = key_side.new_empty((batch, heads, segments))
+    grid = (segments, batch, triton.cdiv(heads, HEADS))
+    shape = {"CHUNK": CHUNK, "HEADS": HEADS}
+    strides = (*first.stride()[:2], *second.stride()[:2])
+    activation = {"EPS": EPS, "ACTIVATE": len(gate) == 2}
+    _segment_sums[grid](key_side, query_side, sums, length, offset, heads, steps, segments, **shape)
+    _segment_backward[grid](
+        key_side, query_side, sums, first, second, grads[0], grads[-1],
+        *strides, length, offset, heads, steps, segments,
+        BOUNDED=end is not None, SEGMENTS=SEGMENTS, **activation, **shape,
     )  # fmt: skip
+    if end is not None:
+        _bounded_backward[(triton.cdiv(length, CHUNK), *grid[1:])](
+            key_side, first, second, end, grads[0], grads[-1], *strides, *end.stride(), length, heads,
+            **activation, **shape,
+        )  # fmt: skip
     return grads
 
 
@@ -106,35 +125,88 @@ def _prefix(
     tl.store(total_ptr + row * chunks + chunk, tl.sum(decay, 0) + own, mask=head < H)
 
 
-@triton.jit(do_not_specialize=["N"])
-def _reverse_cumsum(x_ptr, N, SCAN: tl.constexpr):
-    """One row in place: x_j becomes the sum of x over j and all that follows, from the newest to the oldest."""
-    x_ptr += tl.cast(tl.program_id(0), tl.int64) * N
-    steps = tl.cdiv(N, SCAN)
-    carry = 0.0
+@triton.jit
+def _both_sides(key_side_ptr, query_side_ptr, row, token, head, N, offset, H):
+    """d prefix of (tokens, heads), 0 outside. row: b * H + head."""
+    inside = (token < N)[:, None] & (head < H)[None, :]
+    x = tl.load(key_side_ptr + row[None, :] * N + token[:, None], mask=inside, other=0.0)
+    asked = inside & (token >= offset)[:, None]
+    return x + tl.load(query_side_ptr + row[None, :] * (N - offset) + (token - offset)[:, None], mask=asked, other=0.0)
+
+
+@triton.jit(do_not_specialize=["N", "offset", "steps", "segments"])
+def _segment_sums(
+    key_side_ptr, query_side_ptr, sums_ptr, N, offset, H, steps, segments, CHUNK: tl.constexpr, HEADS: tl.constexpr
+):
+    """The sum of d prefix over one segment, HEADS heads."""
+    segment = tl.program_id(0)
+    head = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    row = tl.cast(tl.program_id(1), tl.int64) * H + head
+    total = tl.zeros([HEADS], tl.float32)
     for i in range(0, steps):
-        token = (steps - 1 - i) * SCAN + tl.arange(0, SCAN)
-        x = tl.load(x_ptr + token, mask=token < N, other=0.0)
-        tl.store(x_ptr + token, tl.cumsum(x, 0, reverse=True) + carry, mask=token < N)
+        token = (tl.cast(segment, tl.int64) * steps + i) * CHUNK + tl.arange(0, CHUNK)
+        total += tl.sum(_both_sides(key_side_ptr, query_side_ptr, row, token, head, N, offset, H), 0)
+    tl.store(sums_ptr + row * segments + segment, total, mask=head < H)
+
+
+@triton.jit(do_not_specialize=["N", "offset", "steps", "segments"])
+def _segment_backward(
+    key_side_ptr, query_side_ptr, sums_ptr, first_ptr, second_ptr, dfirst_ptr, dsecond_ptr,
+    stride_fb, stride_ft, stride_sb, stride_st, N, offset, H, steps, segments,
+    EPS: tl.constexpr, ACTIVATE: tl.constexpr, BOUNDED: tl.constexpr, SEGMENTS: tl.constexpr, CHUNK: tl.constexpr,
+    HEADS: tl.constexpr,
+):  # fmt: skip
+    """d log_decay of one segment, newest chunk first, and the gradients of the inputs (B,N,H) from it. Where BOUNDED,
+    d log_decay goes back to key_side instead."""
+    segment = tl.program_id(0)
+    batch = tl.cast(tl.program_id(1), tl.int64)
+    head = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    row = batch * H + head
+    later = tl.arange(0, SEGMENTS)
+    mask = ((later > segment) & (later < segments))[:, None] & (head < H)[None, :]
+    carry = tl.sum(tl.load(sums_ptr + row[None, :] * segments + later[:, None], mask=mask, other=0.0), 0)
+    for i in range(0, steps):
+        token = (tl.cast(segment, tl.int64) * steps + (steps - 1 - i)) * CHUNK + tl.arange(0, CHUNK)
+        inside = (token < N)[:, None] & (head < H)[None, :]
+        x = _both_sides(key_side_ptr, query_side_ptr, row, token, head, N, offset, H)
+        grad = tl.cumsum(x, 0, reverse=True) + carry[None, :]
         carry += tl.sum(x, 0)
+        if BOUNDED:
+            tl.store(key_side_ptr + row[None, :] * N + token[:, None], grad, mask=inside)
+        else:
+            _activation_backward(
+                grad, first_ptr, second_ptr, dfirst_ptr, dsecond_ptr, stride_fb, stride_ft, stride_sb, stride_st,
+                batch, token, head, inside, N, H, EPS, ACTIVATE,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "stride_eb"])
-def _activation_backward(
+def _bounded_backward(
     grad_ptr, first_ptr, second_ptr, end_ptr, dfirst_ptr, dsecond_ptr,
     stride_fb, stride_ft, stride_sb, stride_st, stride_eb, stride_et, N, H,
-    EPS: tl.constexpr, ACTIVATE: tl.constexpr, BOUNDED: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
+    EPS: tl.constexpr, ACTIVATE: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """From d log_decay (B,H,N), the scanned dprefix, to the gradients of the inputs (B,N,H), contiguous."""
+    """The gradients of the inputs where each document ends the sums: what lies beyond is taken off."""
     batch = tl.cast(tl.program_id(1), tl.int64)
     head = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     token = tl.cast(tl.program_id(0), tl.int64) * CHUNK + tl.arange(0, CHUNK)
     inside = (token < N)[:, None] & (head < H)[None, :]
     row = (batch * H + head)[None, :] * N
     grad = tl.load(grad_ptr + row + token[:, None], mask=inside, other=0.0)
-    if BOUNDED:
-        end = tl.load(end_ptr + batch * stride_eb + token * stride_et, mask=token < N, other=0)
-        grad -= tl.load(grad_ptr + row + end[:, None], mask=inside & (end < N)[:, None], other=0.0)
+    end = tl.load(end_ptr + batch * stride_eb + token * stride_et, mask=token < N, other=0)
+    grad -= tl.load(grad_ptr + row + end[:, None], mask=inside & (end < N)[:, None], other=0.0)
+    _activation_backward(
+        grad, first_ptr, second_ptr, dfirst_ptr, dsecond_ptr, stride_fb, stride_ft, stride_sb, stride_st,
+        batch, token, head, inside, N, H, EPS, ACTIVATE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _activation_backward(
+    grad, first_ptr, second_ptr, dfirst_ptr, dsecond_ptr, stride_fb, stride_ft, stride_sb, stride_st,
+    batch, token, head, inside, N, H, EPS: tl.constexpr, ACTIVATE: tl.constexpr,
+):  # fmt: skip
+    """From d log_decay (tokens, heads) to the gradients of the inputs, contiguous (B,N,H)."""
     out_at = (batch * N + token)[:, None] * H + head[None, :]
     if ACTIVATE:
         z = tl.load(first_ptr + batch * stride_fb + token[:, None] * stride_ft + head[None, :], mask=inside, other=0.0)

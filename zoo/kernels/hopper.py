@@ -18,7 +18,7 @@ def window_forward(
     *,
     window: int | None,
     scale: float,
-    spans: tuple[Tensor, Tensor] | None,
+    spans: tuple[Tensor, ...] | None,
 ) -> tuple[Tensor, Tensor]:
     kernels = hopper_forward if scale > 0 else portable  # the running maximum is taken before the scale
     with torch.cuda.device(q.device):
@@ -37,7 +37,7 @@ def window_backward(
     *,
     window: int | None,
     scale: float,
-    spans: tuple[Tensor, Tensor] | None,
+    spans: tuple[Tensor, ...] | None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     kernels = hopper_backward if scale > 0 else portable  # the bias is divided by the scale
     with torch.cuda.device(q.device):

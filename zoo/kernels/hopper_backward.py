@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from zoo.kernels import gate as gates
-from zoo.kernels.hopper_band import LOG2E, Schedule, copyable, descriptor, programs
+from zoo.kernels.hopper_band import LOG2E, Schedule, bound_group, copyable, descriptor, programs
 from zoo.kernels.hopper_dkv import dkv_kernel
 from zoo.kernels.hopper_dq import dq_kernel
 
@@ -34,7 +34,7 @@ def window_backward(
     *,
     window: int | None,
     scale: float,
-    spans: tuple[Tensor, Tensor] | None,
+    spans: tuple[Tensor, ...] | None,
     dq_schedule: Schedule | None = None,
     dkv_schedule: Schedule | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
@@ -48,10 +48,10 @@ def window_backward(
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     suffix, total = gates.prefix(gate) if gate else (lse, lse)
     rows = lse.new_empty((3, B, H, T))
-    dprefix = lse.new_empty((B, H, N)) if gate else None
-    starts, ends = (lse, lse) if spans is None else (x.contiguous() for x in spans)
+    key_side = lse.new_empty((B, H, N)) if gate else None
+    starts, ends = (lse, lse) if spans is None else (x.contiguous() for x in spans[:2])
     scales = (scale * LOG2E.value, 1 / (scale * LOG2E.value), scale)
-    sizes = (B, H, H // G, T, N, min(window or N, N))
+    sizes = (B, H, H // G, T, N, min(window or N, N), bound_group(q, k, spans))
 
     plan = dq_schedule or DQ_TABLE[D]
     blocks = triton.cdiv(triton.cdiv(N, 64) - (N - T) // 64, plan.consumers)
@@ -69,10 +69,10 @@ def window_backward(
     items = blocks * B * G
     dkv_kernel[(min(items, programs(q) * (2 if plan.consumers == 1 else 1)),)](
         descriptor(k), descriptor(v), descriptor(q), descriptor(dout), descriptor(dk), descriptor(dv),
-        suffix, total, starts, ends, rows, dprefix if gate else rows, *scales, *sizes, blocks, items,
+        suffix, total, starts, ends, rows, key_side if gate else rows, *scales, *sizes, blocks, items,
         plan.consumers, D, plan.stages, bool(gate), spans is not None, plan.in_shared,
         plan.consumer_registers, plan.producer_registers, num_warps=4, maxnreg=plan.registers_at_launch,
     )  # fmt: skip
-    if dprefix is None:
+    if key_side is None:
         return dq, dk, dv, ()
-    return dq, dk, dv, gates.prefix_backward(dprefix, gate, None if spans is None else spans[1])
+    return dq, dk, dv, gates.prefix_backward(key_side, rows[2], gate, None if spans is None else spans[-1])

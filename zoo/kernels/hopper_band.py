@@ -6,7 +6,7 @@ queries too, so that a tile of rows meets itself on the diagonal and lies in one
 
 The gate is what zoo/kernels/gate.py leaves: suffix_j, the sum over (j, end of j's chunk], and each chunk's total, both
 in log2 units. The bias of key j for all rows of an item is suffix_j plus the totals of the chunks after j's, up to an
-anchor chunk. It is off by a constant per row, which `row_bias` gives back.
+anchor chunk. It is off by a constant per row, which `load_row_bias` tells.
 """
 
 from dataclasses import dataclass
@@ -63,9 +63,10 @@ class Problem:
     queries: gl.tensor
     keys: gl.tensor
     window: gl.tensor
+    bound_group: gl.tensor  # query heads that share a row of `starts`: all of a batch row's, or those of one key head
     blocks: gl.tensor  # items per head
     items: gl.tensor
-    starts: gl.tensor  # (B, N) int32: first valid key of each position; read where BOUNDED
+    starts: gl.tensor  # (B or B G, N) int32: first valid key of each position; read where BOUNDED
     suffix: gl.tensor  # (B, H, N) fp32; read where GATED
     total: gl.tensor  # (B, H, chunks) fp32; read where GATED
     CONSUMERS: gl.constexpr
@@ -75,14 +76,15 @@ class Problem:
     A_SHARED: gl.constexpr  # the resident operands stay in shared memory instead of registers
 
     @gluon.constexpr_function
-    def __init__(self, batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
-                 CONSUMERS, D, GATED, BOUNDED, A_SHARED):  # fmt: skip
+    def __init__(self, batches, heads, group, queries, keys, window, bound_group, blocks, items, starts,
+                 suffix, total, CONSUMERS, D, GATED, BOUNDED, A_SHARED):  # fmt: skip
         self.batches = batches
         self.heads = heads
         self.group = group
         self.queries = queries
         self.keys = keys
         self.window = window
+        self.bound_group = bound_group
         self.blocks = blocks
         self.items = items
         self.starts = starts
@@ -107,12 +109,17 @@ class Problem:
         return gl.minimum(tile, (self.keys - 1) // TILE)
 
     @gluon.jit
-    def oldest(self, tile, batch):
+    def bounds(self, base, batch, head):
+        """Where a head's row of `starts` (or of their mirror, ends) begins."""
+        return base + ((batch * self.heads + head) // self.bound_group).to(gl.int64) * self.keys
+
+    @gluon.jit
+    def oldest(self, tile, batch, head):
         """The oldest key tile that the first row of `tile` sees."""
         position = tile * TILE
         first = gl.maximum(position - self.window + 1, 0)
         if self.BOUNDED:
-            start = gl.load(self.starts + batch.to(gl.int64) * self.keys + gl.minimum(position, self.keys - 1))
+            start = gl.load(self.bounds(self.starts, batch, head) + gl.minimum(position, self.keys - 1))
             first = gl.minimum(gl.maximum(first, start), position)  # rows before their own start still take one tile
         return gl.minimum(first // TILE, self.newest(tile))
 
@@ -138,26 +145,31 @@ class Problem:
         return (self.batches * self.heads).to(gl.int64) * self.queries
 
     @gluon.jit
-    def row_bias(self, tile, newest, batch, head, position, AHEAD: gl.constexpr):
-        """What a key at each row's own position gets as bias when the anchor is the chunk of tile `newest`."""
-        suffix, total = self.gate_rows(batch, head)
-        bias = gl.load(suffix + position, mask=position < self.keys, other=0.0)
-        chunk = tile // TILES_PER_CHUNK
-        for i in gl.static_range((AHEAD + TILES_PER_CHUNK - 1) // TILES_PER_CHUNK):
-            bias += gl.load(total + chunk + 1 + i, mask=chunk + 1 + i <= newest // TILES_PER_CHUNK, other=0.0)
-        return bias
+    def load_row_bias(self, tile, newest, batch, head, AHEAD: gl.constexpr, layout: gl.constexpr):
+        """What a key at each row's own position gets as bias when the anchor is the chunk of tile `newest`, at most
+        AHEAD tiles on: the sum of the two, left to the caller, so that nobody waits for them before it needs them."""
+        gl.static_assert(AHEAD <= TILES_PER_CHUNK)
+        suffix = gl.zeros([TILE], gl.float32, layout)
+        newer = gl.to_tensor(0.0)
+        if self.GATED:
+            suffixes, total = self.gate_rows(batch, head)
+            position = tile * TILE + gl.arange(0, TILE, layout=layout)
+            suffix = gl.load(suffixes + position, mask=position < self.keys, other=0.0)
+            if AHEAD > 0:
+                chunk = tile // TILES_PER_CHUNK + 1
+                newer = gl.load(total + chunk, mask=chunk <= newest // TILES_PER_CHUNK, other=0.0)
+        return suffix, newer
 
     @gluon.jit
-    def first_visible(self, batch, position):
-        """The oldest key that each row sees, and the latest of the rows' starts."""
-        first = position - self.window + 1
+    def reach(self, batch, head, position):
+        """How many keys each row may see, itself included, and the latest of the rows' starts."""
+        reach = gl.zeros_like(position) + self.window
         latest = gl.to_tensor(0)
         if self.BOUNDED:
-            at = self.starts + batch.to(gl.int64) * self.keys + position
-            start = gl.load(at, mask=position < self.keys, other=0)
-            first = gl.maximum(first, start)
+            start = gl.load(self.bounds(self.starts, batch, head) + position, mask=position < self.keys, other=0)
+            reach = gl.maximum(gl.minimum(reach, position - start + 1), 0)
             latest = gl.max(start, 0)
-        return first, latest
+        return reach, latest
 
 
 @gluon.jit
@@ -181,10 +193,16 @@ def bias_columns(bias, layout: gl.constexpr):
 
 
 @gluon.jit
-def visible(first, position, first_visible, layout: gl.constexpr):
-    """(64, 64) mask of the key tile that starts at `first`."""
-    key = first + gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, layout)), 0)
-    return (key <= gl.expand_dims(position, 1)) & (key >= gl.expand_dims(first_visible, 1))
+def within(distance, reach):
+    """0 <= distance < reach in one comparison, negative numbers being large unsigned ones. reach >= 0."""
+    return distance.to(gl.uint32, bitcast=True) < reach.to(gl.uint32, bitcast=True)
+
+
+@gluon.jit
+def visible(first, position, reach, layout: gl.constexpr):
+    """(64, 64) mask of the key tile that starts at `first`: each row sees the `reach` keys up to its own."""
+    key = gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, layout)), 0)
+    return within(gl.expand_dims(position - first, 1) - key, gl.expand_dims(reach, 1))
 
 
 @gluon.jit
@@ -243,3 +261,8 @@ def copyable(x: torch.Tensor) -> torch.Tensor:
 def programs(x: torch.Tensor) -> int:
     """One persistent program per multiprocessor."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def bound_group(q: torch.Tensor, k: torch.Tensor, spans: tuple[torch.Tensor, ...] | None) -> int:
+    """How many query heads share one row of spans, (B,N) or (B,G,N)."""
+    return q.shape[2] // k.shape[2] if spans is not None and spans[0].dim() == 3 else q.shape[2]

@@ -23,28 +23,29 @@ from zoo.kernels.hopper_band import (
     lane_sum,
     split_in_three,
     start_ring,
+    within,
 )
 from zoo.kernels.hopper_channels import announce, as_operand, load_held, load_passing, open_channels, score
 
 
 @gluon.jit
-def last_queries(problem, ends, batch, key):
+def last_queries(problem, ends, batch, head, key):
     """The newest position that sees each key; before the key itself where none does (padding)."""
     last = gl.minimum(key + problem.window, problem.keys) - 1
     if problem.BOUNDED:
-        at = batch.to(gl.int64) * problem.keys + gl.minimum(key, problem.keys - 1)
-        last = gl.minimum(last, gl.load(ends + at) - 1)
-        last = gl.where(gl.load(problem.starts + at) > key, -1, last)
+        at = gl.minimum(key, problem.keys - 1)
+        last = gl.minimum(last, gl.load(problem.bounds(ends, batch, head) + at) - 1)
+        last = gl.where(gl.load(problem.bounds(problem.starts, batch, head) + at) > key, -1, last)
     return last
 
 
 @gluon.jit
-def newest_query(problem, ends, batch, tile):
+def newest_query(problem, ends, batch, head, tile):
     """The newest query tile that sees anything of key tile `tile`."""
     key = gl.minimum(tile * TILE + TILE, problem.keys) - 1
     last = gl.minimum(key + problem.window, problem.keys) - 1
     if problem.BOUNDED:
-        last = gl.minimum(last, gl.load(ends + batch.to(gl.int64) * problem.keys + key) - 1)
+        last = gl.minimum(last, gl.load(problem.bounds(ends, batch, head) + key) - 1)
     return gl.maximum(last, key) // TILE
 
 
@@ -59,7 +60,7 @@ def dkv_produce(problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows
         batch, kv_head, tile = locate_keys(problem, item)
         oldest = gl.maximum(tile, offset // TILE)
         last_tile = gl.minimum(tile + CONSUMERS - 1, (problem.keys - 1) // TILE)
-        count = gl.maximum(newest_query(problem, ends, batch, last_tile) - oldest + 1, 1)
+        count = gl.maximum(newest_query(problem, ends, batch, kv_head * problem.group, last_tile) - oldest + 1, 1)
         for member in range(problem.group):
             head = kv_head * problem.group + member
             carry = gl.to_tensor(0.0)  # the totals of the chunks after the item's first, up to this tile's
@@ -128,29 +129,27 @@ def query_columns(reference, negative_delta, layout: gl.constexpr):
 
 
 @gluon.jit
-def load_keys(C: gl.constexpr, problem, rows, batch, head, block_tile, key, layout: gl.constexpr):
-    """For one query head: the bias of a consumer's keys, anchored at the item's first chunk, and dU's query side."""
-    own = gl.zeros([TILE], gl.float32, layout)
-    side = gl.zeros([TILE], gl.float32, layout)
+def load_keys(C: gl.constexpr, problem, batch, head, block_tile, layout: gl.constexpr):
+    """What `key_bias` needs for one query head, as it lies in memory: nothing is computed, so nobody waits yet."""
+    suffix = gl.zeros([TILE], gl.float32, layout)
+    newer = gl.to_tensor(0.0)
     if problem.GATED:
-        suffix, total = problem.gate_rows(batch, head)
-        inside = key < problem.keys
-        own += gl.load(suffix + key, mask=inside, other=0.0)
-        chunk = block_tile // TILES_PER_CHUNK
-        last = gl.minimum(block_tile + C, (problem.keys - 1) // TILE) // TILES_PER_CHUNK
-        for newer in gl.static_range((C + TILES_PER_CHUNK - 1) // TILES_PER_CHUNK):
-            own -= gl.load(total + chunk + 1 + newer, mask=chunk + 1 + newer <= last, other=0.0)
-        row = key - (problem.keys - problem.queries)
-        at = rows + 2 * problem.rows_stride() + (batch * problem.heads + head).to(gl.int64) * problem.queries + row
-        side += gl.load(at, mask=inside & (row >= 0), other=0.0)
-    return own, side
+        suffixes, total = problem.gate_rows(batch, head)
+        key = (block_tile + C) * TILE + gl.arange(0, TILE, layout=layout)
+        suffix = gl.load(suffixes + key, mask=key < problem.keys, other=0.0)
+        gl.static_assert((C + TILES_PER_CHUNK - 1) // TILES_PER_CHUNK <= 1)
+        if C > 0:
+            chunk = block_tile // TILES_PER_CHUNK + 1
+            last = gl.minimum(block_tile + C, (problem.keys - 1) // TILE) // TILES_PER_CHUNK
+            newer = gl.load(total + chunk, mask=chunk <= last, other=0.0)
+    return suffix, newer
 
 
 @gluon.jit
 def dkv_consume(
-    C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, rows, dprefix, scale_log2, scale
+    C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, key_side, scale_log2, scale
 ):
-    """Warpgroup C: 64 keys of every item. dprefix (B,H,N) fp32, nats: the key side, and the query side from `rows`."""
+    """Warpgroup C: 64 keys of every item. key_side (B,H,N) fp32, nats, gets the key side of dU, -sum_t dS_tj."""
     D: gl.constexpr = problem.D
     dtype: gl.constexpr = dk_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -164,20 +163,27 @@ def dkv_consume(
     offset = problem.keys - problem.queries
     ring = start_ring(channels.passing.shape[0])
     parity = gl.to_tensor(0)
+    batch, kv_head, block_tile = locate_keys(problem, gl.program_id(0))
+    suffix, newer = load_keys(C, problem, batch, kv_head * problem.group, block_tile, row_layout)
     for item in range(gl.program_id(0), problem.items, gl.num_programs(0)):
         batch, kv_head, block_tile = locate_keys(problem, item)
+        next_batch, next_kv_head, next_tile = locate_keys(
+            problem, gl.minimum(item + gl.num_programs(0), problem.items - 1)
+        )
         tile = block_tile + C
         block_oldest = gl.maximum(block_tile, offset // TILE)
         last_tile = gl.minimum(block_tile + problem.CONSUMERS - 1, (problem.keys - 1) // TILE)
-        block_newest = gl.maximum(newest_query(problem, ends, batch, last_tile), block_oldest)
+        block_newest = gl.maximum(newest_query(problem, ends, batch, kv_head * problem.group, last_tile), block_oldest)
         oldest = gl.minimum(gl.maximum(tile, block_oldest), block_newest + 1)
-        newest = gl.minimum(newest_query(problem, ends, batch, gl.minimum(tile, last_tile)), block_newest)
+        newest = gl.minimum(
+            newest_query(problem, ends, batch, kv_head * problem.group, gl.minimum(tile, last_tile)), block_newest
+        )
         newest = gl.where(tile <= last_tile, gl.maximum(newest, oldest - 1), oldest - 1)
         key = tile * TILE + gl.arange(0, TILE, layout=row_layout)
-        last = last_queries(problem, ends, batch, key)
+        last = last_queries(problem, ends, batch, kv_head * problem.group, key)
         clear = gl.min(last, 0)  # a query tile up to here has no far edge
+        reach = gl.maximum(last - key + 1, 0)
 
-        own, side = load_keys(C, problem, rows, batch, kv_head * problem.group, block_tile, key, row_layout)
         mbarrier.wait(channels.held_ready.index(C), parity)
         k = as_operand(channels.held.index(C), D, problem.A_SHARED, a_layout)
         v = as_operand(channels.held_too.index(C), D, problem.A_SHARED, a_layout)
@@ -190,6 +196,19 @@ def dkv_consume(
             head = kv_head * problem.group + member
             gathered = gl.zeros([TILE, TILE], gl.float32, s_layout)
             gathered = lane_sum(gathered, 64)
+            # the bias of the keys, anchored at the item's first chunk; the next head's or item's travels meanwhile
+            own = suffix - newer
+            if problem.GATED:
+                more = member + 1 < problem.group
+                next_head = gl.where(more, head + 1, next_kv_head * problem.group)
+                suffix, newer = load_keys(
+                    C,
+                    problem,
+                    gl.where(more, batch, next_batch),
+                    next_head,
+                    gl.where(more, block_tile, next_tile),
+                    row_layout,
+                )
             for _ in range(oldest - block_oldest):
                 ring = channels.pass_on(ring)
             for i in range(newest - oldest + 1):
@@ -200,8 +219,8 @@ def dkv_consume(
                 s = warpgroup_mma_wait(1, deps=(s,))
                 first = (oldest + i) * TILE
                 if (first < tile * TILE + TILE) | (first + TILE - 1 > clear):
-                    query = first + gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, s_layout)), 0)
-                    seen = (query >= gl.expand_dims(key, 1)) & (query <= gl.expand_dims(last, 1))
+                    query = gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, s_layout)), 0)
+                    seen = within(query + gl.expand_dims(first - key, 1), gl.expand_dims(reach, 1))
                     s = gl.where(seen, s, float("-inf"))
                 e = gl.exp2(s * scale_log2 + gl.expand_dims(own, 1))
                 p = gl.convert_layout(e.to(dtype), p_layout)
@@ -211,20 +230,18 @@ def dkv_consume(
                 else:  # a left side in registers is listed too: ptxas has overwritten one that was still wanted
                     dp, k, v = warpgroup_mma_wait(1, deps=(dp, k, v))
                 e *= dp
-                gathered += lane_sum(e, 64)
                 ds = gl.convert_layout(e.to(dtype), p_layout)
                 dk = warpgroup_mma(ds, channels.passing.index(ring.slot).reshape([TILE, D]), dk, is_async=True)
+                if problem.GATED:
+                    gathered += lane_sum(e, 64)  # while the tensor core works
                 dk, dv, p, ds = warpgroup_mma_wait(0, deps=(dk, dv, p, ds))
                 mbarrier.arrive(channels.free.index(ring.slot), count=1)
                 ring = ring.next()
             for _ in range(block_newest - gl.maximum(newest, oldest - 1)):
                 ring = channels.pass_on(ring)
             if problem.GATED:
-                side -= gl.convert_layout(gl.sum(gathered, 1), row_layout)
-                at = dprefix + (batch * problem.heads + head).to(gl.int64) * problem.keys + key
-                gl.store(at, side, mask=key < problem.keys)
-                if member + 1 < problem.group:
-                    own, side = load_keys(C, problem, rows, batch, head + 1, block_tile, key, row_layout)
+                at = key_side + (batch * problem.heads + head).to(gl.int64) * problem.keys + key
+                gl.store(at, -gl.convert_layout(gl.sum(gathered, 1), row_layout), mask=key < problem.keys)
 
         if not problem.A_SHARED:
             tma.store_wait(0)
@@ -240,16 +257,18 @@ def dkv_consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
+@gluon.jit(
+    do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "bound_group", "blocks", "items"]
+)
 def dkv_kernel(
-    k_desc, v_desc, q_desc, dout_desc, dk_desc, dv_desc, suffix, total, starts, ends, rows, dprefix,
+    k_desc, v_desc, q_desc, dout_desc, dk_desc, dv_desc, suffix, total, starts, ends, rows, key_side,
     scale_log2, bias_factor, scale,
-    batches, heads, group, queries, keys, window, blocks, items,
+    batches, heads, group, queries, keys, window, bound_group, blocks, items,
     CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, BOUNDED: gl.constexpr,
     A_SHARED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
-                      CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
+    problem = Problem(batches, heads, group, queries, keys, window, bound_group, blocks, items, starts,
+                      suffix, total, CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
     channels = open_channels(k_desc, q_desc, CONSUMERS, STAGES)
     if A_SHARED:
         dk_tiles = channels.held
@@ -259,16 +278,16 @@ def dkv_kernel(
         dv_tiles = gl.allocate_shared_memory(dv_desc.dtype, [CONSUMERS, 1, TILE, 1, D], dv_desc.layout)
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, rows,
-                dprefix, scale_log2, scale)),
+            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, key_side,
+                scale_log2, scale)),
             (dkv_produce, (problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows, bias_factor)),
         ], [1], [PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 2)
         gl.warp_specialize([
-            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, rows,
-                dprefix, scale_log2, scale)),
-            (dkv_consume, (1, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, rows,
-                dprefix, scale_log2, scale)),
+            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, key_side,
+                scale_log2, scale)),
+            (dkv_consume, (1, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, key_side,
+                scale_log2, scale)),
             (dkv_produce, (problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows, bias_factor)),
         ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

@@ -28,7 +28,7 @@ def dq_produce(problem, channels, q_desc, dout_desc, k_desc, v_desc, bias_factor
         batch, head, tile = problem.locate(item)
         first_row = tile * TILE - (problem.keys - problem.queries)
         newest = problem.newest(tile + CONSUMERS - 1)
-        count = newest - problem.oldest(tile, batch) + 1
+        count = newest - problem.oldest(tile, batch, head) + 1
         carry = gl.to_tensor(0.0)  # the totals of the chunks after this tile's, up to the newest
         gain = gl.to_tensor(0.0)
         suffix = gl.zeros([TILE], gl.float32, vector_layout)
@@ -70,31 +70,28 @@ def dq_consume(
     ones = gl.full([TILE, 16], 1.0, gl.bfloat16, q_layout)
     ring = start_ring(channels.passing.shape[0])
     parity = gl.to_tensor(0)
+    ahead = load_rows(C, problem, out, dout, lse, dlse, gl.program_id(0), row_layout, WITH_DLSE)
     for item in range(gl.program_id(0), problem.items, gl.num_programs(0)):
         batch, head, block_tile = problem.locate(item)
+        next_item = gl.minimum(item + gl.num_programs(0), problem.items - 1)
         tile = block_tile + C
         block_newest = problem.newest(block_tile + problem.CONSUMERS - 1)
-        block_oldest = problem.oldest(block_tile, batch)
+        block_oldest = problem.oldest(block_tile, batch, head)
         newest = problem.newest(tile)
-        oldest = problem.oldest(tile, batch)
+        oldest = problem.oldest(tile, batch, head)
         inside = tile <= newest
         position = tile * TILE + gl.arange(0, TILE, layout=row_layout)
-        first_visible, latest_start = problem.first_visible(batch, position)
-        shift = gl.zeros([TILE], gl.float32, row_layout)
-        if problem.GATED:
-            shift = problem.row_bias(tile, block_newest, batch, head, position, problem.CONSUMERS - 1 - C)
+        reach, latest_start = problem.reach(batch, head, position)
         row = position - (problem.keys - problem.queries)
         mine = (row >= 0) & (row < problem.queries)
-        delta = row_products(problem, out, dout, batch, head, tile, row_layout)
-        at = (batch.to(gl.int64) * problem.queries + row) * problem.heads + head
-        if WITH_DLSE:
-            delta -= gl.load(dlse + at, mask=mine, other=0.0)
-        lse2 = gl.load(lse + at, mask=mine, other=0.0) * LOG2E
+        outs, douts, lses, dlses, suffix, newer = ahead
+        delta = gl.convert_layout(gl.sum(outs.to(gl.float32) * douts.to(gl.float32), 1), row_layout) - dlses
+        lse2 = lses * LOG2E
         lse2 = gl.where(lse2 == float("-inf"), 0.0, lse2)  # a row without keys: every logit is masked
         at = rows + (batch * problem.heads + head).to(gl.int64) * problem.queries + row
         gl.store(at, lse2, mask=mine)
         gl.store(at + problem.rows_stride(), delta, mask=mine)
-        shift += lse2
+        shift = suffix + newer + lse2
 
         for _ in range(gl.where(inside, block_newest - newest, block_newest - block_oldest + 1)):
             ring = channels.pass_on(ring)
@@ -122,7 +119,7 @@ def dq_consume(
                 do, channels.passing_too.index(ring.slot), D, ones, channels.columns.index(ring.slot), False, s_layout
             )
             s = warpgroup_mma_wait(1, deps=(s,))
-            s = gl.where(visible(newest * TILE, position, first_visible, s_layout), s, float("-inf"))
+            s = gl.where(visible(newest * TILE, position, reach, s_layout), s, float("-inf"))
             p = gl.exp2(s * scale_log2 - gl.expand_dims(shift, 1))
             dp = warpgroup_mma_wait(0, deps=(dp,))
             ds = p * (dp - gl.expand_dims(delta, 1))
@@ -154,7 +151,7 @@ def dq_consume(
                 s = warpgroup_mma_wait(2, deps=(s,))
                 first = (newest - 1 - i) * TILE
                 if first < clear:
-                    s = gl.where(visible(first, position, first_visible, s_layout), s, float("-inf"))
+                    s = gl.where(visible(first, position, reach, s_layout), s, float("-inf"))
                 p = gl.exp2(s * scale_log2 - gl.expand_dims(shift, 1))
                 if problem.A_SHARED:
                     dq, dp, ds = warpgroup_mma_wait(0, deps=(dq, dp, ds))
@@ -169,6 +166,7 @@ def dq_consume(
             if problem.A_SHARED:
                 mbarrier.arrive(channels.held_free.index(C), count=1)
             dq = warpgroup_mma(ds, channels.passing.index(ring.slot).reshape([TILE, D]), dq, is_async=True)
+            ahead = load_rows(C, problem, out, dout, lse, dlse, next_item, row_layout, WITH_DLSE)
             dq = warpgroup_mma_wait(0, deps=(dq,))
             ring = channels.pass_on(ring)
             if problem.GATED:
@@ -179,35 +177,50 @@ def dq_consume(
                 ring = channels.pass_on(ring)
         else:
             mbarrier.arrive(channels.held_free.index(C), count=1)
+            ahead = load_rows(C, problem, out, dout, lse, dlse, next_item, row_layout, WITH_DLSE)
         parity = parity ^ 1
     tma.store_wait(0)
 
 
 @gluon.jit
-def row_products(problem, out, dout, batch, head, tile, layout: gl.constexpr):
-    """delta: sum over d of out times dout, (64,) fp32. Both are contiguous (B,T,H,D)."""
+def load_rows(C: gl.constexpr, problem, out, dout, lse, dlse, item, row_layout: gl.constexpr, WITH_DLSE: gl.constexpr):
+    """What consumer C needs of an item's rows, as it lies in memory; out and dout are contiguous (B,T,H,D).
+    Nothing is computed, so nobody waits: it travels while the item before is finished."""
     D: gl.constexpr = problem.D
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [4, 1], [1, 0])
-    row = tile * TILE - (problem.keys - problem.queries) + gl.arange(0, TILE, layout=gl.SliceLayout(1, wide))
+    batch, head, block_tile = problem.locate(item)
+    first = (block_tile + C) * TILE - (problem.keys - problem.queries)
+    row = first + gl.arange(0, TILE, layout=gl.SliceLayout(1, wide))
     column = gl.arange(0, D, layout=gl.SliceLayout(0, wide))
     at = ((batch.to(gl.int64) * problem.queries + row) * problem.heads + head) * D
     at = gl.expand_dims(at, 1) + gl.expand_dims(column, 0)
     mask = gl.expand_dims((row >= 0) & (row < problem.queries), 1)
-    a = gl.load(out + at, mask=mask, other=0.0).to(gl.float32)
-    b = gl.load(dout + at, mask=mask, other=0.0).to(gl.float32)
-    return gl.convert_layout(gl.sum(a * b, 1), layout)
+    outs = gl.load(out + at, mask=mask, other=0.0)
+    douts = gl.load(dout + at, mask=mask, other=0.0)
+    row = first + gl.arange(0, TILE, layout=row_layout)
+    mine = (row >= 0) & (row < problem.queries)
+    at = (batch.to(gl.int64) * problem.queries + row) * problem.heads + head
+    dlses = gl.zeros([TILE], gl.float32, row_layout)
+    if WITH_DLSE:
+        dlses = gl.load(dlse + at, mask=mine, other=0.0)
+    lses = gl.load(lse + at, mask=mine, other=0.0)
+    newest = problem.newest(block_tile + problem.CONSUMERS - 1)
+    suffix, newer = problem.load_row_bias(block_tile + C, newest, batch, head, problem.CONSUMERS - 1 - C, row_layout)
+    return outs, douts, lses, dlses, suffix, newer
 
 
-@gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
+@gluon.jit(
+    do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "bound_group", "blocks", "items"]
+)
 def dq_kernel(
     q_desc, dout_desc, k_desc, v_desc, dq_desc, dq_ptr, out, dout, suffix, total, starts, lse, dlse, rows,
     scale_log2, bias_factor, scale,
-    batches, heads, group, queries, keys, window, blocks, items,
+    batches, heads, group, queries, keys, window, bound_group, blocks, items,
     CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, BOUNDED: gl.constexpr,
     A_SHARED: gl.constexpr, WITH_DLSE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
-                      CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
+    problem = Problem(batches, heads, group, queries, keys, window, bound_group, blocks, items, starts,
+                      suffix, total, CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
     channels = open_channels(q_desc, k_desc, CONSUMERS, STAGES)
     dq_tiles = gl.allocate_shared_memory(dq_desc.dtype, [CONSUMERS, 1, TILE, 1, D], dq_desc.layout)
     if CONSUMERS == 2:

@@ -37,10 +37,19 @@ OTHER = {
     "dq": {64: (64, 64, 4, 2), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1), 512: (16, 16, 4, 1)},
     "dkdv": {64: (64, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 32, 4, 1), 512: (16, 16, 4, 1)},
 }
+# decoding: one program walks all slots of a row and head, so what counts is how few steps that takes
+STEP_ROWS = 16
+STEP = {
+    "forward": {64: (16, 128, 4, 1), 128: (16, 128, 4, 1), 256: (16, 64, 4, 1), 512: (16, 16, 4, 1)},
+    "choose": {64: (16, 256, 4, 1), 128: (16, 256, 4, 1), 256: (16, 64, 4, 1), 512: (16, 16, 4, 1)},
+}
 
 
-def choose_tile(kernel: str, q: Tensor) -> tuple[int, int, int, int]:
+def choose_tile(kernel: str, q: Tensor, rows: int) -> tuple[int, int, int, int]:
+    """rows: (token, query head) pairs of one key/value head."""
     width = max(64, triton.next_power_of_2(q.shape[3]) * q.dtype.itemsize // 2)
+    if rows <= STEP_ROWS and kernel in STEP:
+        return STEP[kernel][width]
     table = SM90 if architecture(q.device) == "sm90" else OTHER
     return table[kernel][width]
 
@@ -54,6 +63,7 @@ def compressed_forward(
     """out like q, natural-log lse (B,T,H) float32 and block_index (B,T,G,top) int32: ascending, then -1."""
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
+    group_rows = length * heads // kv_heads
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((batch, length, heads), dtype=torch.float32)
     index = torch.empty((batch, length, kv_heads, geometry.top), dtype=torch.int32, device=q.device)
@@ -62,19 +72,19 @@ def compressed_forward(
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
     sizes, switches = _sizes(q, k, scale), _switches(q, k, geometry)
     with _on_device(q):
-        rows, slots, warps, stages = choose_tile("forward", q)
-        _forward[triton.cdiv(length * heads // kv_heads, rows) * batch * kv_heads,](
+        rows, slots, warps, stages = choose_tile("forward", q, group_rows)
+        _forward[triton.cdiv(group_rows, rows) * batch * kv_heads,](
             q, k, v, places.place, places.first_block, out, lse, *_strides(q), *_strides(k), *_strides(v),
             **sizes, **switches, BLOCK_R=rows, BLOCK_K=slots, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if geometry.top:
-            rows, slots, warps, stages = choose_tile("choose", q)
+            rows, slots, warps, stages = choose_tile("choose", q, group_rows)
             group = triton.next_power_of_2(heads // kv_heads)
             tokens = max(1, rows // group)
             _choose[triton.cdiv(length, tokens) * batch * kv_heads,](
                 q, k, lse, places.place, places.first_block, index, *_strides(q), *_strides(k), **sizes, **switches,
-                SELECT=geometry.select, OVERLAP=geometry.overlap, TOP=geometry.top, TOKENS=max(tokens, 16 // group),
-                KEPT=triton.next_power_of_2(geometry.top), PADDED_GROUP=group,
+                SELECT=geometry.select, OVERLAP=geometry.overlap, SHIFT=geometry.shift, TOP=geometry.top,
+                TOKENS=max(tokens, 16 // group), KEPT=triton.next_power_of_2(geometry.top), PADDED_GROUP=group,
                 BLOCK_J=max(slots, triton.next_power_of_2(geometry.top)), num_warps=warps, num_stages=stages,
             )  # fmt: skip
     return out, lse, index
@@ -104,12 +114,12 @@ def compressed_backward(
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(dout))
     with _on_device(q):
         row_lse, delta = row_numbers(dout, dlse, out, lse)
-        rows, slots, warps, stages = choose_tile("dq", q)
+        rows, slots, warps, stages = choose_tile("dq", q, group_rows)
         _dq[triton.cdiv(group_rows, rows) * batch * kv_heads,](
             q, k, v, dout, row_lse, delta, places.place, places.first_block, dq, *strides,
             **sizes, **switches, BLOCK_R=rows, BLOCK_K=slots, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        rows, slots, warps, stages = choose_tile("dkdv", q)
+        rows, slots, warps, stages = choose_tile("dkdv", q, group_rows)
         tiles = triton.cdiv(blocks, slots)
         shares = max(1, min(triton.cdiv(group_rows, rows), triton.cdiv(PROGRAMS, tiles * batch * kv_heads)))
         begin, end = _seen_by(places, geometry, tiles, slots)
@@ -206,10 +216,10 @@ def _walk(
 
 
 @triton.jit
-def _program(program, tiles, G):
+def program(number, tiles, G):
     """(tile, batch, kv head); the latest rows first, they see most. 64-bit where they multiply strides."""
-    other = program // tiles
-    return tiles - 1 - program % tiles, tl.cast(other // G, tl.int64), tl.cast(other % G, tl.int64)
+    other = number // tiles
+    return tiles - 1 - number % tiles, tl.cast(other // G, tl.int64), tl.cast(other % G, tl.int64)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -220,7 +230,7 @@ def _forward(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
     RATIO: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile, batch, kv_head = _program(tl.program_id(0), tl.cdiv(T * GROUP, BLOCK_R), G)
+    tile, batch, kv_head = program(tl.program_id(0), tl.cdiv(T * GROUP, BLOCK_R), G)
     r0 = tile * BLOCK_R
     row = r0 + tl.arange(0, BLOCK_R)
     token, member, inside = row // GROUP, row % GROUP, row < T * GROUP
@@ -270,12 +280,12 @@ def _choose(
     q_ptr, k_ptr, lse_ptr, place_ptr, first_ptr, index_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, T, M, G, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
-    RATIO: tl.constexpr, SELECT: tl.constexpr, OVERLAP: tl.constexpr, TOP: tl.constexpr, KEPT: tl.constexpr,
-    TOKENS: tl.constexpr, PADDED_GROUP: tl.constexpr, BLOCK_J: tl.constexpr,
+    RATIO: tl.constexpr, SELECT: tl.constexpr, OVERLAP: tl.constexpr, SHIFT: tl.constexpr, TOP: tl.constexpr,
+    KEPT: tl.constexpr, TOKENS: tl.constexpr, PADDED_GROUP: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """The blocks of TOKENS tokens of one key/value head. Selection block j has the place first + j; the free ones are
     1 .. own - 2, the others are forced. `best` holds the KEPT best so far, ascending; -1 is none."""
-    tile, batch, kv_head = _program(tl.program_id(0), tl.cdiv(T, TOKENS), G)
+    tile, batch, kv_head = program(tl.program_id(0), tl.cdiv(T, TOKENS), G)
     t0 = tile * TOKENS
     row = tl.arange(0, TOKENS * PADDED_GROUP)
     token, member = t0 + row // PADDED_GROUP, row % PADDED_GROUP
@@ -301,11 +311,16 @@ def _choose(
         score = tl.zeros([TOKENS, BLOCK_J], tl.float32)
         for o in tl.static_range(1 - OVERLAP, RATIO):
             weight = min(min(o + OVERLAP, RATIO - o), min(OVERLAP, RATIO))
-            slot = j * RATIO + o
+            slot = j * RATIO + o - SHIFT
             k = load_rows(k_ptr, slot, slot * 0, stride_kt, stride_kh, (slot >= 0) & (slot < M), D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
             p = tl.exp2(s - lse[:, None])  # slots that a row doesn't see are dropped below
-            score += weight * tl.sum(tl.reshape(p, [TOKENS, PADDED_GROUP, BLOCK_J]), 1)
+            p = tl.sum(tl.reshape(p, [TOKENS, PADDED_GROUP, BLOCK_J]), 1)
+            if SHIFT:  # the first blocks' reach back beyond the document
+                p = tl.where(slot[None, :] >= first[:, None] * RATIO, p, 0.0)
+            score += weight * p
+        if PADDED_GROUP > 1:  # the sum left copies in up to eight lanes, which all would sort: deal them out anew
+            score = tl.gather(score, tl.zeros([TOKENS, 1], tl.int32) + tl.arange(0, BLOCK_J)[None, :], 1)
         block = j[None, :] - first[:, None]
         free = (block >= 1) & (block <= own[:, None] - 2)
         key = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
@@ -356,7 +371,7 @@ def _dq(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
     RATIO: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile, batch, kv_head = _program(tl.program_id(0), tl.cdiv(T * GROUP, BLOCK_R), G)
+    tile, batch, kv_head = program(tl.program_id(0), tl.cdiv(T * GROUP, BLOCK_R), G)
     r0 = tile * BLOCK_R
     row = r0 + tl.arange(0, BLOCK_R)
     token, member, inside = row // GROUP, row % GROUP, row < T * GROUP
@@ -405,7 +420,7 @@ def _dkdv(
     """One tile of slots and rows [share * rows_each, (share + 1) * rows_each): a partial sum. Matrices are held
     transposed, (slots, rows)."""
     tiles = tl.cdiv(M, BLOCK_K)
-    tile, batch, kv_head = _program(tl.program_id(0), tiles, G)
+    tile, batch, kv_head = program(tl.program_id(0), tiles, G)
     share = tl.program_id(1)
     k0 = tile * BLOCK_K
     slot = k0 + tl.arange(0, BLOCK_K)

@@ -1,20 +1,20 @@
 """Attention over the blocks that each query chose, forward and backward, block by block (zoo/kernels/nsa.py).
 
-    _inverse    from the queries' blocks to the blocks' queries: a stable sort, cut into items of one block each
     _partial    an item's queries against its block: a complete softmax each, as a partial output and log-sum-exp
-    _merge      the `top` partial outputs of a query, weighted by their log-sum-exp
+    _merge      a query's first, previous and own block, and onto that its partial outputs by their log-sum-exp
     _grads      an item's part of dK and dV, and each query's part of dQ
     _sum_items  the parts of dK and dV of a block's items, in order
     _sum_pairs  the parts of dQ of a query
 
-A pair is a (row, token, kv head, place in block_index), numbered in that order; with the R = H/G query heads of a group
-it makes R rows of a tile. An item is at most so many pairs of one block. Scratch holds one row per pair and head.
+The loops go over the items of nsa_inverse.py: pairs of a query and one of its blocks, all of one block. With the R =
+H/G query heads of a group a pair makes R rows of a tile. Scratch holds one row per pair and head.
+
+The first, previous and own block are almost everybody's: in the forward a tile of neighbouring queries reads them
+together, and they need no pairs. In the backward, and where there are few queries, they are blocks like all others.
 
 Shapes: q, out (B,T,H,D); k, v (B,N,G,D); block_index (B,T,G,top); lse, row_lse, delta (B,T,H).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,29 +22,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels.nsa_compressed import load_rows, row_numbers, store_rows
+from zoo.kernels.nsa_compressed import load_rows, program, row_numbers, store_rows
+from zoo.kernels.nsa_inverse import Items, Piece, inverse, is_near, pieces
 from zoo.kernels.tiles import architecture, load_tile
 from zoo.kernels.window import LN2, LOG2E, _on_device, _rows_contiguous, _strides
 
-SCRATCH_BYTES = 2 << 30  # for partial rows; above it a call runs in several pieces
-FEW_PAIRS = 2048  # up to so many, a program per pair: nothing to sort, and no block is read by many
-ITEM_ROWS = {"partial": 4096, "grads": 8192}  # of an item at most: its block is read once for all of them
-MERGE_ROWS = 16
-INTEGERS = ["T", "N", "slots", "pairs"]
-# (rows, warps, stages) by bytes of a head's row in units of two
+SUM_ROWS = 16
+INTEGERS = ["T", "N", "slots", "chunks"]
+# (rows, warps, stages), of merge (rows, keys, warps, stages), by bytes of a head's row in units of two
 SM90 = {
+    "merge": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 2), 512: (16, 16, 4, 1)},
     "partial": {64: (128, 4, 3), 128: (128, 8, 3), 256: (64, 8, 2), 512: (16, 4, 1)},
     "grads": {64: (64, 4, 2), 128: (64, 8, 3), 256: (32, 8, 1), 512: (16, 4, 1)},
 }
 OTHER = {
+    "merge": {64: (64, 32, 4, 2), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1), 512: (16, 16, 4, 1)},
     "partial": {64: (64, 4, 2), 128: (64, 4, 2), 256: (32, 4, 1), 512: (16, 4, 1)},
     "grads": {64: (64, 4, 1), 128: (32, 4, 1), 256: (16, 4, 1), 512: (16, 4, 1)},
 }
 
 
-def choose_tile(kernel: str, q: Tensor) -> tuple[int, int, int]:
+def choose_tile(kernel: str, q: Tensor) -> Any:
     width = max(64, triton.next_power_of_2(q.shape[3]) * q.dtype.itemsize // 2)
-    table = SM90 if architecture(q.device) == "sm90" else OTHER
+    table: dict[str, Any] = SM90 if architecture(q.device) == "sm90" else OTHER
     return table[kernel][width]
 
 
@@ -63,22 +63,26 @@ def selected_forward(
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
     rows, warps, stages = choose_tile("partial", q)
     with _on_device(q):
-        for piece in _pieces(q, k, block_index, places, block):
+        for piece in pieces(q, k, block_index, places, block):
             part_q, part_k, part_v = piece.queries(q), piece.keys(k), piece.keys(v)
-            items = _inverse(piece, "partial")
+            items = inverse(piece, "partial")
             partial = q.new_empty((piece.pairs, piece.group, dim))
             partial_lse = q.new_empty((piece.pairs, piece.group), dtype=torch.float32)
             _partial[items.count,](
                 part_q, part_k, part_v, items.order, items.block, items.first, items.last, piece.place,
                 piece.first_key, piece.first_block, partial, partial_lse, *_strides(part_q), *_strides(part_k),
-                *_strides(part_v), **piece.sizes(scale), **piece.switches(),
+                *_strides(part_v), items.chunks, **piece.sizes(scale), **piece.switches(),
                 BLOCK_R=_fit(rows, items, piece), num_warps=warps, num_stages=stages,
             )  # fmt: skip
             part_out, part_lse = piece.queries(out), piece.queries(lse)
-            _merge[triton.cdiv(part_lse.numel(), MERGE_ROWS),](
-                partial, partial_lse, piece.index, piece.place, part_out, part_lse, *_strides(part_out),
-                *_strides(part_lse), part_lse.numel(), part_q.shape[1], part_k.shape[2], block,
-                **piece.row_switches(), BLOCK_R=MERGE_ROWS, num_warps=4,
+            tile_rows, tile_keys, tile_warps, tile_stages = choose_tile("merge", q)
+            programs = triton.cdiv(part_q.shape[1] * piece.group, tile_rows) * part_q.shape[0] * part_k.shape[2]
+            _merge[programs,](
+                part_q, part_k, part_v, partial, partial_lse, piece.index, piece.place, piece.first_key, part_out,
+                part_lse, *_strides(part_q), *_strides(part_k), *_strides(part_v), *_strides(part_out),
+                *_strides(part_lse), part_q.shape[1], part_k.shape[1], part_k.shape[2], scale, **piece.row_switches(),
+                BLOCK=block, BLOCK_K=tile_keys, BLOCK_R=tile_rows, TOGETHER=items.together,
+                num_warps=tile_warps, num_stages=tile_stages,
             )  # fmt: skip
     return out, lse
 
@@ -106,133 +110,34 @@ def selected_backward(
     rows, warps, stages = choose_tile("grads", q)
     with _on_device(q):
         row_lse, delta = row_numbers(dout, dlse, out, lse)
-        for piece in _pieces(q, k, block_index, places, block):
+        for piece in pieces(q, k, block_index, places, block):
             part_q, part_k, part_v, part_dout = piece.queries(q), piece.keys(k), piece.keys(v), piece.queries(dout)
             part_lse, part_delta = piece.queries(row_lse), piece.queries(delta)
-            items = _inverse(piece, "grads")
+            items = inverse(piece, "grads")
             partial = q.new_empty((piece.pairs, piece.group, dim))
             item_dk, item_dv = (q.new_empty((items.count, block, dim), dtype=torch.float32) for _ in range(2))
             _grads[items.count,](
                 part_q, part_k, part_v, part_dout, part_lse, part_delta, items.order, items.block, items.first,
                 items.last, piece.place, piece.first_key, piece.first_block, partial, item_dk, item_dv,
                 *_strides(part_q), *_strides(part_k), *_strides(part_v), *_strides(part_dout), *_strides(part_lse),
-                **piece.sizes(scale), **piece.switches(),
+                items.chunks, **piece.sizes(scale), **piece.switches(),
                 BLOCK_R=_fit(rows, items, piece), num_warps=warps, num_stages=stages,
             )  # fmt: skip
             part_dk, part_dv = piece.keys(dk), piece.keys(dv)
-            _sum_items[items.blocks,](
+            _sum_items[items.blocks // items.chunks,](
                 items.order, items.first, items.last, items.begin, piece.place, piece.first_key, piece.first_block,
-                item_dk, item_dv, part_dk, part_dv, *_strides(part_dk), **piece.sizes(scale), **piece.switches(),
-                num_warps=4,
+                item_dk, item_dv, part_dk, part_dv, *_strides(part_dk), items.chunks, **piece.sizes(scale),
+                **piece.switches(), num_warps=4,
             )  # fmt: skip
             part_dq = piece.queries(dq)
-            _sum_pairs[triton.cdiv(part_lse.numel(), MERGE_ROWS),](
+            _sum_pairs[triton.cdiv(part_lse.numel(), SUM_ROWS),](
                 partial, piece.index, piece.place, part_dq, *_strides(part_dq), part_lse.numel(), part_q.shape[1],
-                part_k.shape[2], block, **piece.row_switches(), BLOCK_R=MERGE_ROWS, num_warps=4,
+                part_k.shape[2], block, **piece.row_switches(), BLOCK_R=SUM_ROWS, num_warps=4,
             )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------- pieces and items
-
-
-@dataclass
-class _Piece:
-    """Some tokens and some key/value heads of a call; its tensors are small, contiguous copies."""
-
-    tokens: slice
-    heads: slice
-    group: int
-    dim: int
-    block: int
-    slots: int  # places of blocks of one row and head
-    keys_total: int
-    index: Tensor  # (B,T,G,top) of this piece
-    place: Tensor
-    first_key: Tensor
-    first_block: Tensor
-
-    @property
-    def pairs(self) -> int:
-        return self.index.numel()
-
-    def queries(self, x: Tensor) -> Tensor:
-        """This piece of (B,T,H,...)."""
-        return x[:, self.tokens, self.heads.start * self.group : self.heads.stop * self.group]
-
-    def keys(self, x: Tensor) -> Tensor:
-        return x[:, :, self.heads]
-
-    def sizes(self, scale: float) -> dict[str, int | float]:
-        _, tokens, kv_heads, _ = self.index.shape
-        return {"T": tokens, "N": self.keys_total, "G": kv_heads, "slots": self.slots, "scale": scale}
-
-    def switches(self) -> dict[str, int]:
-        return self.row_switches() | {"BLOCK": self.block, "BLOCK_K": max(16, triton.next_power_of_2(self.block))}
-
-    def row_switches(self) -> dict[str, int]:
-        block_d = max(16, triton.next_power_of_2(self.dim))
-        return {"TOP": self.index.shape[3], "GROUP": self.group, "D": self.dim, "BLOCK_D": block_d}
-
-
-def _pieces(q: Tensor, k: Tensor, block_index: Tensor, places: Any, block: int) -> Iterator[_Piece]:
-    """Runs of heads while one head's scratch fits, else runs of tokens of one head."""
-    batch, length, heads, dim = q.shape
-    kv_heads, top = block_index.shape[2:]
-    group = heads // kv_heads
-    token_bytes = batch * top * group * (dim * q.dtype.itemsize + 4)
-    fitting = max(1, min(length, SCRATCH_BYTES // token_bytes))
-    heads_each = max(1, SCRATCH_BYTES // (token_bytes * length)) if fitting == length else 1
-    # Documents: the places after the last token's are never used.
-    slots = triton.cdiv(k.shape[1], block) if places.documents == 0 else length // block + places.documents
-    for g in range(0, kv_heads, heads_each):
-        for t in range(0, length, fitting):
-            tokens, some = slice(t, min(t + fitting, length)), slice(g, min(g + heads_each, kv_heads))
-            yield _Piece(
-                tokens, some, group, dim, block, slots, k.shape[1], block_index[:, tokens, some].contiguous(),
-                *(x[:, tokens].contiguous() for x in (places.place, places.first_key, places.first_block)),
-            )  # fmt: skip
-
-
-@dataclass
-class _Items:
-    order: Tensor  # pairs, sorted by block
-    block: Tensor  # (count,) int32 (row * G + kv head) * slots + place
-    first: Tensor  # (count,) int32 range in `order`, empty: nothing to do
-    last: Tensor
-    begin: Tensor  # (blocks + 1,) int32 the items of each block
-    count: int
-    blocks: int
-    single: bool  # every item is one pair
-
-
-def _inverse(piece: _Piece, kernel: str) -> _Items:
-    index, device = piece.index, piece.index.device
-    batch, _, kv_heads, _ = index.shape
-    blocks = batch * kv_heads * piece.slots
-    own = torch.div(piece.place, piece.block, rounding_mode="floor")[:, :, None, None]
-    row = torch.arange(batch * kv_heads, device=device, dtype=torch.int32).view(batch, 1, kv_heads, 1) * piece.slots
-    key = row + piece.first_block[:, :, None, None] + index
-    key = torch.where((index >= 0) & (index <= own), key, blocks).flatten()
-    if kernel == "partial" and piece.pairs <= FEW_PAIRS:
-        pair = torch.arange(piece.pairs, device=device, dtype=torch.int32)
-        last = pair + (key < blocks).int()  # an empty item where there is no block
-        return _Items(pair, key, pair, last, pair, piece.pairs, blocks, True)
-    each = max(1, ITEM_ROWS[kernel] // piece.group)
-    key, order = key.sort(stable=True)
-    bounds = torch.searchsorted(key, torch.arange(blocks + 1, device=device, dtype=torch.int32), out_int32=True)
-    ends = torch.div(bounds.diff() + each - 1, each, rounding_mode="floor").cumsum(0, dtype=torch.int32)
-    begin = torch.cat((ends.new_zeros(1), ends))
-    count = min(blocks, piece.pairs) + piece.pairs // each  # at least the items there are
-    item = torch.arange(count, device=device, dtype=torch.int32)
-    block = torch.searchsorted(ends, item, right=True, out_int32=True)
-    here = block.clamp(max=blocks - 1).long()
-    first = bounds[here] + (item - begin[here]) * each
-    last = torch.minimum(first + each, bounds[here + 1])
-    return _Items(order.int(), block, first, last, begin, count, blocks, False)
-
-
-def _fit(rows: int, items: _Items, piece: _Piece) -> int:
+def _fit(rows: int, items: Items, piece: Piece) -> int:
     """Rows of a tile: no more than an item has."""
     return min(rows, max(16, triton.next_power_of_2(piece.group))) if items.single else rows
 
@@ -242,14 +147,16 @@ def _fit(rows: int, items: _Items, piece: _Piece) -> int:
 
 @triton.jit
 def _open(
-    item_first, order_ptr, block_ptr, first_key_ptr, first_block_ptr, G, slots, TOP: tl.constexpr, BLOCK: tl.constexpr
+    item_first, order_ptr, block_ptr, first_key_ptr, first_block_ptr, chunks, G, slots, TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of this program's item: (row of the batch, kv head, place of its block, that block's first key)."""
     block = tl.load(block_ptr + tl.program_id(0))
     slot = block % slots
     token = tl.load(order_ptr + item_first) // (G * TOP)  # counted through the batch
     key0 = tl.load(first_key_ptr + token) + (slot - tl.load(first_block_ptr + token)) * BLOCK
-    return tl.cast(block // slots // G, tl.int64), tl.cast(block // slots % G, tl.int64), slot, key0
+    head = block // slots // chunks
+    return tl.cast(head // G, tl.int64), tl.cast(head % G, tl.int64), slot, key0
 
 
 @triton.jit
@@ -271,7 +178,7 @@ def _partial(
     q_ptr, k_ptr, v_ptr, order_ptr, block_ptr, item_first_ptr, item_last_ptr, place_ptr, first_key_ptr,
     first_block_ptr, partial_ptr, partial_lse_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    T, N, G, slots, scale,
+    chunks, T, N, G, slots, scale,
     TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -279,7 +186,7 @@ def _partial(
     if first >= last:
         return
     batch, kv_head, slot, key0 = _open(
-        first, order_ptr, block_ptr, first_key_ptr, first_block_ptr, G, slots, TOP, BLOCK
+        first, order_ptr, block_ptr, first_key_ptr, first_block_ptr, chunks, G, slots, TOP, BLOCK
     )
     q_ptr += batch * stride_qb + kv_head * GROUP * stride_qh
     beyond = min(key0 + BLOCK, N)
@@ -305,28 +212,75 @@ def _partial(
 
 
 @triton.jit
-def _query_rows(rows, T, G, GROUP: tl.constexpr, BLOCK_R: tl.constexpr):
-    """(inside, token through the batch, batch, token, head, first pair / TOP, member) of rows of (B,T,H)."""
-    row = tl.cast(tl.program_id(0), tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    head = row % (G * GROUP)
-    token = row // (G * GROUP)
-    return row < rows, token, token // T, token % T, head, token * G + head // GROUP, head % GROUP
+def _weigh(top, total, acc, s, v):
+    """The online softmax's next tile: logits s (in log2) of values v."""
+    new_top = tl.maximum(top, tl.max(s, 1))
+    pivot = tl.where(new_top == -float("inf"), 0.0, new_top)
+    p = tl.exp2(s - pivot[:, None])
+    shrink = tl.exp2(top - pivot)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return new_top, total * shrink + tl.sum(p, 1), acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def _merge(
-    partial_ptr, partial_lse_ptr, index_ptr, place_ptr, out_ptr, lse_ptr,
-    stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh, rows, T, G, block,
-    TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, partial_ptr, partial_lse_ptr, index_ptr, place_ptr, first_key_ptr, out_ptr, lse_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh, T, N, G, scale,
+    TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    inside, token, batch, t, head, choice, member = _query_rows(rows, T, G, GROUP, BLOCK_R)
-    own = tl.load(place_ptr + token, mask=inside, other=0) // block
+    """Rows of one key/value head. The keys of their near blocks lie in two ranges: the first block of the first row's
+    document, and from that row's previous block to the last row's own. A document that begins later, with its first
+    block, lies in the second; where they would meet there is only the second."""
+    tile, batch, kv_head = program(tl.program_id(0), tl.cdiv(T * GROUP, BLOCK_R), G)
+    row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    t, member, inside = row // GROUP, row % GROUP, row < T * GROUP
+    place_ptr += batch * T
+    first_key_ptr += batch * T
+    place = tl.load(place_ptr + t, mask=inside, other=-1)
+    own = place // BLOCK
+    choice = (batch * T + t) * G + kv_head
     top = tl.full([BLOCK_R], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    if TOGETHER:
+        with_first, with_previous, with_own = row < 0, row < 0, row < 0  # none yet
+        for i in range(0, TOP):
+            chosen = tl.load(index_ptr + choice * TOP + i, mask=inside, other=-1)
+            there = (chosen >= 0) & inside
+            with_first = with_first | (there & (chosen == 0))
+            with_previous = with_previous | (there & (chosen == own - 1))
+            with_own = with_own | (there & (chosen == own))
+        q_ptr += batch * stride_qb + kv_head * GROUP * stride_qh
+        k_ptr += batch * stride_kb + kv_head * stride_kh
+        v_ptr += batch * stride_vb + kv_head * stride_vh
+        q = load_rows(q_ptr, t, member, stride_qt, stride_qh, inside, D, BLOCK_D)
+        first_key = tl.load(first_key_ptr + t, mask=inside, other=0)
+        earliest, latest = tile * BLOCK_R // GROUP, min((tile * BLOCK_R + BLOCK_R - 1) // GROUP, T - 1)
+        start = tl.load(first_key_ptr + earliest)
+        previous = start + max(tl.load(place_ptr + earliest) // BLOCK - 1, 0) * BLOCK
+        beyond = min(tl.load(first_key_ptr + latest) + tl.load(place_ptr + latest) + 1, N)
+        apart = tl.where(previous > start, tl.cdiv(BLOCK, BLOCK_K), 0)  # tiles of the first range
+        for i in range(0, apart + tl.cdiv(beyond - previous, BLOCK_K)):
+            k0 = tl.where(i < apart, start + i * BLOCK_K, previous + (i - apart) * BLOCK_K)
+            end = tl.where(i < apart, min(start + BLOCK, N), beyond)
+            key = k0 + tl.arange(0, BLOCK_K)
+            k = load_tile(k_ptr, k0, 0, end, stride_kt, BLOCK_K, D, BLOCK_D)
+            v = load_tile(v_ptr, k0, 0, end, stride_vt, BLOCK_K, D, BLOCK_D)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+            at = key[None, :] - first_key[:, None]
+            block = at // BLOCK
+            mine = (block == own[:, None]) & with_own[:, None]
+            mine = mine | ((block == own[:, None] - 1) & with_previous[:, None])
+            mine = mine | ((block == 0) & with_first[:, None])
+            seen = mine & (at >= 0) & (at <= place[:, None]) & (key < end)[None, :]
+            top, total, acc = _weigh(top, total, acc, tl.where(seen, s, -float("inf")), v)
     for i in range(0, TOP):
         chosen = tl.load(index_ptr + choice * TOP + i, mask=inside, other=-1)
         there = (chosen >= 0) & (chosen <= own)
+        if TOGETHER:
+            there = there & (is_near(chosen, own) == 0)
         pair = choice * TOP + i
         lse = tl.load(partial_lse_ptr + pair * GROUP + member, mask=there, other=-float("inf"))
         partial = load_rows(partial_ptr, pair, member, GROUP * D, D, there, D, BLOCK_D)
@@ -340,8 +294,10 @@ def _merge(
     seen = total > 0
     out = acc / tl.where(seen, total, 1.0)[:, None]
     lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN2, -float("inf"))
-    store_rows(out_ptr, out, t, batch * stride_ob + head * stride_oh, stride_ot, 1, inside, D, BLOCK_D)
-    tl.store(lse_ptr + batch * stride_lb + t * stride_lt + head * stride_lh, lse, mask=inside)
+    out_ptr += batch * stride_ob + kv_head * GROUP * stride_oh
+    store_rows(out_ptr, out, t, member, stride_ot, stride_oh, inside, D, BLOCK_D)
+    at = batch * stride_lb + tl.cast(t, tl.int64) * stride_lt + (kv_head * GROUP + member) * stride_lh
+    tl.store(lse_ptr + at, lse, mask=inside)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -349,7 +305,7 @@ def _grads(
     q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, order_ptr, block_ptr, item_first_ptr, item_last_ptr,
     place_ptr, first_key_ptr, first_block_ptr, partial_ptr, item_dk_ptr, item_dv_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_db, stride_dt, stride_dh, stride_lb, stride_lt, stride_lh, T, N, G, slots, scale,
+    stride_db, stride_dt, stride_dh, stride_lb, stride_lt, stride_lh, chunks, T, N, G, slots, scale,
     TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -359,7 +315,7 @@ def _grads(
     if first >= last:
         return
     batch, kv_head, slot, key0 = _open(
-        first, order_ptr, block_ptr, first_key_ptr, first_block_ptr, G, slots, TOP, BLOCK
+        first, order_ptr, block_ptr, first_key_ptr, first_block_ptr, chunks, G, slots, TOP, BLOCK
     )
     q_ptr += batch * stride_qb + kv_head * GROUP * stride_qh
     dout_ptr += batch * stride_db + kv_head * GROUP * stride_dh
@@ -398,7 +354,7 @@ def _grads(
 def _sum_items(
     order_ptr, item_first_ptr, item_last_ptr, begin_ptr, place_ptr, first_key_ptr, first_block_ptr,
     item_dk_ptr, item_dv_ptr, dk_ptr, dv_ptr,
-    stride_b, stride_n, stride_h, T, N, G, slots, scale,
+    stride_b, stride_n, stride_h, chunks, T, N, G, slots, scale,
     TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -407,11 +363,15 @@ def _sum_items(
     It touches only the keys that some query saw: a document's last block reaches into the next one, whose keys are
     another program's to add to.
     """
-    block = tl.program_id(0)
-    begin, end = tl.load(begin_ptr + block), tl.load(begin_ptr + block + 1)
-    if begin >= end:
+    batch, kv_head, slot = tl.program_id(0) // slots // G, tl.program_id(0) // slots % G, tl.program_id(0) % slots
+    block = tl.program_id(0) // slots * chunks * slots + slot  # in the first chunk
+    begin, end = -1, -1
+    for chunk in range(0, chunks):
+        earliest, beyond = tl.load(begin_ptr + block + chunk * slots), tl.load(begin_ptr + block + chunk * slots + 1)
+        begin = tl.where((begin < 0) & (earliest < beyond), earliest, begin)
+        end = tl.where(earliest < beyond, beyond, end)
+    if end < 0:
         return
-    batch, kv_head, slot = block // slots // G, block // slots % G, block % slots
     token = tl.load(order_ptr + tl.load(item_first_ptr + begin)) // (G * TOP)
     before = (slot - tl.load(first_block_ptr + token)) * BLOCK
     key0 = tl.load(first_key_ptr + token) + before
@@ -422,10 +382,11 @@ def _sum_items(
     corner = tl.cast(batch, tl.int64) * stride_b + tl.cast(kv_head, tl.int64) * stride_h
     dk = load_rows(dk_ptr + corner, key0 + column, column * 0, stride_n, 0, inside, D, BLOCK_D)
     dv = load_rows(dv_ptr + corner, key0 + column, column * 0, stride_n, 0, inside, D, BLOCK_D)
-    for item in range(begin, end):
-        at = tl.cast(item, tl.int64) * BLOCK * D
-        dk += load_rows(item_dk_ptr + at, column, column * 0, D, 0, inside, D, BLOCK_D)
-        dv += load_rows(item_dv_ptr + at, column, column * 0, D, 0, inside, D, BLOCK_D)
+    for chunk in range(0, chunks):
+        for item in range(tl.load(begin_ptr + block + chunk * slots), tl.load(begin_ptr + block + chunk * slots + 1)):
+            at = tl.cast(item, tl.int64) * BLOCK * D
+            dk += load_rows(item_dk_ptr + at, column, column * 0, D, 0, inside, D, BLOCK_D)
+            dv += load_rows(item_dv_ptr + at, column, column * 0, D, 0, inside, D, BLOCK_D)
     store_rows(dk_ptr + corner, dk, key0 + column, column * 0, stride_n, 0, inside, D, BLOCK_D)
     store_rows(dv_ptr + corner, dv, key0 + column, column * 0, stride_n, 0, inside, D, BLOCK_D)
 
@@ -435,7 +396,9 @@ def _sum_pairs(
     partial_ptr, index_ptr, place_ptr, dq_ptr, stride_b, stride_t, stride_h, rows, T, G, block,
     TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    inside, token, batch, t, head, choice, member = _query_rows(rows, T, G, GROUP, BLOCK_R)
+    row = tl.cast(tl.program_id(0), tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside, head, token = row < rows, row % (G * GROUP), row // (G * GROUP)  # of (B,T,H); the token through the batch
+    batch, t, choice, member = token // T, token % T, token * G + head // GROUP, head % GROUP
     own = tl.load(place_ptr + token, mask=inside, other=0) // block
     dq = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for i in range(0, TOP):

@@ -8,7 +8,7 @@ sums the totals of the gate chunks between the key's tile and the query's, one s
     _rows       delta_t = o_t . do_t - dlse_t, and lse_t in the units above
     _dkdv       a key tile walks its query tiles, for each query head of its group; writes the key side of the gradient
                 of the gate's prefix, -sum_t ds_tj
-    _dq         the forward's walk again; adds the query side, sum_j ds_tj
+    _dq         the forward's walk again; writes the query side, sum_j ds_tj
 
 The query side is dlse_t and nothing else in exact arithmetic. In bfloat16 it is not: delta comes from a rounded out.
 Left out, what each row lacks adds up along the sequence into the gradients of log_decay (measured, window 128: 4% of
@@ -49,6 +49,7 @@ INTEGERS = [
     "N",
     "window",
     "stride_bound",
+    "stride_group",
 ]  # change from call to call: compiling for their values would pay nothing
 
 
@@ -63,13 +64,15 @@ def window_forward(
     *,
     window: int | None,
     scale: float,
-    spans: tuple[Tensor, Tensor] | None,
+    spans: tuple[Tensor, ...] | None,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out like q and natural-log lse (B,T,H) float32. gate is () for none, (log_decay,) or (z, u), each (B,N,H).
 
     Checked tensors on one CUDA device, or on the CPU under Triton's interpreter. spans = (start, end), (B,N) int32: the
-    first visible key of each query, one past the last query that sees each key. `tiles` overrides the table.
+    first visible key of each query, one past the last query that sees each key. Where tiles are pruned they are (B,G,N)
+    and a third follows: the document's end (B,N) or None, which bounds the sums of the gate's gradient. `tiles`
+    overrides the table.
     """
     batch, length, heads, dim = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -101,7 +104,7 @@ def window_backward(
     *,
     window: int | None,
     scale: float,
-    spans: tuple[Tensor, Tensor] | None,
+    spans: tuple[Tensor, ...] | None,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """dq, dk, dv and the gradients of `gate`, from what the forward returned and the gradients of both."""
@@ -116,7 +119,8 @@ def window_backward(
     with _on_device(q):
         suffix, total = gates.prefix(gate) if gate else (None, None)
         row_lse, delta = (q.new_empty((batch, heads, length), dtype=torch.float32) for _ in range(2))
-        dprefix = torch.empty_like(suffix) if suffix is not None else None
+        key_side = torch.empty_like(suffix) if suffix is not None else None
+        query_side = torch.empty_like(delta) if suffix is not None else None
         dlse = dlse.contiguous() if dlse is not None else None
         _rows[triton.cdiv(length, ROWS) * batch * heads,](
             out, dout, lse.contiguous(), dlse, suffix, row_lse, delta, *_strides(out), *_strides(dout),
@@ -126,17 +130,17 @@ def window_backward(
         strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(dout))
         end, bound_strides = _bound(spans, 1)
         _dkdv[triton.cdiv(k.shape[1], tiles.dkdv.keys) * batch * kv_heads,](
-            q, k, v, dout, suffix, total, end, row_lse, delta, dk, dv, dprefix,
+            q, k, v, dout, suffix, total, end, row_lse, delta, dk, dv, key_side,
             *strides, *bound_strides, **sizes, **switches, **_schedule(tiles.dkdv),
         )  # fmt: skip
         start, bound_strides = _bound(spans, 0)
         _dq[_query_tiles(q, k, tiles.dq) * batch * heads,](
-            q, k, v, dout, suffix, total, start, row_lse, delta, dq, dprefix,
+            q, k, v, dout, suffix, total, start, row_lse, delta, dq, query_side,
             *strides, *bound_strides, **sizes, **switches, **_schedule(tiles.dq),
         )  # fmt: skip
-        if dprefix is None:
+        if key_side is None or query_side is None:
             return dq, dk, dv, ()
-        return dq, dk, dv, gates.prefix_backward(dprefix, gate, None if spans is None else spans[1])
+        return dq, dk, dv, gates.prefix_backward(key_side, query_side, gate, None if spans is None else spans[-1])
 
 
 def _query_tiles(q: Tensor, k: Tensor, tile: Tile) -> int:
@@ -170,8 +174,11 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return x.stride()[:3]
 
 
-def _bound(spans: tuple[Tensor, Tensor] | None, side: int) -> tuple[Tensor | None, tuple[int, ...]]:
-    return (None, (0, 0)) if spans is None else (spans[side], spans[side].stride())
+def _bound(spans: tuple[Tensor, ...] | None, side: int) -> tuple[Tensor | None, tuple[int, ...]]:
+    if spans is None:
+        return None, (0, 0, 0)
+    bound = spans[side]
+    return bound, bound.stride() if bound.dim() == 3 else (bound.stride(0), 0, bound.stride(1))
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
@@ -220,7 +227,7 @@ def _row_visible(row, column, start, window, WINDOWED: tl.constexpr, BOUNDED: tl
 def _forward(
     q_ptr, k_ptr, v_ptr, suffix_ptr, total_ptr, start_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_bound, stride_start, T, N, H, window, scale,
+    stride_bound, stride_group, stride_start, T, N, H, window, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
@@ -237,7 +244,7 @@ def _forward(
         total_ptr += (batch * H + head) * tl.cdiv(N, CHUNK)
     oldest, latest_start, start = 0, 0, row
     if BOUNDED:
-        start_ptr += batch * stride_bound
+        start_ptr += batch * stride_bound + head // GROUP * stride_group
         start = tl.load(start_ptr + row * stride_start, mask=row < N, other=0)
         oldest = tl.load(start_ptr + max(q0, offset) * stride_start)
         latest_start = tl.load(start_ptr + (min(q0 + BLOCK_Q, N) - 1) * stride_start)
@@ -308,9 +315,9 @@ def _rows(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _dkdv(
-    q_ptr, k_ptr, v_ptr, dout_ptr, suffix_ptr, total_ptr, end_ptr, row_lse_ptr, delta_ptr, dk_ptr, dv_ptr, dprefix_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, suffix_ptr, total_ptr, end_ptr, row_lse_ptr, delta_ptr, dk_ptr, dv_ptr, key_side_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_db, stride_dt, stride_dh, stride_bound, stride_end, T, N, H, window, scale,
+    stride_db, stride_dt, stride_dh, stride_bound, stride_group, stride_end, T, N, H, window, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
@@ -322,7 +329,7 @@ def _dkdv(
     column = k0 + tl.arange(0, BLOCK_K)
     beyond, earliest_end, end = N, N, column
     if BOUNDED:
-        end_ptr += batch * stride_bound
+        end_ptr += batch * stride_bound + kv_head * stride_group
         end = tl.load(end_ptr + column * stride_end, mask=column < N, other=0)
         beyond = tl.load(end_ptr + (min(k0 + BLOCK_K, N) - 1) * stride_end)
         earliest_end = tl.load(end_ptr + k0 * stride_end)
@@ -371,7 +378,7 @@ def _dkdv(
             if GATED:
                 ds_sum += tl.sum(ds, 1)
         if GATED:
-            tl.store(dprefix_ptr + head_row * N + column, -ds_sum, mask=column < N)
+            tl.store(key_side_ptr + head_row * N + column, -ds_sum, mask=column < N)
 
     corner = batch * N * kv_heads * D + kv_head * D
     store_tile(dk_ptr + corner, dk * scale, k0, 0, N, kv_heads * D, BLOCK_K, D, BLOCK_D)
@@ -380,13 +387,13 @@ def _dkdv(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _dq(
-    q_ptr, k_ptr, v_ptr, dout_ptr, suffix_ptr, total_ptr, start_ptr, row_lse_ptr, delta_ptr, dq_ptr, dprefix_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, suffix_ptr, total_ptr, start_ptr, row_lse_ptr, delta_ptr, dq_ptr, query_side_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_db, stride_dt, stride_dh, stride_bound, stride_start, T, N, H, window, scale,
+    stride_db, stride_dt, stride_dh, stride_bound, stride_group, stride_start, T, N, H, window, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """One query tile of one head, the same walk as the forward's. Runs after _dkdv, whose dprefix it adds to."""
+    """One query tile of one head, the same walk as the forward's."""
     offset = N - T
     q0, batch, head = _query_tile(tl.program_id(0), offset, N, H, BLOCK_Q)
     row = q0 + tl.arange(0, BLOCK_Q)
@@ -401,7 +408,7 @@ def _dq(
         total_ptr += (batch * H + head) * tl.cdiv(N, CHUNK)
     oldest, latest_start, start = 0, 0, row
     if BOUNDED:
-        start_ptr += batch * stride_bound
+        start_ptr += batch * stride_bound + head // GROUP * stride_group
         start = tl.load(start_ptr + row * stride_start, mask=row < N, other=0)
         oldest = tl.load(start_ptr + max(q0, offset) * stride_start)
         latest_start = tl.load(start_ptr + (min(q0 + BLOCK_Q, N) - 1) * stride_start)
@@ -433,7 +440,6 @@ def _dq(
             ds_sum += tl.sum(ds, 1)
 
     if GATED:
-        dprefix_ptr += (batch * H + head) * N + row
-        tl.store(dprefix_ptr, tl.load(dprefix_ptr, mask=inside, other=0.0) + ds_sum, mask=inside)
+        tl.store(query_side_ptr + row_at + row, ds_sum, mask=inside)
     dq_ptr += (batch * T - offset) * H * D + head * D
     store_tile(dq_ptr, dq * scale, q0, offset, N, H * D, BLOCK_Q, D, BLOCK_D)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo import ops
@@ -62,10 +61,7 @@ class Gate(nn.Module):
             self.bias[dims.heads :] = amplitude
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        # A rounding error in z is carried along the whole window, so the projection is float32 under autocast too.
-        with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(x.dtype, torch.float32)
-            z, u = F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide)).chunk(2, dim=-1)
+        z, u = ops.precise_linear(x, self.weight, self.bias).chunk(2, dim=-1)
         return z, u
 
 
@@ -76,6 +72,7 @@ class Attention(Mixer):
         if window is not None:
             check_window(window)
         self.config, self.dims, self.window = config, dims, window
+        self.prune: float | None = None
         self.reach = None if window is None else window - 1 + config.token_shift
         self.kv_heads = kv_sets * dims.kv_heads
         queries, keys = dims.heads * dims.head_dim, self.kv_heads * dims.head_dim
@@ -109,10 +106,7 @@ class Attention(Mixer):
 
     def _shift(self, x: Tensor, k: Tensor, v: Tensor, ctx: Context, state: Any) -> tuple[Tensor, Tensor]:
         assert self.shift is not None
-        with torch.autocast(x.device.type, enabled=False):  # float32, as the gate (SPEC.md 3.2)
-            wide = torch.promote_types(x.dtype, torch.float32)
-            shares = torch.sigmoid(F.linear(x.to(wide), self.shift.weight.to(wide)))
-        keep_k, keep_v = shares.chunk(2, dim=-1)
+        keep_k, keep_v = ops.precise_linear(x, self.shift.weight).sigmoid().chunk(2, dim=-1)
         starts = None if ctx.cu_seqlens is None else document_starts(ctx.cu_seqlens, x.shape[1])
         tails = (None, None) if state is None else (state["tail_k"], state["tail_v"])
         shifted = tuple(
@@ -143,7 +137,9 @@ class Attention(Mixer):
         if self.gate is None:
             return ops.window_attention(q, k, v, window=self.window, cu_seqlens=ctx.cu_seqlens)
         z, u = self.gate(x)
-        return ops.gated_window_attention(q, k, v, z, u, window=self.window, cu_seqlens=ctx.cu_seqlens)
+        return ops.gated_window_attention(
+            q, k, v, z, u, window=self.window, cu_seqlens=ctx.cu_seqlens, prune=self.prune
+        )
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: Context, state: Any) -> Tensor:
         """Attend to the cached past and to the call's own tokens, and add them to the cache."""

@@ -17,14 +17,21 @@ from zoo.registry import mixers
 class GatedFWA(Attention):
     @dataclass
     class Config(AttentionConfig):
+        """prune: the share of its probability that a token may lose to skipped tiles (zoo/ops/prune.py); null skips
+        none. A call with a state skips none either, and flops counts all."""
+
         window: int = 512
         token_shift: bool = True
         gate_bias: float = 0.0
         gate_amplitude: float = 0.0
+        prune: float | None = None
 
         def __post_init__(self):
             check_window(self.window)
+            if self.prune is not None and not 0 < self.prune < 1:
+                raise ValueError(f"prune = {self.prune}; it takes a number above 0 and below 1, or null")
 
     def __init__(self, config: Config, dims: Dims):
         gate = Gate(dims, config.gate_bias, config.gate_amplitude)
         super().__init__(config, dims, window=config.window, gate=gate)
+        self.prune = config.prune

@@ -9,8 +9,8 @@ authors': blocks are means over `block` tokens and the branches share keys and v
     block 64, compressed_block 32, stride 16, compression mlp, separate_kv true
 
 While a sequence has at most top * block tokens every block is chosen, and the branch runs as the dense causal attention
-that it then is. The state holds all keys and values, the compressed blocks and the window's decays: a step reads the
-compressed blocks, top * block keys and the window.
+that it then is (ops.runs_dense). The state holds all keys and values, the compressed blocks and the window's decays: a
+step reads the compressed blocks, top * block keys and the window.
 """
 
 from dataclasses import dataclass
@@ -54,6 +54,7 @@ class NSA(Attention):
         window            visible keys of the window branch, the token itself included
         compressed_block  tokens of a compressed block; it holds `stride` tokens that the next one doesn't
         compression       a compressed key or value is the mean over its block, or that plus an MLP of the whole block
+        importance        of a block that holds several compressed ones: what overlaps it, or Eq. 9's sign as printed
         separate_kv       each branch has keys and values of its own
         """
 
@@ -63,6 +64,7 @@ class NSA(Attention):
         compressed_block: int = 0
         stride: int = 0
         compression: Literal["mean", "mlp"] = "mean"
+        importance: Literal["spatial", "printed"] = "spatial"
         separate_kv: bool = False
 
         def __post_init__(self):
@@ -117,7 +119,7 @@ class NSA(Attention):
             )
             for y in (blocks_k, blocks_v)
         )
-        dense = x.shape[1] <= config.top * config.block
+        dense = ops.runs_dense(x.shape[1], config.block, config.top)
         gist, chosen = self._gist(q, *self._compress(blocks_k, blocks_v), 0 if dense else config.top, cu_seqlens=packed)
         if dense:
             detail = ops.window_attention(q, select_k, select_v, cu_seqlens=packed)
@@ -196,7 +198,7 @@ class NSA(Attention):
         config = self.config
         out, _, chosen = ops.compressed_attention(
             q, k, v, block=config.compressed_length, stride=config.compressed_step,
-            select=config.block, top=top, **where,
+            select=config.block, top=top, importance=config.importance, **where,
         )  # fmt: skip
         return out, chosen
 

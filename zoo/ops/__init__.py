@@ -6,6 +6,7 @@ Layout (B, T, H, D) everywhere. `window` counts the visible keys, the token's ow
 from zoo.ops.backend import may_look
 from zoo.ops.decode import ring_attention
 from zoo.ops.gate import log_decay
+from zoo.ops.linear import precise_linear
 from zoo.ops.loss import linear_cross_entropy
 from zoo.ops.nsa import (
     compressed_attention,
@@ -13,8 +14,10 @@ from zoo.ops.nsa import (
     mix_branches,
     nsa_attention,
     pool_blocks,
+    runs_dense,
     selected_attention,
 )
+from zoo.ops.rotary import rotary_table
 from zoo.ops.window import gated_window_attention, window_attention
 
 __all__ = [
@@ -27,7 +30,10 @@ __all__ = [
     "mix_branches",
     "nsa_attention",
     "pool_blocks",
+    "precise_linear",
     "ring_attention",
+    "rotary_table",
+    "runs_dense",
     "selected_attention",
     "window_attention",
 ]

@@ -13,7 +13,7 @@ than `top` means that all are chosen. A query that no compressed block is visibl
 Shapes: q (B,T,H,D); k, v (B,N,G,D), H a multiple of G; compressed keys and values (B,M,G,D).
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from zoo.ops.stacking import stack_rows
 from zoo.ops.window import window_attention
 
 FORCED = 3  # blocks that are always chosen: the first, the previous, the own
+# Keys from which on the sparse kernels beat dense attention, as `python scripts/bench_nsa.py --only crossover` measures
+# it; None: not measured. `runs_dense` alone reads it.
+CROSSOVER: int | None = None
 
 
 def nsa_attention(
@@ -48,7 +51,7 @@ def nsa_attention(
     one row (B = 1, N = T): blocks begin anew with each, nothing passes between them.
 
     Returns out like q. Differentiable once in q, k, v, branch_gates and log_decay; the choice of blocks is a constant.
-    While N <= top * block every block is chosen, and the selected branch is computed as the causal attention it is.
+    While `runs_dense` the selected branch is computed as the causal attention that it is.
     Raises ValueError naming the argument.
     """
     _check_qkv("k and v", q, k, v)
@@ -61,7 +64,7 @@ def nsa_attention(
     start = None if cu_seqlens is not None else torch.full(q.shape[:1], offset, dtype=torch.int32, device=q.device)
     options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens}
     compressed_k, compressed_v = (pool_blocks(x, block, cu_seqlens=cu_seqlens) for x in (k, v))
-    dense = k.shape[1] <= top * block
+    dense = runs_dense(k.shape[1], block, top)
     compressed, _, block_index = compressed_attention(
         q, compressed_k, compressed_v, block=block, top=0 if dense else geometry.top, query_start=start, **options
     )
@@ -71,6 +74,12 @@ def nsa_attention(
         selected = selected_attention(q, k, v, block_index, block=block, query_start=start, **options)
     near = window_attention(q, k, v, log_decay, window=window, **options)
     return mix_branches(branch_gates, compressed, selected, near)
+
+
+def runs_dense(keys: int, block: int, top: int) -> bool:
+    """Whether the selected branch runs as dense causal attention: every block is chosen, so that both are the same, and
+    the sequence is not beyond the measured crossover, where it exists."""
+    return keys <= top * block and (CROSSOVER is None or keys <= CROSSOVER)
 
 
 def mix_branches(branch_gates: Tensor, compressed: Tensor, selected: Tensor, near: Tensor) -> Tensor:
@@ -89,6 +98,7 @@ def compressed_attention(
     stride: int | None = None,
     select: int | None = None,
     top: int = 16,
+    importance: Literal["spatial", "printed"] = "spatial",
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     query_start: Tensor | None = None,
@@ -97,8 +107,9 @@ def compressed_attention(
 
     k, v (B,M,G,D): block c stands for the tokens [c * stride, c * stride + block); the stride is `block` unless given
     and divides it. `select` is the size of the blocks that are chosen, `block` unless given, a multiple of stride that
-    holds `block`; with overlapping blocks the importance of a selection block adds up what overlaps it (SPEC.md 5.1,
-    the spatially matching form). top = 0 chooses nothing. With cu_seqlens blocks stand where `pool_blocks` puts them.
+    holds `block`; where it holds several its importance adds up what overlaps it ("spatial"), or, as Eq. 9 is printed,
+    what lies select / stride - 1 strides earlier ("printed"; SPEC.md 5.1 shows why the first is what is meant). top = 0
+    chooses nothing. With cu_seqlens blocks stand where `pool_blocks` puts them.
     query_start (B,) int32: position of each row's first query, 0 unless given (decoding, chunked prefill).
 
     Returns out like q, the natural-log normaliser lse (B,T,H) (-inf, and out 0, where no block is visible) and
@@ -107,9 +118,11 @@ def compressed_attention(
     """
     _check_qkv("k and v", q, k, v)
     geometry = _geometry(block, stride, select, top)
-    scale = _check_places(q, scale, cu_seqlens, query_start)
+    if importance not in ("spatial", "printed"):
+        raise ValueError(f'importance is {importance!r}: it must be "spatial" or "printed"')
+    scale, printed = _check_places(q, scale, cu_seqlens, query_start), importance == "printed"
     return _compressed_attention(
-        q, k, v, geometry.block, geometry.stride, geometry.select, geometry.top, scale, cu_seqlens, query_start
+        q, k, v, geometry.block, geometry.stride, geometry.select, geometry.top, printed, scale, cu_seqlens, query_start
     )
 
 
@@ -218,18 +231,19 @@ def _compressed_attention(
     stride: int,
     select: int,
     top: int,
+    printed: bool,
     scale: float,
     cu_seqlens: Tensor | None,
     query_start: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    geometry = Geometry(block, stride, select, top)
+    geometry = Geometry(block, stride, select, top, printed)
     places = _compressed_places(q, k, geometry, cu_seqlens, query_start)
     with torch.autocast(q.device.type, enabled=False):
         return _kernels(q).compressed_forward(q, k, v, places, geometry, scale)
 
 
 @_compressed_attention.register_fake
-def _(q, k, v, block, stride, select, top, scale, cu_seqlens, query_start):
+def _(q, k, v, block, stride, select, top, printed, scale, cu_seqlens, query_start):
     lse = q.new_empty(q.shape[:3], dtype=reference.accumulator(q.dtype))
     return q.new_empty(q.shape), lse, q.new_empty((*q.shape[:2], k.shape[2], top), dtype=torch.int32)
 
@@ -262,7 +276,7 @@ def _(dout, dlse, q, k, v, out, lse, block, stride, select, scale, cu_seqlens, q
 
 
 def _save_compressed(ctx, inputs, output) -> None:
-    q, k, v, block, stride, select, _, scale, cu_seqlens, query_start = inputs
+    q, k, v, block, stride, select, _, _, scale, cu_seqlens, query_start = inputs
     out, lse, block_index = output
     ctx.mark_non_differentiable(block_index)
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, query_start)
@@ -274,11 +288,11 @@ def _backward_compressed(ctx, dout: Tensor | None, dlse: Tensor | None, _):
     q, k, v, out, lse, cu_seqlens, query_start = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     grads = _compressed_attention_backward(dout, dlse, q, k, v, out, lse, *ctx.options, cu_seqlens, query_start)
-    return *grads, None, None, None, None, None, None, None
+    return *grads, None, None, None, None, None, None, None, None
 
 
 _compressed_attention.register_autograd(_backward_compressed, setup_context=_save_compressed)
-stack_rows(_compressed_attention, packed=8)
+stack_rows(_compressed_attention, packed=9)
 stack_rows(_compressed_attention_backward, packed=11)
 
 

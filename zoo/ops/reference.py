@@ -11,6 +11,8 @@ over the visible keys max(start_t, t - window + 1) <= j <= t (SPEC.md 1.4). Two 
 Shapes: q (B,T,H,D); k, v (B,N,G,D) with N >= T and H a multiple of G; log_decay (B,N,H). Query i stands at N - T + i.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,9 +22,9 @@ from zoo.kernels import EPS
 BLOCK = 128  # queries per step of the blocked path: more wastes hidden keys, fewer wastes calls
 BLOCK_ELEMENTS = 1 << 20  # logits per step; above it the block shrinks, so that a step stays in cache
 
-Spans = tuple[
-    Tensor, Tensor
-]  # first visible key of each query, one past the last query that sees each key; (B,N) int32
+# First visible key of each query, one past the last query that sees each key; (B,N) int32. Where tiles are pruned both
+# are (B,G,N), and the document's end (B,N) or None follows (zoo/ops/prune.py).
+Spans = tuple[Any, ...]
 
 
 def activate(z: Tensor, u: Tensor, eps: float = EPS) -> Tensor:
@@ -88,6 +90,8 @@ def definition(
         logits = logits + bias.to(logits.dtype)
     token = torch.arange(keys, device=q.device)
     visible = _visible(token[keys - queries :], token, window, spans)
+    if visible.shape[1] > 1:
+        visible = visible.repeat_interleave(heads // visible.shape[1], dim=1)
     logits = logits.masked_fill(~visible, -torch.inf)
     lse = logits.logsumexp(-1)
     p = (logits - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
@@ -95,15 +99,16 @@ def definition(
 
 
 def _visible(query: Tensor, key: Tensor, window: int | None, spans: Spans | None) -> Tensor:
-    """Bool mask (1 or B, 1, queries, keys) from absolute positions."""
+    """Bool mask (1 or B, 1 or G, queries, keys) from absolute positions."""
     distance = query[:, None] - key[None, :]
     visible = distance >= 0
     if window is not None:
         visible = visible & (distance < window)
     if spans is None:
         return visible[None, None]
-    start = spans[0][:, query]
-    return (visible[None] & (key >= start[..., None]))[:, None]
+    start = spans[0][..., query]
+    visible = visible & (key >= start[..., None])
+    return visible if start.dim() == 3 else visible[:, None]
 
 
 # ---------------------------------------------------------------------------------------------- the blocked path
@@ -209,7 +214,7 @@ def _blocks(q: Tensor, k: Tensor, window: int | None, spans: Spans | None) -> li
         last = min(first + size, length)
         lowest = 0 if window is None else max(0, offset + first - window + 1)
         if spans is not None and spans[0].device.type == "cpu":  # a look at the value would stall any other device
-            lowest = max(lowest, min(int(spans[0][:, offset + first].min()), offset + first))
+            lowest = max(lowest, min(int(spans[0][..., offset + first].min()), offset + first))
         blocks.append((slice(first, last), slice(lowest, offset + last)))
     return blocks
 
@@ -242,8 +247,9 @@ def _gate_backward(dprefix: Tensor, gate: tuple[Tensor, ...], spans: Spans | Non
     """From the gradient of the prefix sum (B,G,R,N) to that of log_decay, or of z and u."""
     dprefix = dprefix.flatten(1, 2)
     grad = dprefix.flip(-1).cumsum(-1).flip(-1)
-    if spans is not None:  # what lies beyond the document sums to zero but for rounding, which must not leak either
-        after = F.pad(grad, (0, 1)).gather(2, spans[1].long()[:, None].expand(grad.shape))
+    end = None if spans is None else spans[-1]
+    if end is not None:  # what lies beyond the document sums to zero but for rounding, which must not leak either
+        after = F.pad(grad, (0, 1)).gather(2, end.long()[:, None].expand(grad.shape))
         grad = grad - after
     grad = grad.transpose(1, 2).contiguous()
     grads = (grad.to(gate[0].dtype),) if len(gate) == 1 else activate_backward(grad, gate[0], gate[1])

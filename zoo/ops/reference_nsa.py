@@ -46,12 +46,14 @@ class Places:
 @dataclass(frozen=True)
 class Geometry:
     """Compressed block c covers tokens [c * stride, c * stride + block) of its document, selection block j
-    [j * select, (j + 1) * select). `top` selection blocks are chosen, or none with 0."""
+    [j * select, (j + 1) * select). `top` selection blocks are chosen, or none with 0. printed: a selection block's
+    importance as the paper prints it, from compressed blocks that lie `shift` strides earlier (SPEC.md 5.1)."""
 
     block: int
     stride: int
     select: int
     top: int
+    printed: bool = False
 
     @property
     def ratio(self) -> int:
@@ -61,10 +63,15 @@ class Geometry:
     def overlap(self) -> int:
         return self.block // self.stride
 
+    @property
+    def shift(self) -> int:
+        return self.ratio - 1 if self.printed else 0
+
     def weights(self) -> dict[int, int]:
-        """How often compressed block ratio * j + offset counts for selection block j (SPEC.md 5.1, spatial form)."""
+        """How often compressed block ratio * j + offset counts for selection block j: over m < ratio and n < overlap
+        the offsets m - n, or -m - n as printed, which are the same sums `shift` earlier."""
         offsets = range(1 - self.overlap, self.ratio)
-        return {o: min(o + self.overlap, self.ratio - o, self.overlap, self.ratio) for o in offsets}
+        return {o - self.shift: min(o + self.overlap, self.ratio - o, self.overlap, self.ratio) for o in offsets}
 
     def visible(self, place: Tensor) -> Tensor:
         """How many compressed blocks lie entirely at or before `place`."""
@@ -118,10 +125,10 @@ def _complete(k: Tensor, places: Places, geometry: Geometry) -> Mask:
 
 def _choose(importance: Tensor, places: Places, geometry: Geometry) -> Tensor:
     """Compressed blocks' probabilities (B,G,t,M) to the chosen blocks (B,G,t,top)."""
-    ratio, overlap = geometry.ratio, geometry.overlap
-    count = -(-importance.shape[-1] // ratio)
-    padded = F.pad(importance, (overlap - 1, count * ratio - importance.shape[-1] + ratio))
-    score = sum(weight * padded[..., overlap - 1 + o :: ratio][..., :count] for o, weight in geometry.weights().items())
+    ratio, weights = geometry.ratio, geometry.weights()
+    count, before = -(-importance.shape[-1] // ratio), -min(weights)
+    padded = F.pad(importance, (before, count * ratio - importance.shape[-1] + ratio))
+    score = sum(weight * padded[..., before + o :: ratio][..., :count] for o, weight in weights.items())
     assert isinstance(score, Tensor)
     block = torch.arange(count, device=importance.device) - places.first_block[..., None]  # (B,t,count)
     own = torch.div(places.place, geometry.select, rounding_mode="floor")[..., None]

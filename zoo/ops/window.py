@@ -14,6 +14,8 @@ from torch import Tensor
 
 from zoo.ops import backend, reference
 from zoo.ops.gate import check_gate
+from zoo.ops.gate import log_decay as activated
+from zoo.ops.prune import first_tiles, pruned_spans
 from zoo.ops.stacking import stack_rows
 
 
@@ -28,6 +30,7 @@ def window_attention(
     cu_seqlens: Tensor | None = None,
     return_lse: bool = False,
     key_start: Tensor | None = None,
+    prune: float | None = None,
 ) -> Any:
     """Causal attention over the last `window` keys, each logit lowered by what the gates between key and query forgot.
 
@@ -37,6 +40,9 @@ def window_attention(
     window: number of visible keys, the token itself included. None: all earlier ones. scale: default D ** -0.5.
     cu_seqlens (documents + 1,) int32, from 0 to T: B = 1 and N = T, nothing passes from one document to the next;
     documents may be empty. key_start (B,) int32: each row's first valid key. Not both.
+    prune: the share of its probability that a row may lose, above 0 and below 1. Tiles of keys which the gate has made
+    that negligible are skipped, forward and backward: out moves by at most 2 prune max |v| (proof: zoo/ops/prune.py).
+    Needs log_decay. None skips nothing.
 
     Returns out like q; with return_lse also the natural-log normaliser (B,T,H), float32 (float64 for float64 q). A
     query that sees no key gets out 0 and lse -inf. Differentiable once in q, k, v and log_decay, through out and lse.
@@ -50,7 +56,8 @@ def window_attention(
             allowed = "float32 or float64" if q.dtype == torch.float64 else "float32"
             raise ValueError(f"log_decay is {log_decay.dtype}: with q in {q.dtype} it must be {allowed}")
     scale = _check_options(q, k, window, scale, cu_seqlens, key_start)
-    out, lse = _window_attention(q, k, v, log_decay, None, None, window, scale, cu_seqlens, key_start)
+    first = _first_tiles(q, k, log_decay, window, scale, prune)
+    out, lse = _window_attention(q, k, v, log_decay, None, None, window, scale, cu_seqlens, key_start, first)
     return (out, lse) if return_lse else out
 
 
@@ -65,6 +72,7 @@ def gated_window_attention(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     key_start: Tensor | None = None,
+    prune: float | None = None,
 ) -> Tensor:
     """`window_attention(q, k, v, log_decay(z, u), ...)` with the gate computed in one pass and never stored.
 
@@ -74,7 +82,24 @@ def gated_window_attention(
     check_gate(z, u)
     _check_like_keys("z", z, q, k)
     scale = _check_options(q, k, window, scale, cu_seqlens, key_start)
-    return _window_attention(q, k, v, None, z, u, window, scale, cu_seqlens, key_start)[0]
+    first = None
+    if prune is not None:
+        with torch.no_grad():
+            decay = activated(z, u)
+        first = _first_tiles(q, k, decay, window, scale, prune)
+    return _window_attention(q, k, v, None, z, u, window, scale, cu_seqlens, key_start, first)[0]
+
+
+def _first_tiles(
+    q: Tensor, k: Tensor, decay: Tensor | None, window: int | None, scale: float, prune: float | None
+) -> Tensor | None:
+    if prune is None:
+        return None
+    if decay is None:
+        raise ValueError("prune needs log_decay: without a gate no key is known to be negligible")
+    if not 0 < prune < 1:
+        raise ValueError(f"prune is {prune!r}: it is a share of the probability, above 0 and below 1, or None")
+    return first_tiles(q, k, decay, window=window, scale=scale, prune=prune) if q.numel() else None
 
 
 # ------------------------------------------------------------------------------------------------------ the operator
@@ -92,16 +117,17 @@ def _window_attention(
     scale: float,
     cu_seqlens: Tensor | None,
     key_start: Tensor | None,
+    first: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     _check_values(q, k, log_decay, cu_seqlens, key_start)
     kernels = backend.choose("window", q.device, q.dtype, q.shape[3])
-    spans = _spans(k, cu_seqlens, key_start)
+    spans = _spans(k, cu_seqlens, key_start, first)
     with torch.autocast(q.device.type, enabled=False):  # the op chooses its own dtypes, accumulators above all
         return kernels.window_forward(q, k, v, _gate(log_decay, z, u), window=window, scale=scale, spans=spans)
 
 
 @_window_attention.register_fake
-def _(q, k, v, log_decay, z, u, window, scale, cu_seqlens, key_start):
+def _(q, k, v, log_decay, z, u, window, scale, cu_seqlens, key_start, first):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=reference.accumulator(q.dtype))
 
 
@@ -121,10 +147,11 @@ def _window_attention_backward(
     scale: float,
     cu_seqlens: Tensor | None,
     key_start: Tensor | None,
+    first: Tensor | None,
 ) -> list[Tensor]:
     """dq, dk, dv, then the gradients of log_decay, or of z and u."""
     kernels = backend.choose("window", q.device, q.dtype, q.shape[3])
-    spans, gate = _spans(k, cu_seqlens, key_start), _gate(log_decay, z, u)
+    spans, gate = _spans(k, cu_seqlens, key_start, first), _gate(log_decay, z, u)
     with torch.autocast(q.device.type, enabled=False):
         dq, dk, dv, dgate = kernels.window_backward(
             dout, dlse, q, k, v, out, lse, gate, window=window, scale=scale, spans=spans
@@ -133,26 +160,26 @@ def _window_attention_backward(
 
 
 @_window_attention_backward.register_fake
-def _(dout, dlse, q, k, v, out, lse, log_decay, z, u, window, scale, cu_seqlens, key_start):
+def _(dout, dlse, q, k, v, out, lse, log_decay, z, u, window, scale, cu_seqlens, key_start, first):
     return [x.new_empty(x.shape) for x in (q, k, v, *_gate(log_decay, z, u))]
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, log_decay, z, u, window, scale, cu_seqlens, key_start = inputs
-    ctx.save_for_backward(q, k, v, *output, log_decay, z, u, cu_seqlens, key_start)
+    q, k, v, log_decay, z, u, window, scale, cu_seqlens, key_start, first = inputs
+    ctx.save_for_backward(q, k, v, *output, log_decay, z, u, cu_seqlens, key_start, first)
     ctx.window, ctx.scale = window, scale
     ctx.set_materialize_grads(False)  # an lse that nobody used costs nothing
 
 
 def _backward(ctx, dout: Tensor | None, dlse: Tensor | None):
-    q, k, v, out, lse, log_decay, z, u, cu_seqlens, key_start = ctx.saved_tensors
+    q, k, v, out, lse, log_decay, z, u, cu_seqlens, key_start, first = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv, *dgate = _window_attention_backward(
-        dout, dlse, q, k, v, out, lse, log_decay, z, u, ctx.window, ctx.scale, cu_seqlens, key_start
+        dout, dlse, q, k, v, out, lse, log_decay, z, u, ctx.window, ctx.scale, cu_seqlens, key_start, first
     )
     dlog_decay = dgate[0] if log_decay is not None else None
     dz, du = dgate if z is not None else (None, None)
-    return dq, dk, dv, dlog_decay, dz, du, None, None, None, None
+    return dq, dk, dv, dlog_decay, dz, du, None, None, None, None, None
 
 
 _window_attention.register_autograd(_backward, setup_context=_save)
@@ -164,10 +191,13 @@ def _gate(log_decay: Tensor | None, z: Tensor | None, u: Tensor | None) -> tuple
     return tuple(x for x in (log_decay, z, u) if x is not None)
 
 
-def _spans(k: Tensor, cu_seqlens: Tensor | None, key_start: Tensor | None) -> reference.Spans | None:
+def _spans(k: Tensor, cu_seqlens: Tensor | None, key_start: Tensor | None, first: Tensor | None) -> Any:
+    spans = None
     if cu_seqlens is not None:
-        return reference.document_spans(cu_seqlens, k.shape[1])
-    return None if key_start is None else reference.key_start_spans(key_start, k.shape[1])
+        spans = reference.document_spans(cu_seqlens, k.shape[1])
+    elif key_start is not None:
+        spans = reference.key_start_spans(key_start, k.shape[1])
+    return spans if first is None else pruned_spans(first, spans, k.shape[1])
 
 
 # -------------------------------------------------------------------------------------------------------- the checks

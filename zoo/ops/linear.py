@@ -1,0 +1,101 @@
+"""A narrow projection in float32, as gates need it, on the tensor cores.
+
+A rounding error in a gate's pre-activation is carried along the whole window, so these projections are float32 under
+autocast too (SPEC.md 3.2). As a float32 product of a few dozen columns over all tokens that is slow on a GPU: it runs
+outside the tensor cores. Here both sides are split into two bfloat16 pieces, x = x_high + x_low, and three of the four
+products of pieces are taken with float32 sums; what is left out is 2^-16 of the result.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.ops.stacking import in_front
+
+
+def precise_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias in float32 (float64 for float64 input), whatever autocast says.
+
+    x       (..., C) floating
+    weight  (N, C), N small
+    bias    (N,)
+    Where a GPU would compute in bfloat16 or float16 anyway (autocast, or such an x), the product runs as three bfloat16
+    ones, and its gradients have the precision that autocast gives those of any linear layer.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        if not _in_pieces(x):
+            return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+        high = x.to(torch.bfloat16).flatten(0, -2)
+        whole = None if x.dtype == torch.bfloat16 else x.detach().flatten(0, -2)
+        y = _piecewise_linear(high, whole, weight).unflatten(0, x.shape[:-1])
+        return y if bias is None else y + bias.float()
+
+
+def _in_pieces(x: Tensor) -> bool:
+    if x.device.type != "cuda" or x.dtype == torch.float64:
+        return False
+    return x.dtype != torch.float32 or torch.is_autocast_enabled("cuda")
+
+
+def _rounding_error(x: Tensor, high: Tensor) -> Tensor:
+    """x - high in bfloat16, one pass. Inside the operator, not before it: a compiler that fuses the rounding to `high`
+    with this difference computes both in float32, and finds zero."""
+    return torch.sub(x, high, out=torch.empty_like(high))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of bfloat16 matrices, or of stacks of them, summed and returned in float32."""
+    if not a.is_cuda:
+        return a.float() @ b.float()
+    return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+
+
+@torch.library.custom_op("zoo::piecewise_linear", mutates_args=())
+def _piecewise_linear(high: Tensor, x: Tensor | None, weight: Tensor) -> Tensor:
+    """x @ weight.T, (M, C) and (N, C) to (M, N) float32, or a stack of each. `high` is x in bfloat16 and gets the
+    gradient of x; x is None where that is all of it."""
+    weight_high = weight.to(torch.bfloat16)
+    pieces = torch.cat((_rounding_error(weight, weight_high), weight_high), dim=-2)
+    fine, coarse = _product(high, pieces.mT).chunk(2, dim=-1)
+    if x is not None:
+        fine = fine + _product(_rounding_error(x, high), weight_high.mT)
+    return fine + coarse
+
+
+@_piecewise_linear.register_fake
+def _(high, x, weight):
+    return high.new_empty((*high.shape[:-1], weight.shape[-2]), dtype=torch.float32)
+
+
+@torch.library.custom_op("zoo::piecewise_linear_backward", mutates_args=())
+def _piecewise_linear_backward(dy: Tensor, high: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    dy = dy.to(torch.bfloat16)
+    return dy @ weight.to(torch.bfloat16), _product(dy.mT, high).to(weight.dtype)
+
+
+@_piecewise_linear_backward.register_fake
+def _(dy, high, weight):
+    return high.new_empty(high.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    high, _, weight = inputs
+    ctx.save_for_backward(high, weight)
+
+
+def _backward(ctx, dy: Tensor):
+    dhigh, dweight = _piecewise_linear_backward(dy, *ctx.saved_tensors)
+    return dhigh, None, dweight
+
+
+_piecewise_linear.register_autograd(_backward, setup_context=_save)
+
+
+@_piecewise_linear.register_vmap
+def _(info, in_dims, high, x, weight):
+    high, x, weight = (
+        None if y is None else in_front(y, dim, info.batch_size)
+        for y, dim in zip((high, x, weight), in_dims, strict=True)
+    )
+    return _piecewise_linear(high, x, weight), 0
