@@ -6,7 +6,7 @@ How the uncertainty of what was fed back is carried on:
     samples    paths are drawn; quantiles are those of the paths
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from zoo.model import Batch, Context, Model
 from zoo.state import repeat
 
 Mode = Literal["point", "quantiles", "samples"]
+ROWS_ON_CPU = 512  # that are rolled at once there, so that what is worked on stays in the caches
 
 
 @dataclass
@@ -47,9 +48,32 @@ def roll(
     """
     if horizon < 1:
         raise ValueError(f"horizon = {horizon}; it takes 1 or more steps")
+    generator = torch.Generator(batch.inputs.device).manual_seed(seed)
+    whole = len(batch.inputs)
+    each = min(whole, ROWS_ON_CPU) if batch.inputs.device.type == "cpu" else whole
+    pieces = [_rows(batch, slice(begin, begin + each)) for begin in range(0, whole, each)]
+    return _joined([_roll(model, piece, horizon, levels, mode, samples, generator) for piece in pieces])
+
+
+def _rows(batch: Batch, rows: slice) -> Batch:
+    """Of a batch to forecast: inputs, lengths and known covariates."""
+    lengths = batch.ctx.lengths
+    ctx = batch.ctx if lengths is None else replace(batch.ctx, lengths=lengths[rows])
+    known = (batch.condition or {}).get("known")
+    return Batch(batch.inputs[rows], condition=None if known is None else {"known": known[rows]}, ctx=ctx)
+
+
+def _joined(parts: list[Forecast]) -> Forecast:
+    if len(parts) == 1:
+        return parts[0]
+    quantiles = [part.quantiles for part in parts if part.quantiles is not None]
+    return Forecast(torch.cat([part.mean for part in parts]), torch.cat(quantiles) if quantiles else None, parts[0].levels)
+
+
+def _roll(
+    model: Model, batch: Batch, horizon: int, levels: list[float], mode: Mode, samples: int, generator: torch.Generator
+) -> Forecast:
     head: Any = model.head
-    device = batch.inputs.device
-    generator = torch.Generator(device).manual_seed(seed)
     rows, tokens = batch.inputs.shape[:2]
     steps = -(-horizon // head.config.predict)
     blocks = head.config.predict // head.config.patch

@@ -161,8 +161,7 @@ class Attention(Mixer):
             window=self.window,
             key_start=key_start,
         )
-        lengths = ctx.lengths if ctx.lengths is not None else torch.full_like(start, tokens)
-        put_chunk(state, k, v, log_decay, start, lengths)
+        put_chunk(state, k, v, log_decay, start, ctx.lengths)
         return y
 
     # -- state and cost ------------------------------------------------------------------------------------------------

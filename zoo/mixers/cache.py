@@ -87,10 +87,13 @@ def past_in_order(cache: Cache, start: Tensor, count: int) -> tuple[Tensor, Tens
 
 
 def put_chunk(
-    cache: Cache, k: Tensor | None, v: Tensor | None, log_decay: Tensor | None, start: Tensor, lengths: Tensor
+    cache: Cache, k: Tensor | None, v: Tensor | None, log_decay: Tensor | None, start: Tensor, lengths: Tensor | None
 ) -> None:
     """Write the first `lengths` (B,) of T tokens (k, v (B, T, G, D), log_decay (B, T, H)) in place, as far as the cache
-    holds them."""
+    holds them; None: all T, which touches no other slot."""
+    if lengths is None:
+        _put_whole_chunk(cache, k, v, log_decay, start)
+        return
     for name, chunk in (("k", k), ("v", v)):
         if chunk is not None and name in cache:
             fresh, source = _landing(cache[name].shape[1], chunk.shape[1], start, lengths)
@@ -105,6 +108,25 @@ def put_chunk(
         cache["decay"].copy_(torch.where(fresh.unsqueeze(-1), take(after, source), kept))
 
 
+def _put_whole_chunk(
+    cache: Cache, k: Tensor | None, v: Tensor | None, log_decay: Tensor | None, start: Tensor
+) -> None:
+    def write(name: str, chunk: Tensor) -> None:
+        slots, tokens = cache[name].shape[1], chunk.shape[1]
+        kept = min(slots, tokens)
+        place = start.unsqueeze(1) + torch.arange(tokens - kept, tokens, device=start.device)
+        rows = torch.arange(start.shape[0], device=start.device).unsqueeze(1)
+        cache[name].index_put_((rows, place % slots), chunk[:, tokens - kept :].to(cache[name].dtype))
+
+    for name, chunk in (("k", k), ("v", v)):
+        if chunk is not None and name in cache:
+            write(name, chunk)
+    if log_decay is not None:
+        suffix = log_decay.flip(1).cumsum(1).flip(1)  # own one included
+        cache["decay"].add_(suffix[:, :1])
+        write("decay", (suffix - log_decay).clamp(max=0))
+
+
 def _landing(slots: int, tokens: int, start: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """For every slot, whether one of the chunk's tokens lands in it, and the newest that does; (B, slots)."""
     newest = (start + lengths).unsqueeze(1) - 1  # (B, 1)
@@ -114,5 +136,9 @@ def _landing(slots: int, tokens: int, start: Tensor, lengths: Tensor) -> tuple[T
 
 def take(x: Tensor, place: Tensor) -> Tensor:
     """x (B, S, …) at place (B, N) -> (B, N, …)."""
+    if x.is_contiguous():  # whole tokens are copied at once: on a CPU 20 times as fast as gathering elements
+        first = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
+        rows = x.flatten(0, 1).index_select(0, (first + place).flatten())
+        return rows.view(*place.shape, *x.shape[2:])
     place = place.reshape(*place.shape, *(1,) * (x.dim() - 2)).expand(*place.shape, *x.shape[2:])
     return x.gather(1, place)

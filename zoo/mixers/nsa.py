@@ -271,7 +271,7 @@ def put(cache: Any, k: Tensor, v: Tensor, log_decay: Tensor | None, start: Tenso
     if k.shape[1] == 1 and lengths is None:
         put_token(cache, k, v, log_decay, start)
     else:
-        put_chunk(cache, k, v, log_decay, start, torch.full_like(start, k.shape[1]) if lengths is None else lengths)
+        put_chunk(cache, k, v, log_decay, start, lengths)
 
 
 def selected_pairs(tokens: int, block: int, top: int) -> int:
