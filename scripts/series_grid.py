@@ -81,7 +81,11 @@ def train(recipe: str, words: list[str]) -> list[dict[str, Any]]:
     from zoo.train import Recipe, train
 
     silence = io.StringIO()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(silence), contextlib.redirect_stdout(silence):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stderr(silence),
+        contextlib.redirect_stdout(silence),
+    ):
         train(build(Recipe, *recipe_layers(recipe, words)), Path(folder) / "run")
         lines = (Path(folder) / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(text) for text in lines]

@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", allow_abbrev=False, help="score a run, or bring a suite up to date")
     evaluate.add_argument("what", metavar="RUN|SUITE", help="a run folder, or a suite (zoo list --kind suites)")
     evaluate.add_argument("--split", default="test", choices=["test", "valid"], help="test (default), valid")
-    evaluate.add_argument("--batch-size", type=int, default=16)
+    evaluate.add_argument("--batch-size", type=int, help="default: the recipe's train.eval_batch_size, or 16")
     evaluate.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
     evaluate.add_argument("--no-ema", action="store_true", help="take the raw weights, not their average")
     evaluate.add_argument("--nproc", type=int, default=1, help="processes on this machine that share the split")

@@ -121,8 +121,12 @@ class Task:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(map(str, artefacts)), encoding="utf-8")
 
-    def attach(self, model: nn.Module) -> None:
-        """The model that this task came with, from a pipeline: for what a domain offers beyond samples."""
+    def attach(self, model: nn.Module, kept: Path | None = None) -> None:
+        """The trained model that this task came with, for what a domain offers beyond samples and for what it fits to
+        finished weights; again with the same model changes nothing.
+
+        kept  a folder of these very weights, for what was fitted to them; it need not exist yet
+        """
 
     def forecast_file(
         self, path: Path, horizon: int, *, columns: dict[str, Any], out: Path | None, plot: Path | None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tasks.series.conformal import spread
 from tasks.series.outputs import pinball
 from tasks.series.rolling import Forecast, Mode, roll
 from zoo.model import Batch
@@ -125,15 +126,18 @@ class ForecastErrors:
         *,
         mode: Mode = "quantiles",
         samples: int = 100,
+        factors: Tensor | None = None,
     ):
+        """factors: that intervals are spread by (conformal.py)."""
         self.errors = Errors(horizons, levels, rows)
-        self.mode, self.samples = mode, samples
+        self.mode, self.samples, self.factors = mode, samples, factors
 
     @torch.no_grad()
     def update(self, model: Any, batch: Batch) -> None:
         levels = self.errors.levels
         horizon = batch.targets.shape[-1]
-        self.errors.add(batch, roll(model, batch, horizon, levels=levels, mode=self.mode, samples=self.samples))
+        forecast = roll(model, batch, horizon, levels=levels, mode=self.mode, samples=self.samples)
+        self.errors.add(batch, spread(forecast, self.factors))
 
     def reduce(self, ranks: Any) -> None:
         self.errors.sums = ranks.sum(self.errors.sums)

@@ -67,7 +67,9 @@ def _joined(parts: list[Forecast]) -> Forecast:
     if len(parts) == 1:
         return parts[0]
     quantiles = [part.quantiles for part in parts if part.quantiles is not None]
-    return Forecast(torch.cat([part.mean for part in parts]), torch.cat(quantiles) if quantiles else None, parts[0].levels)
+    return Forecast(
+        torch.cat([part.mean for part in parts]), torch.cat(quantiles) if quantiles else None, parts[0].levels
+    )
 
 
 def _roll(

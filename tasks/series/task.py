@@ -1,6 +1,7 @@
 """The series task: windows of series as rows of patches, forecasts as DataFrames."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from tasks.series import baselines, plots
 from tasks.series.calendar import WIDTH, calendar
+from tasks.series.conformal import fit, pairs, scores, spread
 from tasks.series.data import Panel, Part, scaler
 from tasks.series.metrics import ForecastErrors, seasonal_error
 from tasks.series.outputs import check_levels, nine
@@ -21,12 +23,15 @@ from tasks.series.rolling import Forecast, roll
 from tasks.series.tables import Columns, TableError, panels_of, read_frame
 from tasks.series.windows import EvaluationWindows, Layout, TrainingWindows, cut, cut_known, prompt
 from zoo import config as configs
+from zoo import weights
 from zoo.config import Choice
 from zoo.data import Shuffled, SourceStream
 from zoo.model import Batch, Model, ModelConfig
 from zoo.registry import datasets
 from zoo.task import Media, Metric, Request, Task
 from zoo.weights import replace_file
+
+log = logging.getLogger(__name__)
 
 ROWS = 1024  # that a forecast of many series rolls at once
 
@@ -47,6 +52,7 @@ class SeriesTask(Task):
         roll      how a forecast longer than predict carries its uncertainty on (rolling.py); samples: paths of
                   `samples`
         levels    of the predicted quantiles
+        calibrate validation windows that intervals of trained weights are spread to cover (conformal.py); 0: none
         linear    fit the linear layer among the baselines
         plots     windows that TensorBoard shows, evenly over the validation split
         """
@@ -60,9 +66,10 @@ class SeriesTask(Task):
         calendar: bool = False
         horizons: list[int] = field(default_factory=lambda: [96, 192, 336, 720])
         stride: int = 1
-        roll: Literal["point", "quantiles", "samples"] = "quantiles"
+        roll: Literal["point", "quantiles", "samples"] = "point"
         samples: int = 100
         levels: list[float] = field(default_factory=nine)
+        calibrate: int = 512
         linear: bool = True
         plots: int = 4
 
@@ -73,8 +80,8 @@ class SeriesTask(Task):
             for name in ("predict", "context"):
                 if getattr(self, name) % self.patch:
                     raise ValueError(f"{name} = {getattr(self, name)}; it takes a multiple of patch = {self.patch}")
-            if self.ahead < 0 or self.plots < 0:
-                raise ValueError("ahead and plots take 0 or more")
+            if min(self.ahead, self.plots, self.calibrate) < 0:
+                raise ValueError("ahead, plots and calibrate take 0 or more")
             if not self.horizons or min(self.horizons) < 1 or sorted(set(self.horizons)) != list(self.horizons):
                 raise ValueError(f"horizons = {self.horizons}; they take rising numbers of steps, such as [96, 192]")
             check_levels(self.levels)
@@ -87,6 +94,8 @@ class SeriesTask(Task):
         self._assets = assets
         self._prepared: dict[str, list[Part]] = {}
         self._model: Model | None = None
+        self._kept: Path | None = None
+        self._factors: Tensor | None = None
 
     # -- what the data decides -----------------------------------------------------------------------------------------
 
@@ -195,7 +204,10 @@ class SeriesTask(Task):
     def metrics(self, split: str) -> dict[str, Metric]:
         rows = 1 if self.layout.mixed else len(self.card["names"])
         config = self.config
-        errors = ForecastErrors(config.horizons, config.levels, rows, mode=config.roll, samples=config.samples)
+        factors = self.factors() if split == "test" else None  # on the split they are fitted to they would say nothing
+        errors = ForecastErrors(
+            config.horizons, config.levels, rows, mode=config.roll, samples=config.samples, factors=factors
+        )
         return {"forecast": errors}
 
     def baselines(self, split: str) -> dict[str, float]:
@@ -213,9 +225,12 @@ class SeriesTask(Task):
         config = self.config
         every = "every window" if config.stride == 1 else f"every {config.stride}th window"
         units = "standardised" if self.source.scaled else "original"
+        calibrated = (
+            ", intervals spread on the validation split" if split == "test" and self._factors is not None else ""
+        )
         return (
             f"{every} of the split, look-back {config.context}, {config.predict} steps at a time rolled to "
-            f"{max(config.horizons)} ({config.roll}), {units} values"
+            f"{max(config.horizons)} ({config.roll}), {units} values{calibrated}"
         )
 
     def media(self, model: nn.Module, batch: Batch) -> Media:
@@ -240,14 +255,57 @@ class SeriesTask(Task):
 
     def _roll(self, model: Model, batch: Batch, horizon: int) -> Forecast:
         config = self.config
-        return roll(model, batch, horizon, levels=config.levels, mode=config.roll, samples=config.samples)
+        forecast = roll(model, batch, horizon, levels=config.levels, mode=config.roll, samples=config.samples)
+        return spread(forecast, self.factors() if model is self._model else None)
+
+    def factors(self) -> Tensor | None:
+        """What the attached model's intervals are spread by, (horizon, pairs): fitted to the validation split when
+        first asked for, then read from where it is kept. None where there is nothing to spread, or no such data."""
+        model, config = self._model, self.config
+        if self._factors is not None or model is None or not config.calibrate or not pairs(config.levels):
+            return self._factors
+        rolled = ("dataset", "patch", "context", "channels", "calendar", "horizons", "roll", "samples", "levels")
+        name = configs.fingerprint({field: getattr(config, field) for field in (*rolled, "predict", "calibrate")})
+        kept = None if self._kept is None else self._kept / f"intervals-{name}.safetensors"
+        if kept is not None and kept.is_file():
+            self._factors = weights.read(kept)["factors"]
+            return self._factors
+        try:
+            self._factors = self._fit(model)
+        except OSError as error:
+            log.warning("intervals stay as they were predicted: the validation split cannot be read (%s)", error)
+            return None
+        if kept is not None and self._factors is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            weights.save({"factors": self._factors}, kept)
+        return self._factors
+
+    @torch.no_grad()
+    def _fit(self, model: Model) -> Tensor | None:
+        windows, config = self.windows("valid"), self.config
+        count = min(config.calibrate, len(windows))
+        if not count:
+            return None
+        chosen = torch.linspace(0, len(windows) - 1, count).long()
+        device = next(model.parameters()).device
+        found = []
+        for some in chosen.split(max(1, ROWS // (1 if self.layout.mixed else len(self.card["names"])))):
+            batch = windows.collate(some).to(device)
+            forecast = roll(
+                model, batch, windows.horizon, levels=config.levels, mode=config.roll, samples=config.samples
+            )
+            if forecast.quantiles is None:
+                return None
+            found.append(scores(batch.targets.float(), forecast.quantiles.float(), config.levels))
+        return fit(torch.cat(found), config.levels).cpu()
 
     # -- a user's own table --------------------------------------------------------------------------------------------
 
-    def attach(self, model: nn.Module) -> None:
-        """The model that `forecast` takes; a pipeline does this."""
+    def attach(self, model: nn.Module, kept: Path | None = None) -> None:
+        """The model that `forecast` takes, whose intervals are spread; whoever opens a run does this."""
         assert isinstance(model, Model)
-        self._model = model
+        if model is not self._model:
+            self._model, self._kept, self._factors = model, kept, None
 
     def prompt(self, obj: pd.DataFrame | Sequence[Panel], horizon: int = 1) -> Batch:
         """A table, or series, as histories to forecast `horizon` steps from."""

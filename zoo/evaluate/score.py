@@ -50,7 +50,7 @@ def evaluate_run(
     folder: Path,
     *,
     split: str = "test",
-    batch_size: int = 16,
+    batch_size: int | None = None,
     device: str | None = None,
     ema: bool = True,
     overrides: Sequence[str] = (),
@@ -58,7 +58,8 @@ def evaluate_run(
     """All metrics of a run's task over one split, in one pass; appends a row a number to <run>/results.jsonl, and
     writes what metrics show to <run>/evaluation/<split>.
 
-    batch_size  of each process: under torchrun or `--nproc` they share the split, with the same numbers as one alone
+    batch_size  of each process, None: the recipe's train.eval_batch_size, or 16. Under torchrun or `--nproc` they share
+                the split, with the same numbers as one alone
     overrides   fields of the recipe to change for this evaluation ("task.stride=64", "train.precision=fp32")
     Returns None on all ranks but the first.
     Raises FileNotFoundError when the folder holds no run, ValueError for an unknown split.
@@ -70,6 +71,7 @@ def evaluate_run(
     recipe, task, model = ranks.in_turn(
         lambda: load_run(folder, ema=ema, device=place, overrides=configs.dotted(tuple(overrides)))
     )
+    batch_size = batch_size or recipe.train.eval_batch_size or 16
     stream = task.stream(split, batch_size=batch_size, rank=ranks.rank, world=ranks.world)
     began = time.perf_counter()
     metrics = task.metrics(split)

@@ -108,9 +108,7 @@ def put_chunk(
         cache["decay"].copy_(torch.where(fresh.unsqueeze(-1), take(after, source), kept))
 
 
-def _put_whole_chunk(
-    cache: Cache, k: Tensor | None, v: Tensor | None, log_decay: Tensor | None, start: Tensor
-) -> None:
+def _put_whole_chunk(cache: Cache, k: Tensor | None, v: Tensor | None, log_decay: Tensor | None, start: Tensor) -> None:
     def write(name: str, chunk: Tensor) -> None:
         slots, tokens = cache[name].shape[1], chunk.shape[1]
         kept = min(slots, tokens)

@@ -2,6 +2,7 @@
 
 run/recipe.yaml  assets/  provenance.json        written at the start
     checkpoints/  log.txt  metrics.jsonl  tensorboard/  samples/
+    fitted/                                      what tasks fitted to finished weights (Task.attach)
 """
 
 import json
@@ -291,6 +292,9 @@ def load_run(
     task = make_task(recipe, run / "assets")
     check_frozen(manifest, task.frozen(), str(path))
     model = make_model(recipe, task)
-    tensors = (checkpoint.read_tensors(path, "ema") if ema else None) or checkpoint.read_tensors(path, "model")
-    weights.load_into(model, tensors or {}, origin=str(path))
-    return recipe, task, model.to(device if isinstance(device, torch.device) else pick_device(device)).eval()
+    average = checkpoint.read_tensors(path, "ema") if ema else None
+    weights.load_into(model, average or checkpoint.read_tensors(path, "model") or {}, origin=str(path))
+    model = model.to(device if isinstance(device, torch.device) else pick_device(device)).eval()
+    digest = checkpoint.weights_digest(manifest, "ema" if average else "model")
+    task.attach(model, run / "fitted" / digest[:12])
+    return recipe, task, model
