@@ -172,6 +172,8 @@ class Codec(nn.Module):
         self.config = config
         widths = [min(config.widest, config.width << level) for level in range(len(config.strides) + 1)]
         self.encoder = encoder(config, widths)
+        # A fresh encoder says nearly the same of every frame: spread out, or all codes become one
+        self.spread = nn.BatchNorm1d(widths[-1], affine=False)
         self.quantizer = ResidualQuantizer(
             config.quantizer, widths[-1], stages=config.stages, dropout=config.dropout
         )
@@ -222,7 +224,8 @@ class Codec(nn.Module):
             yield sound
 
     def _encoded(self, sound: Tensor) -> Tensor:
-        return self.encoder(sound.unsqueeze(1))[0].movedim(1, -1)
+        with torch.autocast(sound.device.type, enabled=False):
+            return self.spread(self.encoder(sound.unsqueeze(1).float())[0]).movedim(1, -1)
 
     def _decoded(self, vectors: Tensor) -> Tensor:
         return self.decoder(vectors.movedim(-1, 1))[0][:, 0].float()

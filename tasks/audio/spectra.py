@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 SCALES = ((128, 8), (256, 20), (512, 40), (1024, 80))  # (window in samples, mel bands) of the multi-scale loss
-FLOOR = 1e-5  # amplitudes below it count as silence
+FLOOR = 3e-4  # magnitudes below it count as silence: about what is quietest in a quiet recording
 
 
 @cache
