@@ -1,4 +1,4 @@
-"""The judge of generated speech: a classifier of log-mel spectrograms, trained here; which word it hears, and whose voice.
+"""The judge of generated speech: a classifier of log-mel spectrograms, trained here; which word, and whose voice.
 
 timm's ResNet (He et al., arXiv 1512.03385) with a first convolution of 3 x 3 for small pictures. Loudness is taken out
 first, so that it is no sign of the speaker.
@@ -201,7 +201,8 @@ class ClassifierTask(Task):
         return self.data.provenance()
 
     def stream(self, split: str, *, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0) -> SourceStream:
-        recordings, place = self.data.load(split), {"batch_size": batch_size, "rank": rank, "world": world}
+        recordings = self.data.load(split)
+        place: dict[str, Any] = {"batch_size": batch_size, "rank": rank, "world": world}
         length = round(self.config.seconds * self.data.rate)
         if split == "train":
             return SourceStream(Varied(recordings, length, noise=self.config.noise, seed=seed), **place)

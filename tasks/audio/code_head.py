@@ -1,7 +1,7 @@
 """K parallel streams of codes: at every step one softmax for each stream that has a code there.
 
-A row of inputs begins with a step without codes and goes on as the pattern lays the frames out; place t predicts step t.
-The embeddings of a step's codes are added up.
+A row of inputs begins with a step without codes and goes on as the pattern lays the frames out; place t predicts step
+t. The embeddings of a step's codes are added up.
 """
 
 from dataclasses import dataclass

@@ -174,9 +174,7 @@ class Codec(nn.Module):
         self.encoder = encoder(config, widths)
         # A fresh encoder says nearly the same of every frame: spread out, or all codes become one
         self.spread = nn.BatchNorm1d(widths[-1], affine=False)
-        self.quantizer = ResidualQuantizer(
-            config.quantizer, widths[-1], stages=config.stages, dropout=config.dropout
-        )
+        self.quantizer = ResidualQuantizer(config.quantizer, widths[-1], stages=config.stages, dropout=config.dropout)
         self.decoder = decoder(config, widths)
 
     @property

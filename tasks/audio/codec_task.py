@@ -167,7 +167,8 @@ class CodecTask(Task):
         return self.data.provenance()
 
     def stream(self, split: str, *, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0) -> SourceStream:
-        recordings, place = self.data.load(split), {"batch_size": batch_size, "rank": rank, "world": world}
+        recordings = self.data.load(split)
+        place: dict[str, Any] = {"batch_size": batch_size, "rank": rank, "world": world}
         if split == "train":
             length = round(self.config.seconds * self.data.rate)
             return SourceStream(Crops(recordings, length, gain=self.config.gain, seed=seed), **place)

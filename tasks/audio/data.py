@@ -175,7 +175,9 @@ def read_pcm(data: bytes, name: str) -> np.ndarray:
     try:
         with wave.open(io.BytesIO(data)) as file:
             if (file.getnchannels(), file.getsampwidth()) != (1, 2):
-                raise ValueError(f"{name} has {file.getnchannels()} channels of {file.getsampwidth()} bytes, not 1 of 2")
+                raise ValueError(
+                    f"{name} has {file.getnchannels()} channels of {file.getsampwidth()} bytes, not 1 of 2"
+                )
             return np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.int16)
     except (wave.Error, EOFError) as error:
         raise ValueError(f"{name} is damaged: {error}") from error

@@ -88,8 +88,8 @@ class SpeechConfig:
 class Speech:
     """Makes `config.count` sounds once the pass is over, each rank its share, and asks the classifier.
 
-    digit_accuracy, …     for each attribute that sounds are conditioned on: how often the classifier hears what was asked
-                          for; `_real` on the test recordings, `_rebuilt` on what their codes are decoded to
+    digit_accuracy, …     for each attribute that sounds are conditioned on: how often the classifier hears what was
+                          asked for; `_real` on the test recordings, `_rebuilt` on what their codes are decoded to
     frechet_own_features  distance to the test recordings; `_train` and `_rebuilt` of those, as floors
     """
 

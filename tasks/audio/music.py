@@ -124,10 +124,10 @@ def key_baselines(train: list[np.ndarray], test: list[np.ndarray]) -> dict[str, 
     share = on / (sum(map(len, train)) + 2)
     follows = np.ones((2, 2, KEYS))  # before, now
     for roll in train:
-        for before in (0, 1):
-            was = roll[:-1] == before
-            follows[before, 1] += (was & roll[1:]).sum(axis=0)
-            follows[before, 0] += (was & ~roll[1:]).sum(axis=0)
+        for sounded in (0, 1):
+            was = roll[:-1] == sounded
+            follows[sounded, 1] += (was & roll[1:]).sum(axis=0)
+            follows[sounded, 0] += (was & ~roll[1:]).sum(axis=0)
     chance = follows[:, 1] / follows.sum(axis=1)
     order0 = order1 = frames = 0.0
     for roll in test:
@@ -184,7 +184,8 @@ class MusicTask(Task):
         return self.data.provenance()
 
     def stream(self, split: str, *, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0) -> SourceStream:
-        rolls, place = self.data.load(split), {"batch_size": batch_size, "rank": rank, "world": world}
+        rolls = self.data.load(split)
+        place: dict[str, Any] = {"batch_size": batch_size, "rank": rank, "world": world}
         if split == "train":
             change = {"transpose": self.config.transpose, "frames": self.config.frames}
             return SourceStream(Pieces(rolls, self._layout, self._collate, seed=seed, **change), **place)

@@ -1,9 +1,9 @@
 """Two ways to model a piano roll, which are two protocols of scoring it.
 
-NotesHead  joint over a frame's notes: its keys one after another, lowest first, then the end of the frame. A key that is
-           not above the last one has no probability, so a frame is one sequence only, and the token losses of a frame
-           add up to -log p of the set of its notes, exactly normalised
-KeysHead   keys independent given the past: one token a frame, 88 Bernoulli variables, as in the table of arXiv 1803.01271
+NotesHead  joint over a frame's notes: its keys one after another, lowest first, then the end of the frame. A key
+           that is not above the last one has no probability, so a frame is one sequence only, and the token losses of a
+           frame add up to -log p of the set of its notes, exactly normalised
+KeysHead   keys independent given the past: one token a frame, 88 Bernoulli variables, as in arXiv 1803.01271
 """
 
 from dataclasses import dataclass
@@ -61,8 +61,10 @@ class NotesHead(Head):
         init_normal(parts, 0.02)
 
     def check(self, inputs: Tensor) -> None:
-        if may_look(inputs) and inputs.numel() and not (0 <= int(inputs.min()) and int(inputs.max()) <= GOES_ON):
-            raise ValueError(f"tokens of music are 0 to {GOES_ON}; these reach {int(inputs.min())} to {int(inputs.max())}")
+        if may_look(inputs) and inputs.numel() and not (int(inputs.min()) >= 0 and int(inputs.max()) <= GOES_ON):
+            raise ValueError(
+                f"tokens of music are 0 to {GOES_ON}; these reach {int(inputs.min())} to {int(inputs.max())}"
+            )
 
     def init_state(self, inputs: Tensor, condition: Any = None, lengths: Tensor | None = None) -> State:
         """last (B,) the newest token; frame (B,) its number; voice (B,) notes of it so far."""
@@ -97,7 +99,9 @@ class NotesHead(Head):
     def loss(self, h: Tensor, batch: Batch) -> Output:
         """Nats, summed; counted in frames. `first`: the part of pieces' first frames, counted in pieces."""
         logits = self._possible(self.out(h).float(), batch.inputs)
-        nats = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none").view(batch.targets.shape)
+        nats = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none").view(
+            batch.targets.shape
+        )
         frame, _ = self._places(batch.inputs, self.init_state(batch.inputs))
         first = torch.where(frame == 0, nats.detach(), 0).sum()
         return Output(nats.sum(), (batch.targets == END).sum(), {"first": (first, (batch.inputs >= START).sum())})
@@ -131,8 +135,9 @@ class KeysHead(Head):
         self.beat = nn.Embedding(config.metre, width) if config.metre else None
         self.drop = nn.Dropout(config.dropout)
         self.out = nn.Linear(width, KEYS)
-        nn.init.normal_(self._modules["embed"].weight, std=0.2)  # type: ignore[union-attr]  # few inputs, of size 1
+        nn.init.normal_(self._modules["embed"].weight, std=0.2)  # type: ignore[union-attr,arg-type]  # few inputs, of size 1
         init_normal((self.beat, self.out), 0.02)
+        nn.init.constant_(self.out.bias, -3.0)  # of 88 keys about four sound
 
     def check(self, inputs: Tensor) -> None:
         if inputs.dim() != 3 or inputs.shape[2] != KEYS + 2:
@@ -160,14 +165,14 @@ class KeysHead(Head):
     def _frames(inputs: Tensor, known: Any) -> Tensor:
         """(B, T): the number of the frame that comes after each."""
         place = torch.arange(inputs.shape[1], device=inputs.device)
-        begun = inputs[..., KEYS:].any(dim=-1)
+        begun = (inputs[..., KEYS:] > 0).any(dim=-1)
         return place - torch.where(begun, place, -known["frame"].unsqueeze(1)).cummax(dim=1).values
 
     def loss(self, h: Tensor, batch: Batch) -> Output:
         """Nats, summed over keys and frames; counted in frames. `first`: of pieces' first frames, counted in pieces."""
         wanted = batch.targets.float()
         nats = F.binary_cross_entropy_with_logits(self.out(h).float(), wanted, reduction="none").sum(dim=-1)
-        begun = batch.inputs[..., KEYS:].any(dim=-1)
+        begun = (batch.inputs[..., KEYS:] > 0).any(dim=-1)
         frames = torch.tensor(nats.numel(), device=nats.device)
         return Output(nats.sum(), frames, {"first": (torch.where(begun, nats.detach(), 0).sum(), begun.sum())})
 

@@ -1,7 +1,7 @@
 """A waveform, sample by sample: 8-bit mu-law levels with a softmax, as in WaveNet (arXiv 1609.03499).
 
-A row of inputs begins with the token 256 and goes on with the levels; place t predicts sample t, so a recording's loss is
-its exact negative log-likelihood. Beside the level itself the head may show the backbone the amplitudes of the last
+A row of inputs begins with the token 256 and goes on with the levels; place t predicts sample t, so a recording's loss
+is its exact negative log-likelihood. Beside the level itself the head may show the backbone the amplitudes of the last
 `history` samples, through a small MLP: as companded, and over their own root mean square, so that what was learned of a
 loud voice holds for a faint one.
 """

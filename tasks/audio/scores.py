@@ -67,7 +67,7 @@ class Nottingham(PolyMusic):
     """Folk tunes with chords: 694 / 173 / 170 pieces, 176,561 / 45,513 / 44,463 frames."""
 
     NAME, FILE = "music/nottingham", "Nottingham.mat"
-    SHA256 = "79294cc374f9252e95ef4b703161524c1c53dc1f712c236f00f1c1f5d54af5a7"
+    SHA256 = "d154f7ca2e90799dc1dc011d8fc048f2fc6ef3f7c69d974b9cf27a471634fbea"
 
 
 class PianoMidi(PolyMusic):

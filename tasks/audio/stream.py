@@ -1,6 +1,7 @@
 """What a generator is trained on: recordings as rows of tokens, packed whole or one to a row."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +19,13 @@ def with_start(recordings: Recordings) -> list[np.ndarray]:
     return [np.concatenate(([START], to_levels(sound))).astype(np.int16) for sound in recordings.sounds]
 
 
-def packed_stream(recordings: Recordings, context: int, *, seed: int, **place: int) -> SourceStream:
+def packed_stream(recordings: Recordings, context: int, *, seed: int, **place: Any) -> SourceStream:
     """Training rows of `context` samples: recordings one after another, nothing padded, nothing leaking between them.
     What does not fit into a row goes on in the next, without what was before it."""
     return SourceStream(PackedDocuments(with_start(recordings), context, seed=seed), **place)
 
 
-def whole_stream(recordings: Recordings, **place: int) -> SourceStream:
+def whole_stream(recordings: Recordings, **place: Any) -> SourceStream:
     """Evaluation: every recording whole, those of a batch packed into one row."""
     return SourceStream(Shuffled(with_start(recordings), collate_packed, seed=None), endless=False, **place)
 
@@ -38,11 +39,13 @@ def collate_packed(rows: list[np.ndarray]) -> Batch:
 
 
 def row_stream(
-    split: str, views: list[np.ndarray], labels: np.ndarray, collate: Callable[..., Batch], *, seed: int, **place: int
+    split: str, views: list[np.ndarray], labels: np.ndarray, collate: Callable[..., Batch], *, seed: int, **place: Any
 ) -> SourceStream:
     """One recording to a row. `views`: arrays (N, …) of the same recordings, the first as it is and others varied."""
     training = split == "train"
-    items = [(row, label) for view in (views if training else views[:1]) for row, label in zip(view, labels, strict=True)]
+    items = [
+        (row, label) for view in (views if training else views[:1]) for row, label in zip(view, labels, strict=True)
+    ]
     return SourceStream(Shuffled(items, collate, seed=seed if training else None), endless=training, **place)
 
 
@@ -54,4 +57,3 @@ def shifted(targets: Tensor, empty: int) -> Tensor:
 def scored(targets: Tensor, empty: int) -> Tensor:
     """Where nothing stands nothing is scored."""
     return torch.where(targets == empty, IGNORED, targets)
-

@@ -1,4 +1,4 @@
-"""The audio task: recordings as mu-law samples or as the codes of a codec, and back; whole, or in pieces as they come."""
+"""The audio task: recordings as mu-law samples or as codes of a codec, and back; whole, or in pieces as they come."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -36,7 +36,8 @@ FRAMES_AT_ONCE = 16  # that a codec decodes in one call, whether a sound is want
 
 @dataclass
 class AudioPrompt:
-    """What to make: with these labels, by the attribute's name (those left out: any), after the sound `given` (T,) int16.
+    """What to make: with these labels, by the attribute's name (those left out: any), after the sound `given` (T,)
+    int16.
 
     With codes, as many whole frames of what is given are kept as there are.
     """
@@ -304,8 +305,8 @@ class AudioTask(Task):
         return self.artefacts(self.prompt(None), inputs.unsqueeze(0))[0]
 
     def pieces(self, prompt: Batch, steps: Iterator[Tensor]) -> Iterator[list[np.ndarray]]:
-        """A piece (n,) int16 for each row as soon as it is known: together, sample for sample, what `artefacts` makes of
-        the same steps."""
+        """A piece (n,) int16 for each row as soon as it is known: together, sample for sample, what `artefacts`
+        makes of the same steps."""
         if self.codec is not None:
             given = prompt.inputs[:, 1:].cpu()
             parts = (step.cpu() for step in steps)
@@ -388,7 +389,13 @@ class AudioTask(Task):
             parts = self.data.load("train"), self.data.load("test")
             rebuild = None if codec is None else self._rebuilt
             metrics["samples"] = Speech(
-                self.config.samples, self._make, rebuild, classifier, self.attributes, self.config.condition, parts,
+                self.config.samples,
+                self._make,
+                rebuild,
+                classifier,
+                self.attributes,
+                self.config.condition,
+                parts,
                 self.data.rate,
             )
         return metrics
@@ -434,6 +441,9 @@ class AudioTask(Task):
         drawn = generate(model, given, max_new=count, sampling=self.config.samples.sampling(), seed=0)
         media, sounds = Media(), self.artefacts(given, drawn.cpu())
         for number, sound in enumerate(sounds):
-            media.audio[f"sample_{number}"] = (torch.from_numpy(sound.astype(np.float32) / LEVELS / 128), self.data.rate)
+            media.audio[f"sample_{number}"] = (
+                torch.from_numpy(sound.astype(np.float32) / LEVELS / 128),
+                self.data.rate,
+            )
         media.images["samples"] = below_each_other([picture(sound, self.data.rate) for sound in sounds])
         return media
