@@ -41,7 +41,7 @@ class CodecConfig:
     stages: int = 6
     dropout: float = 0.5
     quantizer: QuantizerConfig = field(default_factory=lambda: QuantizerConfig(codes=256, dim=32))
-    time: float = 1.0
+    time: float = 4.0
     mel: float = 1.0
 
     def __post_init__(self):

@@ -107,9 +107,8 @@ class Fidelity:
         assert lengths is not None
         for row, length in enumerate(lengths.tolist()):
             one, other = made[row : row + 1, :length], batch.inputs[row : row + 1, :length]
-            if length >= 1024:  # the widest window of the distance
-                mel = float(mel_distance(one, other, model.config.rate))
-                self.sums += torch.tensor([float(si_sdr(one[0], other[0])), mel, 1], dtype=torch.float64)
+            mel = float(mel_distance(one, other, model.config.rate))
+            self.sums += torch.tensor([float(si_sdr(one[0], other[0])), mel, 1], dtype=torch.float64)
         self._count(codes, -(-lengths // hop), model.levels)
 
     def _count(self, codes: Tensor, frames: Tensor, levels: int) -> None:

@@ -9,6 +9,7 @@ loud voice holds for a faint one.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,10 +52,9 @@ class SampleHead(Head):
     def __init__(self, config: Config, width: int):
         super().__init__()
         self.config = config
-        even = torch.linspace(-1, 1, LEVELS)
-        self.register_buffer("companded", torch.cat((even, torch.zeros(1))), persistent=False)
-        wave = torch.from_numpy(amplitudes().copy())
-        self.register_buffer("linear", torch.cat((wave, torch.zeros(1))), persistent=False)
+        tables = {"companded": np.linspace(-1, 1, LEVELS, dtype=np.float32), "linear": amplitudes()}
+        for name, table in tables.items():
+            self.register_buffer(name, torch.from_numpy(np.append(table, np.float32(0))), persistent=False)
         # Held under the name that its weights have everywhere, head.embed.weight, which is also that of a method.
         nn.Module.__setattr__(self, "embed", nn.Embedding(LEVELS + 1, width))
         self.labels = Labels(config.classes, width, config.class_dropout) if config.classes else None

@@ -21,7 +21,10 @@ def mel_transform(rate: int, window: int, bands: int, hop: int, device: str) -> 
 
 
 def log_mel(sound: Tensor, rate: int, *, window: int = 512, bands: int = 40, hop: int = 128) -> Tensor:
-    """(…, T) amplitudes -> (…, bands, T // hop + 1) float32, natural logarithm of mel magnitudes."""
+    """(…, T) amplitudes -> (…, bands, T // hop + 1) float32, natural logarithm of mel magnitudes. What is shorter than
+    the window is filled up with silence."""
+    if sound.shape[-1] < window:
+        sound = torch.nn.functional.pad(sound, (0, window - sound.shape[-1]))
     with torch.autocast(sound.device.type, enabled=False):
         spectrum = mel_transform(rate, window, bands, hop, str(sound.device))(sound.float())
         return spectrum.clamp(min=FLOOR).log()
