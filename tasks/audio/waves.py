@@ -16,8 +16,8 @@ def mu_law_table() -> np.ndarray:
     """(65536,) uint8: the level of each 16-bit value, by torchaudio; index 0 is -32768."""
     from torchaudio.functional import mu_law_encoding
 
-    amplitudes = torch.arange(-FULL, FULL, dtype=torch.float64, device="cpu") / FULL
-    return mu_law_encoding(amplitudes, LEVELS).numpy().astype(np.uint8)
+    with torch.device("cpu"):  # whatever the device that a model is being made on
+        return mu_law_encoding(torch.arange(-FULL, FULL, dtype=torch.float64) / FULL, LEVELS).numpy().astype(np.uint8)
 
 
 @cache
@@ -25,7 +25,8 @@ def amplitudes() -> np.ndarray:
     """(256,) float32: what each mu-law level stands for, in [-1, 1]."""
     from torchaudio.functional import mu_law_decoding
 
-    return mu_law_decoding(torch.arange(LEVELS, device="cpu"), LEVELS).numpy().astype(np.float32)
+    with torch.device("cpu"):
+        return mu_law_decoding(torch.arange(LEVELS), LEVELS).numpy().astype(np.float32)
 
 
 def to_levels(sound: np.ndarray) -> np.ndarray:
