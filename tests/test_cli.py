@@ -39,7 +39,7 @@ def test_the_public_options_are_these():
         "sample": [
             *("--class", "--count", "--csv", "--device", "--frequency", "--given", "--guidance", "--help", "--horizon"),
             *("--id", "--known", "--max-new", "--min-p", "--out", "--plot", "--prompt", "--repetition-penalty"),
-            *("--seed", "--stop", "--target", "--temperature", "--time", "--top-k", "--top-p"),
+            *("--seconds", "--seed", "--stop", "--target", "--temperature", "--time", "--top-k", "--top-p"),
         ],
         "list": ["--help", "--kind"],
         "bench": ["--help", "--out", "--peers", "--rounds", "--shapes", "--tune"],

@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   zoo evaluate smoke                                bring a suite of comparisons up to date
   zoo sample runs/text-demo --prompt "def "         write text, as it is drawn
   zoo sample runs/image-mnist --class 3 --out threes.png
+  zoo sample runs/audio-fsdd_codes --class 7 --seconds 2 --out seven.wav
   zoo sample runs/series-etth1 --csv mine.csv --target load --horizon 168 --out forecast.csv --plot forecast.png
 """
 
@@ -104,15 +105,16 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("model", metavar="RUN", help="a run folder")
     sample.add_argument("--prompt", action="append", default=[], help="text to continue; given more than once: a batch")
     sample.add_argument("--class", dest="label", help="of what to draw, by name or number")
-    sample.add_argument("--count", type=int, help="how many samples (default 16)")
+    sample.add_argument("--count", type=int, help="how many samples (default: the domain's)")
     sample.add_argument(
-        "--given", type=Path, metavar="FILE", help="what to complete: an image whose upper half is kept"
+        "--given", type=Path, metavar="FILE", help="what to complete: an image whose upper half is kept, a sound"
     )
     sample.add_argument("--out", type=Path, metavar="FILE", help="where to write, such as grid.png, forecast.csv")
     sample.add_argument(
         "--guidance", type=float, default=1.0, help="towards the class, classifier-free (default 1: none)"
     )
     sample.add_argument("--max-new", type=int, help="elements to add (default: 256 of text, the rest of an image)")
+    sample.add_argument("--seconds", type=float, help="of sound or music, in place of --max-new")
     sample.add_argument("--temperature", type=float, help="default 0.8 for text, 1 else")
     sample.add_argument("--top-k", type=int, default=0)
     sample.add_argument("--top-p", type=float, default=1.0)
@@ -245,12 +247,15 @@ def run_sample(args: argparse.Namespace) -> int:
         return run_forecast(pipe, args)
     if args.out is not None and args.out.suffix.lower() not in pipe.task.endings:
         raise ValueError(f"--out {args.out} does not end in {' or '.join(pipe.task.endings)}")
+    if args.seconds is not None and args.max_new is not None:
+        raise ValueError("--seconds and --max-new both say how much; give one of them")
+    max_new = args.max_new if args.seconds is None else pipe.task.elements(args.seconds)
     asked = pipe.task.ask(Request(args.prompt, args.label, args.count, args.given))
     temperature = args.temperature if args.temperature is not None else 0.8 if args.prompt else 1.0
     knobs = (args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.guidance)
     sampling = Sampling(temperature, *knobs)
     if len(args.prompt) == 1 and args.out is None:
-        pieces = pipe.stream(args.prompt[0], max_new=args.max_new, sampling=sampling, seed=args.seed, stop=args.stop)
+        pieces = pipe.stream(args.prompt[0], max_new=max_new, sampling=sampling, seed=args.seed, stop=args.stop)
         for number, piece in enumerate(pieces):
             print(piece if number else args.prompt[0] + piece, end="", flush=True)
         print()
@@ -261,7 +266,7 @@ def run_sample(args: argparse.Namespace) -> int:
     def bar(steps: Iterator[Any], total: int) -> Iterable[Any]:
         return tqdm(steps, total=total, desc="sampling", leave=False, disable=not sys.stderr.isatty())
 
-    drawn = pipe.sample(asked, max_new=args.max_new, sampling=sampling, seed=args.seed, stop=args.stop, progress=bar)
+    drawn = pipe.sample(asked, max_new=max_new, sampling=sampling, seed=args.seed, stop=args.stop, progress=bar)
     if args.out is not None:
         pipe.task.write(drawn, args.out)
         print(args.out)

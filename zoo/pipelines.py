@@ -55,18 +55,22 @@ class Pipeline:
 
     def stream(
         self,
-        prompt: str,
+        prompt: Any,
         *,
         max_new: int | None = None,
         sampling: Sampling = Sampling(),
         seed: int | None = None,
         stop: Sequence[str] = (),
-    ) -> Iterator[str]:
-        """The same for one text prompt, piece by piece as it is drawn."""
-        transcript = Transcript(self._text, stop)
+    ) -> Iterator[Any]:
+        """The same for one prompt, piece by piece as it is drawn: text, or sound (n,) int16."""
         given = self.task.prompt(prompt)
         count = self.task.length(given) if max_new is None else max_new
-        for step in self._steps(given, count, sampling, seed):
+        steps = self._steps(given, count, sampling, seed)
+        if (pieces := self.task.pieces(given, steps)) is not None:
+            yield from (rows[0] for rows in pieces)
+            return
+        transcript = Transcript(self._text, stop)
+        for step in steps:
             if piece := transcript.add(step[0].cpu()):
                 yield piece
             if transcript.stopped:
