@@ -113,12 +113,18 @@ def recipe_layers(name: str, overrides: list[str] | tuple[str, ...] = ()) -> lis
 
 
 def dotted(words: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    """['train.steps=10', 'model=text_swa_1m'] -> nested mapping; values are read as YAML."""
+    """['train.steps=10', 'model=text_swa_1m'] -> nested mapping; values are read as YAML. A choice and fields of it may be
+    given together, in any order: `model=text_swa_1m model.backbone.depth=4`."""
     for word in words:
         if "=" not in word or word.startswith(("=", "-")):
             raise ConfigError(f"override {word!r} is not of the form field=value, for example train.steps=100")
         _refuse_interpolation(word, "command line")
-    return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(list(words)), resolve=False))
+    fields = [word.partition("=")[0] for word in words]
+    words = [
+        f"{name}.name={word.partition('=')[2]}" if any(other.startswith(f"{name}.") for other in fields) else word
+        for name, word in zip(fields, words, strict=True)
+    ]
+    return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(words), resolve=False))
 
 
 def _refuse_interpolation(text: str, origin: str) -> None:
