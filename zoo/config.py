@@ -113,8 +113,10 @@ def recipe_layers(name: str, overrides: list[str] | tuple[str, ...] = ()) -> lis
 
 
 def dotted(words: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    """['train.steps=10', 'model=text_swa_1m'] -> nested mapping; values are read as YAML. A choice and fields of it may be
-    given together, in any order: `model=text_swa_1m model.backbone.depth=4`."""
+    """['train.steps=10', 'model=text_swa_1m'] -> nested mapping; values are read as YAML.
+
+    A choice and fields of it may be given together, in any order: `model=text_swa_1m model.backbone.depth=4`.
+    """
     for word in words:
         if "=" not in word or word.startswith(("=", "-")):
             raise ConfigError(f"override {word!r} is not of the form field=value, for example train.steps=100")
