@@ -33,7 +33,7 @@ ORDER = (
     ("train",),
     ("pipelines",),  # opens a run that train has left
     ("evaluate",),
-    ("doctor", "bench"),
+    ("doctor", "bench", "publish"),
     ("cli",),
 )
 ROW = {part: row for row, parts in enumerate(ORDER) for part in parts}
@@ -296,7 +296,9 @@ def test_dependencies_are_what_is_imported():
         if top not in sys.stdlib_module_names and top not in ("zoo", "tasks"):
             imported |= {canonical(name) for name in distributions.get(top, [top])}
     optional = PEERS | {
-        canonical(re.split(r"[^\w.-]", row)[0]) for row in project["optional-dependencies"].get("eval", [])
+        canonical(re.split(r"[^\w.-]", row)[0])
+        for extra in ("eval", "hub")
+        for row in project["optional-dependencies"][extra]
     }
     assert imported - declared - optional == set(), "imported, but not declared in pyproject.toml"
     assert declared - imported == set(), "declared in pyproject.toml, but imported nowhere"

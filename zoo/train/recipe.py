@@ -283,10 +283,29 @@ def load_run(
     run = Path(run)
     path = newest_checkpoint(run)
     manifest = checkpoint.read_manifest(path)
-    recipe = configs.build(Recipe, manifest["recipe"], overrides or {})
-    task = make_task(recipe, run / "assets")
-    check_frozen(manifest, task.frozen(), str(path))
-    model = make_model(recipe, task)
     tensors = (checkpoint.read_tensors(path, "ema") if ema else None) or checkpoint.read_tensors(path, "model")
-    weights.load_into(model, tensors or {}, origin=str(path))
+    return _build_trained(manifest, run / "assets", tensors or {}, str(path), device, overrides)
+
+
+def load_published(
+    name: str, *, device: str | torch.device | None = "cpu", overrides: dict[str, Any] | None = None
+) -> tuple[Recipe, Task, nn.Module]:
+    """The same of published weights, <model>.<tag>. Raises FileNotFoundError, WeightsError."""
+    card = weights.open_card(name)
+    return _build_trained(card.facts, card.assets(), card.read_model(), str(card.folder), device, overrides)
+
+
+def _build_trained(
+    facts: dict[str, Any],
+    assets: Path,
+    tensors: dict[str, torch.Tensor],
+    origin: str,
+    device: str | torch.device | None,
+    overrides: dict[str, Any] | None,
+) -> tuple[Recipe, Task, nn.Module]:
+    recipe = configs.build(Recipe, facts["recipe"], overrides or {})
+    task = make_task(recipe, assets)
+    check_frozen(facts, task.frozen(), origin)
+    model = make_model(recipe, task)
+    weights.load_into(model, tensors, origin=origin)
     return recipe, task, model.to(device if isinstance(device, torch.device) else pick_device(device)).eval()
