@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.files import cache_folder
+from zoo.weights.files import WeightsError
 from zoo.weights.published import Published, read_card, write_row
 
 
@@ -26,10 +27,9 @@ def client() -> Any:
 @contextlib.contextmanager
 def told(what: str) -> Iterator[None]:
     """The client's errors, of which some are no OSError, as one line that says what was asked for."""
-    errors = client().errors
     try:
         yield
-    except (OSError, ValueError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
+    except Exception as error:  # of the client and of what it talks through: no family in common
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConnectionError(f"{what}: {first}") from error
 
@@ -49,7 +49,10 @@ def pull(published: Published) -> Path:
             client().snapshot_download(
                 repository, revision=revision, allow_patterns=[f"{published.name}/*"], local_dir=part
             )
-        read_card(part / published.name, published.row.sha256, published.name).check()
+        try:
+            read_card(part / published.name, published.row.sha256, published.name).check()
+        except (WeightsError, FileNotFoundError) as error:
+            raise WeightsError(f"{published.row.hub} does not hold what the row promises: {error}") from error
         if final.exists():
             shutil.rmtree(final)
         os.rename(part / published.name, final)
@@ -67,9 +70,9 @@ def push(published: Published, repository: str) -> str:
     read_card(folder, published.row.sha256, published.name).check()
     api = client().HfApi()
     with told(f"{published.name} cannot be pushed to {repository}"):
-        api.create_repo(repository, repo_type="model", exist_ok=True)
+        api.create_repo(repository, exist_ok=True)
         done = api.upload_folder(
-            repo_id=repository, folder_path=folder, path_in_repo=published.name, commit_message=f"{published.name}"
+            repo_id=repository, folder_path=folder, path_in_repo=published.name, commit_message=published.name
         )
     pinned = f"{repository}@{done.oid}"
     write_row(published.table, dataclasses.replace(published.row, hub=pinned))
