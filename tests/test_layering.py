@@ -39,8 +39,9 @@ ORDER = (
 ROW = {part: row for row, parts in enumerate(ORDER) for part in parts}
 # Arrows inside the first row: a recipe node takes its schema from the registry entry that it names.
 BESIDE = {("config", "registry")}
-# Arrows upwards, inside a function alone: create_model(pretrained=True) opens weights, which build models.
-DEFERRED = {("model", "weights")}
+# Arrows upwards, inside a function alone: create_model opens weights (pretrained=True, backbone_from=), which build
+# models.
+DEFERRED = {("model", "weights"), ("model", "frozen")}
 # ops choose the back end and nobody passes them by; a bench measures the parts one by one
 IMPORTERS = {"kernels": ("ops", "bench")}
 PEERS = {"fla", "flash-attn"}  # what a bench measures beside us, where it is installed

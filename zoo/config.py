@@ -51,6 +51,12 @@ def choices(registry: Any) -> Any:
     return field(default_factory=list, metadata={"registry": registry, "schema": None, "many": True})
 
 
+def later(default: Any) -> Any:
+    """A field that its schema has not always had: while it holds its default it is left out of what is stored, so that
+    the fingerprints of recipes from before it stay as they are."""
+    return field(default=default, metadata={"later": True})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading recipes
 
@@ -236,7 +242,12 @@ def to_dict(config: Any) -> Any:
     if isinstance(config, Choice):
         return {"name": config.name, **to_dict(config.config)}
     if dataclasses.is_dataclass(config):
-        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        kept = (
+            f
+            for f in dataclasses.fields(config)
+            if not ("later" in f.metadata and getattr(config, f.name) == f.default)
+        )
+        return {f.name: to_dict(getattr(config, f.name)) for f in kept}
     if isinstance(config, (list, tuple)):
         return [to_dict(item) for item in config]
     if isinstance(config, Mapping):

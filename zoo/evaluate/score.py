@@ -152,6 +152,7 @@ def origin(run: Path) -> dict[str, Any]:
         "step": manifest["step"],
         "sha256": weights_digest(manifest),
         **{name: manifest[name] for name in ("fingerprint", "seed", "data", "commit")},
+        **{name: manifest[name] for name in ("backbone_from",) if name in manifest},
     }
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from zoo import config as configs
-from zoo import registry, weights
+from zoo import frozen, registry, weights
 from zoo.config import Choice, ConfigError
 from zoo.model import ModelConfig
 from zoo.task import Task
@@ -115,11 +115,15 @@ def reached(rule: str, values: Mapping[str, float]) -> bool:
 
 @dataclass
 class Recipe:
-    """A training run, but for where it lies: what `configs/<domain>/<recipe>.yaml` holds."""
+    """A training run, but for where it lies: what `configs/<domain>/<recipe>.yaml` holds.
+
+    backbone_from  a run folder or published weights, of any domain, whose backbone this run begins with
+    """
 
     task: Choice | None = configs.choice(registry.tasks)
     model: Choice | None = configs.choice(registry.models)
     train: TrainConfig = field(default_factory=TrainConfig)
+    backbone_from: str = configs.later("")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,6 +157,16 @@ def make_model(recipe: Recipe, task: Task) -> nn.Module:
         raise ConfigError(f"the recipe names no model; accepted: {', '.join(registry.models.names())}")
     config = recipe.model.config
     return (task.model_config(config) if isinstance(config, ModelConfig) else config).build()
+
+
+def start_backbone(recipe: Recipe, model: nn.Module, found: Path | None) -> dict[str, Any]:
+    """Give the model the backbone that the recipe names, unless it goes on from a checkpoint; returns what a number
+    carries of it, or nothing."""
+    if not recipe.backbone_from:
+        return {}
+    if found is not None:
+        return {"backbone_from": checkpoint.read_manifest(found).get("backbone_from")}
+    return {"backbone_from": frozen.start_backbone(model, recipe.backbone_from)}
 
 
 def find_start(recipe: Recipe, run: Path, resume: bool) -> tuple[Path | None, list[str]]:
