@@ -13,7 +13,7 @@ from zoo.weights import WeightsError
 
 SMALL = ["train.steps=4", "train.batch_size=4", "train.eval_every=0", "train.sample_every=0", "train.save_every=4"]
 BACKBONE = {"width": 32, "depth": 2, "heads": 2, "pattern": "", "mlp": "swiglu", "positions": "rotary"}
-BACKBONE["mixer"] = {"name": "gatedfwa", "window": 8, "token_shift": False}
+BACKBONE["mixer"] = {"name": "gatedfwa", "window": 8, "token_shift": False, "qk_norm": "full"}
 
 
 def recipe(name: str, *words: str, **fields) -> Recipe:
@@ -83,7 +83,7 @@ def test_create_model_takes_it_too(text):
 def test_what_does_not_fit_is_named(text, tmp_path):
     node = {"backbone": {**BACKBONE, "width": 64}, "head": {"vocabulary": 9}}
     with pytest.raises(
-        WeightsError, match=r"the backbone of .*text \(text_gatedfwa_1m\) does not fit Backbone: .*shape"
+        WeightsError, match=r"the backbone of .*text \(text_gatedfwa_1m\) does not fit: .*backbone.width: 32 -> 64"
     ):
         zoo.create_model("recall_gatedfwa_d32", backbone_from=str(text), **node)
     with pytest.raises(FileNotFoundError, match="the backbone 'nothing' is neither a run folder"):

@@ -79,12 +79,20 @@ def start_backbone(model: nn.Module, reference: str) -> dict[str, str]:
 
     Raises FileNotFoundError; WeightsError that lists every tensor that does not fit, and then nothing is changed.
     """
-    name, _, tensors, origin, _ = _read(reference, "backbone")
+    name, node, tensors, origin, _ = _read(reference, "backbone")
     prefix = "backbone."
     own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     if not own or not isinstance(backbone := getattr(model, "backbone", None), nn.Module):
         raise weights.WeightsError(f"{name if not own else type(model).__name__} has no backbone to move")
-    weights.load_into(backbone, own, origin=f"the backbone of {origin} ({name})")
+    try:
+        weights.load_into(backbone, own, origin=origin)
+    except weights.WeightsError as error:
+        base: Any = registry.models.get(name)()
+        theirs = configs.build(type(base), base, node)
+        lines = configs.difference(theirs.backbone, getattr(model.config, "backbone", {}), "model.backbone")
+        raise weights.WeightsError(
+            f"the backbone of {origin} ({name}) does not fit: {'; '.join(lines) or error}"
+        ) from error
     return {"name": name, "sha256": hashlib.sha256(weights.to_bytes(own)).hexdigest(), "origin": origin}
 
 
