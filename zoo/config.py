@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from zoo.registry import UnknownName, nearest
+from zoo.registry import UnknownName, domain_folders, nearest
 
 T = TypeVar("T")
 
@@ -69,10 +69,11 @@ def configs_root() -> Path:
 
 
 def list_recipes() -> list[str]:
+    """configs/<domain>/<recipe>.yaml, and of a domain in a package of its own <package>/configs/<recipe>.yaml."""
     root = configs_root()
-    return sorted(
-        p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml") if p.parts[-2] != "suites"
-    )
+    own = (p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml") if p.parts[-2] != "suites")
+    others = (f"{domain}/{p.stem}" for domain, f in domain_folders().items() for p in (f / "configs").glob("*.yaml"))
+    return sorted({*own, *others})
 
 
 def list_suites() -> list[str]:
@@ -87,9 +88,13 @@ def find_recipe(name: str) -> Path:
             return Path(name)
         raise ConfigError(f"recipe file {name!r} does not exist")
     path = configs_root() / f"{name}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"unknown recipe {name!r}{nearest(name, list_recipes())}")
-    return path
+    if path.is_file():
+        return path
+    domain, _, stem = name.partition("/")
+    folder = domain_folders().get(domain)
+    if folder is not None and (folder / "configs" / f"{stem}.yaml").is_file():
+        return folder / "configs" / f"{stem}.yaml"
+    raise ConfigError(f"unknown recipe {name!r}{nearest(name, list_recipes())}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
