@@ -53,7 +53,7 @@ class StrokesTask(Task):
             inputs[row, : len(moves) + 1], targets[row, : len(moves) + 1] = whole[:-1], whole[1:]
         return Batch(inputs, targets)
 
-    # -- prompts and drawings --------------------------------------------------------------------------------------------
+    # -- prompts and drawings ------------------------------------------------------------------------------------------
 
     def prompt(self, obj: str | list[str]) -> Batch:
         """Moves as digits, "0012", or several such texts; "" begins anew."""
@@ -94,7 +94,7 @@ class StrokesTask(Task):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join([*lines, "</svg>", ""]), encoding="utf-8")
 
-    # -- evaluation --------------------------------------------------------------------------------------------------------
+    # -- evaluation ----------------------------------------------------------------------------------------------------
 
     def metrics(self, split: str) -> dict[str, Metric]:
         return {"strokes": Closing(self)}
