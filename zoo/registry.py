@@ -170,8 +170,9 @@ def _importable(module: str) -> bool:
     return True
 
 
-def _load_mixers(registry: Registry) -> None:
+def _load_mixers(_: Registry) -> None:
     import_module("zoo.mixers")
+    tasks.names()  # the register() of a package of one's own may add some
 
 
 mixers = Registry("mixer", _load_mixers)
