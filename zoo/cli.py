@@ -217,8 +217,11 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if not Path(args.what).is_dir() and (args.what in list_suites() or args.what.endswith((".yaml", ".yml"))):
         return run_suite(args)
     if not Path(args.what).exists() and "/" not in args.what:
+        from zoo import registry
         from zoo.registry import nearest
 
+        if args.what.partition(".")[0] in registry.models:
+            raise ValueError(f"{args.what} is a model: for its published weights add --pretrained")
         raise FileNotFoundError(f"{args.what} is no run folder and no suite{nearest(args.what, list_suites())}")
     from zoo.evaluate import evaluate_run
 

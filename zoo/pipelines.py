@@ -186,8 +186,7 @@ def pipeline(name: str | Path, *, device: str | None = None, ema: bool = True) -
     ema     of a run: take the averaged weights where it kept them
     Raises FileNotFoundError when `name` is neither.
     """
-    published = not Path(name).exists() and str(name).partition(".")[0] in registry.models
-    if published:
+    if not Path(name).exists() and str(name).partition(".")[0] in registry.models:
         _, task, model = load_published(str(name), device=device)
     else:
         _, task, model = load_run(Path(name), ema=ema, device=device)

@@ -122,6 +122,7 @@ def write_row(path: Path, row: Row) -> None:
         {name: value for name, value in asdict(one).items() if value}
         for one in sorted([*others, row], key=lambda one: registry.natural_key(f"{one.model}.{one.tag}"))
     ]
+    path.parent.mkdir(parents=True, exist_ok=True)
     head = "# Published weights, written by `zoo publish` and `zoo push`: docs/weights.md\n"
     replace_file(path, (head + yaml.safe_dump({"rows": rows}, sort_keys=False, width=1000)).encode())
     weights.add(f"{row.model}.{row.tag}", Published(row, path), replace=True)
