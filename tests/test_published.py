@@ -18,7 +18,7 @@ from zoo.evaluate import repeat
 from zoo.publish import About, publish, read_about
 from zoo.train import Recipe, load_published, load_run, train
 from zoo.weights import Row, WeightsError
-from zoo.weights.published import MAX_FILE, MAX_TOTAL, checkout, compact, join, read_card, split, write_row
+from zoo.weights.published import MAX_FILE, MAX_TOTAL, compact, join, read_card, split, write_row
 
 WORDS = ["train.steps=30", "train.batch_size=4", "train.eval_every=15", "train.sample_every=0", "task.context=64"]
 WORDS += ["task.sample_tokens=20", "train.ema=0.9"]
@@ -193,6 +193,13 @@ def test_a_card_stays_inside_its_folder(tmp_path):
         read_card(tmp_path)
 
 
+def test_a_card_cannot_reach_into_the_environment(tmp_path):
+    facts = {"name": "a.b", "files": {}, "recipe": {"task": {"prompts": ["${oc.env:HOME}"]}}}
+    (tmp_path / "card.json").write_text(json.dumps(facts))
+    with pytest.raises(WeightsError, match=r"'\$\{oc.env:HOME\}' is refused in a card"):
+        read_card(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
@@ -241,6 +248,23 @@ def test_every_published_number_comes_back(home, capsys):
     assert all(number.holds for number in repeat(NAME, device="cpu"))
     assert cli.main(["evaluate", "text_*", "--pretrained", "--device", "cpu"]) == 0
     assert "bits_per_byte" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["evaluate", NAME, "--pretrained", "--split", "valid"], "measured as their card says"),
+        (["evaluate", NAME, "--pretrained", "task.stride=1"], "measured as their card says"),
+        (["evaluate", NAME], "add --pretrained"),
+        (["evaluate", "text_nothing*", "--pretrained"], f"Published weights: {NAME}"),
+        (["list", "--pretrained", "--kind", "recipes"], "does not go with --kind recipes"),
+        (["sample", "text_gatedfwa_1m.other", "--prompt", "x"], f"Published weights: {NAME}"),
+    ],
+)
+def test_words_that_do_not_go_together(home, words, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_a_number_that_does_not_hold_fails(home, capsys):
@@ -332,7 +356,7 @@ def test_about_is_read_from_yaml(tmp_path):
 
 def test_the_repositorys_own_weights_are_whole_and_small():
     """Every row has its folder in this checkout or on the hub, and every folder its row."""
-    root = checkout()
+    root = config.checkout()
     assert root is not None
     own = {name for name in weights.weights.names() if weights.find(name).table.is_relative_to(root / "tasks")}
     for name in own:

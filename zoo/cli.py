@@ -83,8 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", allow_abbrev=False, help="score a run, or bring a suite up to date")
     evaluate.add_argument("what", metavar="WHAT", help="a run folder, or a suite (zoo list --kind suites)")
-    evaluate.add_argument("--split", default="test", choices=["test", "valid"], help="test (default), valid")
-    evaluate.add_argument("--batch-size", type=int, default=16)
+    evaluate.add_argument("--split", choices=["test", "valid"], help="test (default), valid")
+    evaluate.add_argument("--batch-size", type=int, help="default 16; of published weights, that of their card")
     evaluate.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
     evaluate.add_argument("--no-ema", action="store_true", help="take the raw weights, not their average")
     evaluate.add_argument("--nproc", type=int, default=1, help="processes on this machine that share the split")
@@ -232,8 +232,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
         return 0
     scores = evaluate_run(
         Path(args.what),
-        split=args.split,
-        batch_size=args.batch_size,
+        split=args.split or "test",
+        batch_size=args.batch_size or 16,
         device=args.device,
         ema=not args.no_ema,
         overrides=args.override,
@@ -246,10 +246,14 @@ def run_evaluate(args: argparse.Namespace) -> int:
 def run_repeat(args: argparse.Namespace) -> int:
     from zoo.evaluate import repeat
 
+    if args.split or args.override or args.no_ema or args.harness or args.nproc > 1:
+        raise ValueError(
+            "published numbers are measured as their card says; beside --pretrained go --device, --batch-size"
+        )
     missed = []
     for name in names_of_weights([args.what]):
         print(name)
-        for number in repeat(name, device=args.device):
+        for number in repeat(name, device=args.device, batch_size=args.batch_size):
             print(number.line())
             missed += [] if number.holds else [f"{name}: {number.name}"]
     if missed:
@@ -342,6 +346,8 @@ def run_list(args: argparse.Namespace) -> int:
     from zoo.config import list_recipes, list_suites
 
     if args.pretrained:
+        if args.kind != "models":
+            raise ValueError(f"--pretrained lists models with weights; it does not go with --kind {args.kind}")
         return list_weights(args.pattern)
     if args.kind in ("recipes", "suites"):
         listed = list_recipes() if args.kind == "recipes" else list_suites()

@@ -61,11 +61,16 @@ def later(default: Any) -> Any:
 # Reading recipes
 
 
+def checkout() -> Path | None:
+    """The root of the repository that zoo runs from; None for an installed wheel."""
+    root = Path(__file__).resolve().parent.parent
+    return root if (root / "pyproject.toml").is_file() and (root / "configs").is_dir() else None
+
+
 def configs_root() -> Path:
     """The recipes of the checkout that zoo runs from, or those shipped in the wheel."""
-    here = Path(__file__).resolve().parent
-    checkout = here.parent / "configs"
-    return checkout if checkout.is_dir() and (here.parent / "pyproject.toml").is_file() else here / "_configs"
+    root = checkout()
+    return root / "configs" if root else Path(__file__).resolve().parent / "_configs"
 
 
 def list_recipes() -> list[str]:

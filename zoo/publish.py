@@ -24,7 +24,7 @@ from zoo.train import Recipe, load_run, newest_checkpoint, pick_device, read_man
 from zoo.train.log import write_media
 from zoo.train.parallel import Ranks
 from zoo.weights import Row
-from zoo.weights.published import CARD, MAX_FILE, MAX_TOTAL, checkout, compact, join, split, write_row
+from zoo.weights.published import CARD, MAX_FILE, MAX_TOTAL, compact, join, split, write_row
 
 ROUNDING = 0.005  # of a number's size: what another device or batch size may change
 
@@ -147,7 +147,7 @@ def publish(
 
 def default_out(table: Path) -> Path:
     """Where the weights of a table lie: at the root of the checkout for its own domains, else beside the table."""
-    root = checkout()
+    root = configs.checkout()
     return (root if root and table.is_relative_to(root / "tasks") else table.parent) / "weights"
 
 

@@ -28,16 +28,17 @@ class Repeated:
         return f"  {self.name}  {self.published:.5g} +- {self.tolerance:.2g}, now {self.measured:.5g}: {verdict}"
 
 
-def repeat(name: str, *, device: str | None = None) -> list[Repeated]:
+def repeat(name: str, *, device: str | None = None, batch_size: int | None = None) -> list[Repeated]:
     """Every number of the card of published weights, by the card's own protocol.
 
+    batch_size  None: the card's; it decides speed, memory and rounding alone
     Raises FileNotFoundError, WeightsError; WeightsError, too, where the data are not the ones that the card names.
     """
     facts = weights.open_card(name).facts
     said = facts["evaluation"]
     place = pick_device(device)
     recipe, task, model = load_published(name, device=place, overrides=configs.dotted(said["overrides"]))
-    split, size = said["split"], said["batch_size"]
+    split, size = said["split"], batch_size or said["batch_size"]
     measured = measure_split(recipe, task, model, split, batch_size=size, device=place, ranks=Ranks())
     evaluated_on = json.loads(json.dumps(measured.facts["evaluated_on"]))  # as read back
     if changed := configs.difference(said["evaluated_on"], evaluated_on, "data"):

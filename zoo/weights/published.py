@@ -75,19 +75,13 @@ class Published:
 
     def places(self) -> list[Path]:
         """Where the folder may lie on this machine."""
-        root = checkout()
+        root = configs.checkout()  # a wheel holds no weights
         roots = [self.table.parent, *([root] if root else []), cache_folder()]
         return [place / "weights" / self.name for place in roots]
 
     def here(self) -> Path | None:
         """The folder, where it is on this machine."""
         return next((place for place in self.places() if place.is_dir()), None)
-
-
-def checkout() -> Path | None:
-    """The repository that zoo runs from; None for an installed wheel, which holds no weights."""
-    root = Path(__file__).resolve().parents[2]
-    return root if (root / "pyproject.toml").is_file() else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,6 +206,7 @@ def read_card(folder: Path, sha256: str | None = None, name: str = "") -> Card:
     try:
         facts = json.loads(data)
         own, files = facts["name"], facts["files"]
+        told = json.dumps([facts.get("config"), facts.get("recipe")])
         escaping = [one for one in files if Path(one).is_absolute() or ".." in Path(one).parts]
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{path} is damaged: its sha256 is {found}, and it cannot be read as a card") from error
@@ -221,6 +216,8 @@ def read_card(folder: Path, sha256: str | None = None, name: str = "") -> Card:
         raise WeightsError(f"{path} is damaged or another version: its sha256 is {found}, not {sha256}")
     if escaping:
         raise WeightsError(f"{path} names files outside of its folder: {', '.join(escaping)}")
+    if interpolation := re.search(r"\$\{[^}\"]*\}?", told):  # what is built from it would resolve it
+        raise WeightsError(f"{path}: {interpolation.group()!r} is refused in a card; it takes values themselves")
     return Card(folder, facts)
 
 
