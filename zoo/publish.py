@@ -251,8 +251,8 @@ def render(facts: Mapping[str, Any]) -> str:
         ),
         *(f"Again: `zoo evaluate {facts['name']} --pretrained`.", ""),
         *("| number | value | within | peers |", "|---|---|---|---|", *numbers, ""),
-        *("## Training", "", "![Losses over the steps](curve.png)", "", "## Samples", ""),
-        *(_shown(name) for name in facts["samples"]),
+        *("## Training", "", "![Losses over the steps](curve.png)"),
+        *(("", "## Samples", "", *map(_shown, facts["samples"])) if facts["samples"] else ()),
         *("", "## Limits", "", about["limits"].strip(), "", "## Recipe", "", "```yaml"),
         *(configs.to_yaml(facts["recipe"]).rstrip(), "```", ""),
     ]
