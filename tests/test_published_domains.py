@@ -58,3 +58,22 @@ def test_a_tokenizer_and_a_classifier_that_others_name(home, data_root):
     assert all(number.holds for number in repeat(name, device="cpu"))
     (drawn,) = zoo.pipeline(name, device="cpu").sample([3], seed=0)
     assert drawn.shape == (28, 28, 1)
+
+
+def test_codes_carry_their_tokenizer_and_need_no_run(home, data_root, monkeypatch):
+    """As the recipes stand, which name run folders; the card is measured without the classifier."""
+    monkeypatch.chdir(home)
+    for part in ("tokenizer", "classifier"):
+        layers = config.recipe_layers(f"image/smoke_{part}")
+        train(config.build(Recipe, *layers, FEW), Path("runs") / f"image-smoke_{part}")
+    overrides = ["task.samples.count=0", "task.samples.classifier=''"]
+    name = published(home, "image/smoke_codes", overrides=overrides)
+    shutil.rmtree("runs")
+    assert "assets/tokenizer/model.safetensors" in weights.open_card(name).facts["files"]
+    assert all(number.holds for number in repeat(name, device="cpu"))
+    (drawn,) = zoo.pipeline(name, device="cpu").sample([3], seed=0)
+    assert drawn.shape == (28, 28, 1)
+    path = weights.find(name).here() / "assets" / "tokenizer" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(weights.WeightsError, match="assets/tokenizer/model.safetensors is damaged"):
+        zoo.pipeline(name, device="cpu")
