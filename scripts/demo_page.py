@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from zoo import weights
 from zoo.train import load_published, load_run
@@ -22,10 +23,12 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 section { border-top: 1px solid #ccc; margin-top: 2rem }
 pre { background: #f5f5f3; padding: 1rem; white-space: pre-wrap; overflow-wrap: anywhere }
-img { display: block; min-width: 20rem; max-width: 100%; image-rendering: pixelated; margin: 1rem 0 }
+img { display: block; max-width: 100%; margin: 1rem 0 }
+img.small { width: 24rem; image-rendering: pixelated }
 audio { display: block; margin: 1rem 0 }
 .facts { color: #666; font-size: 0.9rem }
 """
+SMALL = 300  # pixels; an image that is not as wide is magnified
 
 
 @dataclass
@@ -101,7 +104,9 @@ def element(file: Path, out: Path) -> str:
         return f"<pre>{html.escape(file.read_text(encoding='utf-8'))}</pre>"
     if file.suffix == ".wav":
         return f'<audio controls src="{place}"></audio>'
-    return f'<img src="{place}" alt="{html.escape(file.stem)}">'
+    with Image.open(file) as image:
+        size = ' class="small"' if image.width < SMALL else ""
+    return f'<img{size} src="{place}" alt="{html.escape(file.stem)}">'
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ def test_every_kind_of_artefact_has_its_element(demo_page, tmp_path):
     page = Elements(demo_page.render([part], tmp_path))
     assert {"pre", "img", "audio"} <= set(page.tags)
     assert len(page.sources) == 2
+    assert 'class="small"' in demo_page.element(part.files[1], tmp_path)  # nine pixels wide
     assert all((tmp_path / source).stat().st_size > 50 for source in page.sources)
     with wave.open(str(tmp_path / next(source for source in page.sources if source.endswith(".wav")))) as file:
         assert file.getnframes() == 8000
