@@ -15,7 +15,7 @@ from torch import nn
 import zoo
 from zoo import cli, config, registry, weights
 from zoo.evaluate import repeat
-from zoo.publish import About, publish, read_about
+from zoo.publish import About, Peer, publish, read_about
 from zoo.train import Recipe, load_published, load_run, train
 from zoo.weights import Row, WeightsError
 from zoo.weights.published import MAX_FILE, MAX_TOTAL, compact, join, read_card, split, write_row
@@ -349,6 +349,14 @@ def test_about_is_read_from_yaml(tmp_path):
     (tmp_path / "about.yaml").write_text(json.dumps({**ABOUT, "license": "x"}))
     with pytest.raises(config.ConfigError, match="did you mean 'licence'"):
         read_about(tmp_path / "about.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("docs/cards/*.yaml")), ids=lambda p: p.stem)
+def test_the_repositorys_own_cards_are_complete(path):
+    about = read_about(path)
+    peers = [config.build(Peer, peer) for peer in about.peers]
+    assert len({(peer.name, peer.metric) for peer in peers}) == len(peers)
+    config.dotted(about.overrides)
 
 
 # -- what the repository holds ----------------------------------------------------------------------------------------
