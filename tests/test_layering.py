@@ -33,14 +33,15 @@ ORDER = (
     ("train",),
     ("pipelines",),  # opens a run that train has left
     ("evaluate",),
-    ("doctor", "bench"),
+    ("doctor", "bench", "publish"),
     ("cli",),
 )
 ROW = {part: row for row, parts in enumerate(ORDER) for part in parts}
 # Arrows inside the first row: a recipe node takes its schema from the registry entry that it names.
 BESIDE = {("config", "registry")}
-# Arrows upwards, inside a function alone: create_model(pretrained=True) opens weights, which build models.
-DEFERRED = {("model", "weights")}
+# Arrows upwards, inside a function alone: create_model opens weights (pretrained=True, backbone_from=), which build
+# models.
+DEFERRED = {("model", "weights"), ("model", "frozen")}
 # ops choose the back end and nobody passes them by; a bench measures the parts one by one
 IMPORTERS = {"kernels": ("ops", "bench")}
 PEERS = {"fla", "flash-attn"}  # what a bench measures beside us, where it is installed
@@ -296,7 +297,9 @@ def test_dependencies_are_what_is_imported():
         if top not in sys.stdlib_module_names and top not in ("zoo", "tasks"):
             imported |= {canonical(name) for name in distributions.get(top, [top])}
     optional = PEERS | {
-        canonical(re.split(r"[^\w.-]", row)[0]) for row in project["optional-dependencies"].get("eval", [])
+        canonical(re.split(r"[^\w.-]", row)[0])
+        for extra in ("eval", "hub")
+        for row in project["optional-dependencies"][extra]
     }
     assert imported - declared - optional == set(), "imported, but not declared in pyproject.toml"
     assert declared - imported == set(), "declared in pyproject.toml, but imported nowhere"

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo import registry
 from zoo.generation import Sampling, generate
 from zoo.model import Batch, Model
 from zoo.task import Task
-from zoo.train import load_run
+from zoo.train import load_published, load_run
 
 LOOK_EVERY = 8  # steps between two looks for stop strings: a look waits for the device
 
@@ -183,13 +184,16 @@ def begun(text: str, stop: Sequence[str]) -> int:
 
 
 def pipeline(name: str | Path, *, device: str | None = None, ema: bool = True) -> Pipeline:
-    """A pipeline from a run folder.
+    """A pipeline from a run folder, or from published weights, <model>.<tag>.
 
     device  default: the GPU where there is one
-    ema     take the averaged weights where the run kept them
-    Raises FileNotFoundError when `name` is no run folder.
+    ema     of a run: take the averaged weights where it kept them
+    Raises FileNotFoundError when `name` is neither.
     """
-    _, task, model = load_run(Path(name), ema=ema, device=device)
+    if not Path(name).exists() and str(name).partition(".")[0] in registry.models:
+        _, task, model = load_published(str(name), device=device)
+    else:
+        _, task, model = load_run(Path(name), ema=ema, device=device)
     if not isinstance(model, Model):
         raise TypeError(f"{name} holds a {type(model).__name__}; only models with a head can be sampled from")
     return Pipeline(model, task)

@@ -156,6 +156,10 @@ class Task:
         """Samples for TensorBoard, from a model in eval mode and a validation batch."""
         return Media()
 
+    def show(self, model: nn.Module) -> Media:
+        """What the model makes without any data at hand: for the demo page and for the card of published weights."""
+        return Media()
+
 
 class OneRank:
     """The ranks of a single process: sums are themselves."""

@@ -30,6 +30,7 @@ from zoo.train.recipe import (
     make_model,
     make_task,
     pick_device,
+    start_backbone,
     what_a_number_carries,
     write_run_files,
 )
@@ -98,8 +99,10 @@ def _train(
     kept = run / "assets" if found is not None else None  # a tokenizer that was fitted is read back, not fitted again
     task = ranks.in_turn(lambda: make_task(recipe, kept))
     model = make_model(recipe, task)
-    facts = what_a_number_carries(recipe, task)
+    facts = what_a_number_carries(recipe, task) | ranks.in_turn(lambda: start_backbone(recipe, model, found))
     notes += check_same(found, recipe, facts, allow_changes)
+    if found is None and (given := facts.get("backbone_from")):
+        notes.append(f"beginning with the backbone of {given['origin']} ({given['name']})")
     state = Run(recipe, run, task, model, device, ranks, facts, found)
     if found is not None:
         notes.append(f"resuming {run} from {found.name}")

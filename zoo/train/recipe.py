@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from zoo import config as configs
-from zoo import registry, weights
+from zoo import frozen, registry, weights
 from zoo.config import Choice, ConfigError
 from zoo.model import ModelConfig
 from zoo.task import Task
@@ -115,11 +115,15 @@ def reached(rule: str, values: Mapping[str, float]) -> bool:
 
 @dataclass
 class Recipe:
-    """A training run, but for where it lies: what `configs/<domain>/<recipe>.yaml` holds."""
+    """A training run, but for where it lies: what `configs/<domain>/<recipe>.yaml` holds.
+
+    backbone_from  a run folder or published weights, of any domain, whose backbone this run begins with
+    """
 
     task: Choice | None = configs.choice(registry.tasks)
     model: Choice | None = configs.choice(registry.models)
     train: TrainConfig = field(default_factory=TrainConfig)
+    backbone_from: str = configs.later("")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,6 +157,16 @@ def make_model(recipe: Recipe, task: Task) -> nn.Module:
         raise ConfigError(f"the recipe names no model; accepted: {', '.join(registry.models.names())}")
     config = recipe.model.config
     return (task.model_config(config) if isinstance(config, ModelConfig) else config).build()
+
+
+def start_backbone(recipe: Recipe, model: nn.Module, found: Path | None) -> dict[str, Any]:
+    """Give the model the backbone that the recipe names, unless it goes on from a checkpoint; returns what a number
+    carries of it, or nothing."""
+    if not recipe.backbone_from:
+        return {}
+    if found is not None:
+        return {"backbone_from": checkpoint.read_manifest(found).get("backbone_from")}
+    return {"backbone_from": frozen.start_backbone(model, recipe.backbone_from)}
 
 
 def find_start(recipe: Recipe, run: Path, resume: bool) -> tuple[Path | None, list[str]]:
@@ -283,10 +297,29 @@ def load_run(
     run = Path(run)
     path = newest_checkpoint(run)
     manifest = checkpoint.read_manifest(path)
-    recipe = configs.build(Recipe, manifest["recipe"], overrides or {})
-    task = make_task(recipe, run / "assets")
-    check_frozen(manifest, task.frozen(), str(path))
-    model = make_model(recipe, task)
     tensors = (checkpoint.read_tensors(path, "ema") if ema else None) or checkpoint.read_tensors(path, "model")
-    weights.load_into(model, tensors or {}, origin=str(path))
+    return _build_trained(manifest, run / "assets", tensors or {}, str(path), device, overrides)
+
+
+def load_published(
+    name: str, *, device: str | torch.device | None = "cpu", overrides: dict[str, Any] | None = None
+) -> tuple[Recipe, Task, nn.Module]:
+    """The same of published weights, <model>.<tag>. Raises FileNotFoundError, WeightsError."""
+    card = weights.open_card(name)
+    return _build_trained(card.facts, card.assets(), card.read_model(), str(card.folder), device, overrides)
+
+
+def _build_trained(
+    facts: dict[str, Any],
+    assets: Path,
+    tensors: dict[str, torch.Tensor],
+    origin: str,
+    device: str | torch.device | None,
+    overrides: dict[str, Any] | None,
+) -> tuple[Recipe, Task, nn.Module]:
+    recipe = configs.build(Recipe, facts["recipe"], overrides or {})
+    task = make_task(recipe, assets)
+    check_frozen(facts, task.frozen(), origin)
+    model = make_model(recipe, task)
+    weights.load_into(model, tensors, origin=origin)
     return recipe, task, model.to(device if isinstance(device, torch.device) else pick_device(device)).eval()
