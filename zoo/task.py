@@ -154,7 +154,7 @@ class Task:
 
     def media(self, model: nn.Module, batch: Batch) -> Media:
         """Samples for TensorBoard, from a model in eval mode and a validation batch."""
-        return Media()
+        return self.show(model)
 
     def show(self, model: nn.Module) -> Media:
         """What the model makes without any data at hand: for the demo page and for the card of published weights."""

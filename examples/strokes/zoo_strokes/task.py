@@ -115,9 +115,6 @@ class StrokesTask(Task):
         given = self.prompt([""] * count)
         return self.artefacts(given, generate(model, given, max_new=self.length(given), seed=seed).cpu())
 
-    def media(self, model: nn.Module, batch: Batch) -> Media:
-        return self.show(model)
-
     def show(self, model: nn.Module) -> Media:
         assert isinstance(model, Model)
         return Media(images={"drawings": picture(self.draw(model, 8))})
