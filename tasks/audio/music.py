@@ -267,7 +267,7 @@ class MusicTask(Task):
     def baselines(self, split: str) -> dict[str, float]:
         return key_baselines(self.data.load("train"), self.data.load(split))
 
-    def media(self, model: nn.Module, batch: Batch) -> Media:
+    def show(self, model: nn.Module) -> Media:
         """Pieces as rolls and as sound."""
         assert isinstance(model, Model)
         given = self.prompt([None] * self.config.shown)

@@ -429,7 +429,7 @@ class AudioTask(Task):
         parts = self.data.load("train"), self.data.load(split)
         return {"order0_bits_per_sample": order0_bits(*parts), "order1_bits_per_sample": order1_bits(*parts)}
 
-    def media(self, model: nn.Module, batch: Batch) -> Media:
+    def show(self, model: nn.Module) -> Media:
         """Sounds, labels in turn, and their spectrograms below each other."""
         assert isinstance(model, Model)
         from tasks.audio.metrics import in_turn
