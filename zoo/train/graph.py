@@ -58,7 +58,9 @@ class Recorder:
             try:
                 shape.outputs, shape.replay = record(self.step, shape.inputs, self._stream, self._pool)
             except RuntimeError as error:
-                raise GraphError(f"this step cannot be recorded; train.graph=false runs it as it is: {error}") from error
+                raise GraphError(
+                    f"this step cannot be recorded; train.graph=false runs it as it is: {error}"
+                ) from error
         shape.replay()
         return rebuilt(shape.outputs, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
 
