@@ -28,7 +28,7 @@ from zoo.config import Choice, ConfigError
 from zoo.model import ModelConfig
 from zoo.task import Task
 from zoo.train import checkpoint
-from zoo.train.optim import OptimizerConfig, ScheduleConfig
+from zoo.train.optim import FUSED, OptimizerConfig, ScheduleConfig
 from zoo.train.parallel import ParallelConfig
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ class TrainConfig:
     keep              newest checkpoints that stay; 0: all
     max_skipped       non-finite steps in a row that are left out; one more ends the run
     prefetch          batches read ahead by a thread, 1 or more
+    graph             on a GPU the whole step is recorded as a CUDA graph and replayed (graph.py): for small models,
+                      whose steps wait for Python. With adam or adamw, in one process; with and without compile
     device            auto: the GPU where there is one
     """
 
@@ -67,6 +69,7 @@ class TrainConfig:
     max_skipped: int = 3
     prefetch: int = 2
     compile: bool = False
+    graph: bool = False
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     device: str = "auto"
 
@@ -80,6 +83,11 @@ class TrainConfig:
             raise ValueError(f"seed = {self.seed}; it takes 0 or more")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema = {self.ema} is not a decay: it takes 0 (none) or a number below 1")
+        if self.graph and self.optimizer.name.lower() not in FUSED:
+            raise ValueError(
+                f"graph = true records the steps of {' and '.join(FUSED)} alone, and optimizer.name = "
+                f"{self.optimizer.name!r}; it takes false there"
+            )
         parse_stop(self.stop_when)
         if self.stop_when and not self.eval_every:
             raise ValueError(f"stop_when = {self.stop_when!r} needs evaluations, and eval_every is 0")
