@@ -209,18 +209,16 @@ def load_rows(C: gl.constexpr, problem, out, dout, lse, dlse, item, row_layout: 
     return outs, douts, lses, dlses, suffix, newer
 
 
-@gluon.jit(
-    do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "bound_group", "blocks", "items"]
-)
+@gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
 def dq_kernel(
     q_desc, dout_desc, k_desc, v_desc, dq_desc, dq_ptr, out, dout, suffix, total, starts, lse, dlse, rows,
     scale_log2, bias_factor, scale,
-    batches, heads, group, queries, keys, window, bound_group, blocks, items,
+    batches, heads, group, queries, keys, window, blocks, items,
     CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, BOUNDED: gl.constexpr,
     A_SHARED: gl.constexpr, WITH_DLSE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    problem = Problem(batches, heads, group, queries, keys, window, bound_group, blocks, items, starts,
-                      suffix, total, CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
+    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
+                      CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
     channels = open_channels(q_desc, k_desc, CONSUMERS, STAGES)
     dq_tiles = gl.allocate_shared_memory(dq_desc.dtype, [CONSUMERS, 1, TILE, 1, D], dq_desc.layout)
     if CONSUMERS == 2:
