@@ -162,15 +162,15 @@ class Problem:
         return suffix, newer
 
     @gluon.jit
-    def reach(self, batch, head, position):
-        """How many keys each row may see, itself included, and the latest of the rows' starts."""
-        reach = gl.zeros_like(position) + self.window
+    def first_visible(self, batch, head, position):
+        """The oldest key that each row sees, and the latest of the rows' starts."""
+        first = position - self.window + 1
         latest = gl.to_tensor(0)
         if self.BOUNDED:
             start = gl.load(self.bounds(self.starts, batch, head) + position, mask=position < self.keys, other=0)
-            reach = gl.maximum(gl.minimum(reach, position - start + 1), 0)
+            first = gl.maximum(first, start)
             latest = gl.max(start, 0)
-        return reach, latest
+        return first, latest
 
 
 @gluon.jit
@@ -194,16 +194,11 @@ def bias_columns(bias, layout: gl.constexpr):
 
 
 @gluon.jit
-def within(distance, reach):
-    """0 <= distance < reach in one comparison, negative numbers being large unsigned ones. reach >= 0."""
-    return distance.to(gl.uint32, bitcast=True) < reach.to(gl.uint32, bitcast=True)
-
-
-@gluon.jit
-def visible(first, position, reach, layout: gl.constexpr):
-    """(64, 64) mask of the key tile that starts at `first`: each row sees the `reach` keys up to its own."""
-    key = gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, layout)), 0)
-    return within(gl.expand_dims(position - first, 1) - key, gl.expand_dims(reach, 1))
+def visible(first, position, first_visible, layout: gl.constexpr):
+    """(64, 64) mask of the key tile that starts at `first`. Two comparisons an element cost the forward no registers;
+    one unsigned comparison, as in dk/dv, does."""
+    key = first + gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, layout)), 0)
+    return (key <= gl.expand_dims(position, 1)) & (key >= gl.expand_dims(first_visible, 1))
 
 
 @gluon.jit

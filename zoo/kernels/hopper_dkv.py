@@ -23,9 +23,14 @@ from zoo.kernels.hopper_band import (
     lane_sum,
     split_in_three,
     start_ring,
-    within,
 )
 from zoo.kernels.hopper_channels import announce, as_operand, load_held, load_passing, open_channels, score
+
+
+@gluon.jit
+def within(distance, reach):
+    """0 <= distance < reach in one comparison, negative numbers being large unsigned ones. reach >= 0."""
+    return distance.to(gl.uint32, bitcast=True) < reach.to(gl.uint32, bitcast=True)
 
 
 @gluon.jit

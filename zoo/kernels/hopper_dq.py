@@ -80,7 +80,7 @@ def dq_consume(
         oldest = problem.oldest(tile, batch, head)
         inside = tile <= newest
         position = tile * TILE + gl.arange(0, TILE, layout=row_layout)
-        reach, latest_start = problem.reach(batch, head, position)
+        first_visible, latest_start = problem.first_visible(batch, head, position)
         row = position - (problem.keys - problem.queries)
         mine = (row >= 0) & (row < problem.queries)
         outs, douts, lses, dlses, suffix, newer = ahead
@@ -118,7 +118,7 @@ def dq_consume(
                 do, channels.passing_too.index(ring.slot), D, ones, channels.columns.index(ring.slot), False, s_layout
             )
             s = warpgroup_mma_wait(1, deps=(s,))
-            s = gl.where(visible(newest * TILE, position, reach, s_layout), s, float("-inf"))
+            s = gl.where(visible(newest * TILE, position, first_visible, s_layout), s, float("-inf"))
             p = gl.exp2(s * scale_log2 - gl.expand_dims(shift, 1))
             dp = warpgroup_mma_wait(0, deps=(dp,))
             ds = p * (dp - gl.expand_dims(delta, 1))
@@ -150,7 +150,7 @@ def dq_consume(
                 s = warpgroup_mma_wait(2, deps=(s,))
                 first = (newest - 1 - i) * TILE
                 if first < clear:
-                    s = gl.where(visible(first, position, reach, s_layout), s, float("-inf"))
+                    s = gl.where(visible(first, position, first_visible, s_layout), s, float("-inf"))
                 p = gl.exp2(s * scale_log2 - gl.expand_dims(shift, 1))
                 if problem.A_SHARED:
                     dq, dp, ds = warpgroup_mma_wait(0, deps=(dq, dp, ds))

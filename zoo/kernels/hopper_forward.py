@@ -249,8 +249,9 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, 
     inside = tile <= newest  # else all rows lie past the last key: nothing to do but to pass everything on
 
     position = tile * TILE + gl.arange(0, TILE, layout=row_layout)
-    reach, latest_start = problem.reach(batch, head, position)
+    first_visible, latest_start = problem.first_visible(batch, head, position)
     own_suffix, newer = problem.load_row_bias(tile, block_newest, batch, head, problem.CONSUMERS - 1 - C, row_layout)
+    own_bias = own_suffix + newer
 
     for _ in range(gl.where(inside, block_newest - newest, block_newest - block_oldest + 1)):
         ring = pass_on(channels, ring)
@@ -267,7 +268,7 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, 
         # the newest tile: always an edge, and the reference of the softmax
         mbarrier.wait(channels.kv_ready.index(ring.slot), ring.parity)
         s = warpgroup_mma_wait(0, deps=(logits(q, ones, channels, ring.slot, problem, s_layout),))
-        s = gl.where(visible(newest * TILE, position, reach, s_layout), s * scale_log2, float("-inf"))
+        s = gl.where(visible(newest * TILE, position, first_visible, s_layout), s * scale_log2, float("-inf"))
         m = gl.maximum(gl.max(s, 1), NOTHING)
         p = gl.exp2(s - gl.expand_dims(m, 1))
         total = lane_sum(p, 64)
@@ -284,7 +285,7 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, 
             s = warpgroup_mma_wait(1, deps=(s,))
             first = (newest - 1 - i) * TILE
             if first < clear:
-                s = gl.where(visible(first, position, reach, s_layout), s, float("-inf"))
+                s = gl.where(visible(first, position, first_visible, s_layout), s, float("-inf"))
             if CAREFUL:
                 m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
                 alpha = gl.exp2(m - m_new)
@@ -310,7 +311,7 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, 
 
         # the row sums, the log-sum-exp in nats without the tile's anchor, the output
         total = gl.convert_layout(gl.sum(total, 1), row_layout)
-        lse = gl.where(total > 0.0, (m + gl.log2(total) - (own_suffix + newer)) * LN2, float("-inf"))
+        lse = gl.where(total > 0.0, (m + gl.log2(total) - own_bias) * LN2, float("-inf"))
         if not CAREFUL:
             row = position - (problem.keys - problem.queries)
             bad = gl.where((total < OUTGROWN) | (row < 0) | (row >= problem.queries), 0, 1)
