@@ -84,12 +84,12 @@ def dkv_produce(problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows
                     load_passing(channels, ring, q_desc, dout_desc, [batch, query * TILE - offset, head, 0])
                     columns = query_columns((carry - suffix - lse) * bias_factor, -delta, layout)
                     carry += gain
+                    lse, suffix, delta, gain = load_rows(
+                        problem, rows, batch, head, query + 1, gl.SliceLayout(1, layout)
+                    )
                     channels.columns.index(ring.slot).store(columns)
                     fence_async_shared()
                     announce(channels, ring, q_desc)
-                    lse, suffix, delta, gain = load_rows(  # not before the fence, which would wait for it
-                        problem, rows, batch, head, query + 1, gl.SliceLayout(1, layout)
-                    )
                     ring = ring.next()
         parity = parity ^ 1
 

@@ -44,11 +44,12 @@ def dq_produce(problem, channels, q_desc, dout_desc, k_desc, v_desc, bias_factor
                 if problem.GATED:
                     carry += gain
                     bias = (carry + suffix) * bias_factor
+                    suffix, gain = problem.load_suffix(
+                        batch, head, key - 1, vector_layout
+                    )  # on its way during the rest
                     channels.columns.index(ring.slot).store(bias_columns(bias, columns_layout))
                     fence_async_shared()
                 announce(channels, ring, k_desc)
-                if problem.GATED:  # not before the fence, which would wait for it
-                    suffix, gain = problem.load_suffix(batch, head, key - 1, vector_layout)
                 ring = ring.next()
         parity = parity ^ 1
 

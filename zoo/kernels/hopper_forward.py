@@ -174,11 +174,10 @@ def produce_item(problem, channels, q_desc, k_desc, v_desc, bias_factor, ring, q
             if problem.GATED:
                 carry += gain
                 bias = (carry + suffix) * bias_factor
+                suffix, gain = problem.load_suffix(batch, head, key - 1, vector_layout)  # on its way during the rest
                 channels.bias.index(ring.slot).store(bias_columns(bias, columns_layout))
                 fence_async_shared()
             mbarrier.expect(ready, kv_bytes)  # also says that the bias is written
-            if problem.GATED:  # not before the fence, which would wait for it
-                suffix, gain = problem.load_suffix(batch, head, key - 1, vector_layout)
             ring = ring.next()
     return ring
 
