@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     ("registry", "config", "state", "files"),  # know nothing else of zoo
     ("kernels",),
-    ("ops", "layers", "loss", "quantize"),
+    ("ops",),
+    ("layers", "loss", "quantize"),
     ("mixers",),
     ("backbone",),
     ("model",),

@@ -1,5 +1,6 @@
-"""What a block computes element by element between its products, in plain PyTorch: SwiGLU's product, and keys and
-queries made ready for attention. The definitions, and the `reference` back end of the op families "swiglu" and "qkv".
+"""What a block computes around its large products, in plain PyTorch: SwiGLU's product, q, k and v made ready for
+attention, the narrow products of gates. The definitions, and the `reference` back end of the op families "swiglu",
+"qkv" and "linear".
 """
 
 import torch
@@ -94,3 +95,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(2).to(x.dtype), sin.unsqueeze(2).to(x.dtype)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------ narrow products
+
+
+def piecewise_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.mT, (…, M, K) and (…, N, K), in float32, from bfloat16 pieces of both; the product of the two
+    remainders is left out. A bfloat16 x is one piece."""
+    high, weight_high = x.bfloat16().float(), weight.bfloat16().float()
+    low, weight_low = ((y.float() - part).bfloat16().float() for y, part in ((x, high), (weight, weight_high)))
+    return low @ weight_high.mT + high @ weight_low.mT + high @ weight_high.mT
