@@ -15,6 +15,7 @@ from zoo.kernels.tiles import CHUNK, SHARED_BYTES, TABLE, Tile
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90}
 INDEX_POINTERS = {"start_ptr", "end_ptr"}
 LONG_POINTERS = {"targets_ptr"}
+NOT_ALIGNED = {"stride_kb", "stride_kt"}  # of a narrow projection
 FLOAT32_POINTERS = {
     "suffix_ptr",
     "total_ptr",
@@ -46,9 +47,12 @@ def build(kernel, architecture, element, constants, warps=4, stages=1):
         elif name.endswith("_ptr"):
             kind = "i32" if name in INDEX_POINTERS else "fp32" if name in FLOAT32_POINTERS else element
             signature[name] = "*i64" if name in LONG_POINTERS else f"*{kind}"
+            if kernel.__module__.endswith("qkv") and name == "starts_ptr":  # elsewhere a row's first token
+                signature[name] = "*i1"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-        if signature[name] != "constexpr" and name.endswith("_ptr") | name.startswith("stride_"):
+        aligned = name.endswith("_ptr") or (name.startswith("stride_") and name not in NOT_ALIGNED)
+        if signature[name] != "constexpr" and aligned:
             divisible[position,] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     target = GPUTarget("cuda", CAPABILITY[architecture], 32)
@@ -111,13 +115,14 @@ def test_swiglu_compiles(architecture):
 
 
 @pytest.mark.parametrize("architecture", ["sm80", "sm90"])
-@pytest.mark.parametrize("part", ["q", "k", "v"])
+@pytest.mark.parametrize("part", ["q", "k", "v", "k of documents, by head"])
 def test_qkv_compile(part, architecture):
     shift, norm = part != "q", part != "v"
-    absent = {"starts_ptr"} | (set() if shift else {"keep_ptr", "dkeep_ptr"})
+    special = len(part) > 1
+    absent = (set() if special else {"starts_ptr"}) | (set() if shift else {"keep_ptr", "dkeep_ptr"})
     absent |= set() if norm else {"weight_ptr", "cos_ptr", "sin_ptr", "partial_ptr"}
     switches = {
-        "D": 64, "SHIFT": shift, "NORM": norm, "PER_HEAD": False, "ROTATE": norm, "CUT": False,
+        "D": 64, "SHIFT": shift, "NORM": norm, "PER_HEAD": special, "ROTATE": norm, "CUT": special,
         "TOKENS": qkv.ELEMENTS // 512, "HEADS": 16, "HALF": 32, "RUN": qkv.RUN,
     }  # fmt: skip
     for kernel in (qkv._forward, qkv._backward):

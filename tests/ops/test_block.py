@@ -1,16 +1,13 @@
 """What stands between a block's products, as operators: SwiGLU's product, and q, k and v made ready for attention.
 
-The reference path here, the kernels in tests/kernels/interpreted_block.py (interpreter) and tests/ops/test_block_gpu.py.
+The reference path here; the kernels in tests/kernels/interpreted_block.py and tests/ops/test_block_gpu.py.
 """
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from tests.ops.block_cases import CASES, plain_qkv, plain_swiglu, qkv_tensors
 from tests.ops.definition import relative_error
-from zoo import ops
 from zoo.ops import prepare_qkv, swiglu
 
 
@@ -87,7 +84,16 @@ def test_stacked_by_vmap(shared):
 def test_operators_keep_their_promises():
     tensors, _ = qkv_tensors(CASES[0], torch.float32)
     stack = (x.detach().unsqueeze(0).requires_grad_() for x in tensors["norms"])
-    arguments = (tensors["qkv"], tensors["keep"], *stack, *tensors["options"]["table"], None, CASES[0].heads, False, 1e-6)
+    arguments = (
+        tensors["qkv"],
+        tensors["keep"],
+        *stack,
+        *tensors["options"]["table"],
+        None,
+        CASES[0].heads,
+        False,
+        1e-6,
+    )
     torch.library.opcheck(torch.ops.zoo.prepare_qkv.default, arguments)
     torch.library.opcheck(torch.ops.zoo.swiglu.default, (torch.randn(3, 4, 6, requires_grad=True),))
 

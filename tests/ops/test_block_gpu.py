@@ -32,14 +32,19 @@ def results(function, case, tensors, grads, kind=None):
     leaves = [tensors["qkv"], tensors["keep"], *(tensors["norms"] or ())]
     leaves = [x.detach().to(kind or x.dtype).requires_grad_() for x in leaves]
     found = function(leaves[0], leaves[1], case.heads, **tensors["options"], norms=tuple(leaves[2:]) or None)
-    return [x.detach() for x in found] + list(torch.autograd.grad(found, leaves, [g.to(x.dtype) for g, x in zip(grads, found)]))
+    return [x.detach() for x in found] + list(
+        torch.autograd.grad(found, leaves, [g.to(x.dtype) for g, x in zip(grads, found, strict=True)])
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
 def test_qkv_are_no_further_from_float64_than_their_steps(case, dtype):
     tensors, grads = qkv_tensors(case, dtype, "cuda")
-    found = [results(f, case, tensors, grads, kind) for f, kind in ((prepare_qkv, None), (plain_qkv, None), (plain_qkv, torch.float64))]
+    found = [
+        results(f, case, tensors, grads, kind)
+        for f, kind in ((prepare_qkv, None), (plain_qkv, None), (plain_qkv, torch.float64))
+    ]
     for number, (ours, theirs, exact) in enumerate(zip(*found, strict=True)):
         errors = relative_error(ours, exact), relative_error(theirs, exact)
         assert errors[0] <= 1.05 * errors[1] + 2e-6, (number, errors)

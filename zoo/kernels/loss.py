@@ -2,7 +2,8 @@
 
 A program owns a row and walks its V logits twice, in tiles: once for the running maximum and sum of exponentials
 (online logsumexp, Milakov and Gimelshein, arXiv 1805.02867), once to write softmax - onehot over them. Programs are
-large, so that few rows are under way at once: all of them lie in the L2 cache until their second walk. The two products around it are cuBLAS's (zoo/ops/loss.py).
+large, so that few rows are under way at once: all of them lie in the L2 cache until their second walk. The two products
+around it are cuBLAS's (zoo/ops/loss.py).
 
 Shapes: logits (N, V), rows contiguous; targets (N,) int64; loss (N,) float32.
 """

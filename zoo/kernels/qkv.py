@@ -114,8 +114,10 @@ def _mean(x, y, H, D: tl.constexpr, PER_HEAD: tl.constexpr):
     """Over the whole token, or each head, of two halves: (TOKENS, 1 or HEADS, 1)."""
     total = tl.sum(x + y, 2)
     if PER_HEAD:
-        return (total / D)[:, :, None]
-    return (tl.sum(total, 1) / (H * D))[:, None, None]
+        mean = (total / D)[:, :, None]
+    else:
+        mean = (tl.sum(total, 1) / (H * D))[:, None, None]
+    return mean
 
 
 @triton.jit

@@ -59,7 +59,8 @@ def _prepare(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     module = backend.choose("qkv", qkv.device, qkv.dtype, qkv.shape[3])
     q, k, v = (
-        module.part_forward(*part, starts, per_head, eps) for part in _parts(qkv, keep, q_weight, k_weight, cos, sin, heads)
+        module.part_forward(*part, starts, per_head, eps)
+        for part in _parts(qkv, keep, q_weight, k_weight, cos, sin, heads)
     )
     return q, k, v
 
@@ -133,7 +134,9 @@ def _stacked(operator: Any, rows: int) -> None:
             raise ValueError(f"{operator._qualname}: packed documents (cu_seqlens) cannot be stacked by vmap")
         folded = [fold(x, dim, size) for x, dim in zip(args[: rows + 2], in_dims[: rows + 2], strict=True)]
         batch = folded[0].shape[0] // size
-        tables = [_table(x, dim, size, batch) for x, dim in zip(args[rows + 2 :][:2], in_dims[rows + 2 :][:2], strict=True)]
+        tables = [
+            _table(x, dim, size, batch) for x, dim in zip(args[rows + 2 :][:2], in_dims[rows + 2 :][:2], strict=True)
+        ]
         outputs = operator(*folded, *tables, *args[rows + 4 :])
         outputs = type(outputs)(x.unflatten(0, (size, -1)) for x in outputs)
         return outputs, type(outputs)(0 for _ in outputs)
