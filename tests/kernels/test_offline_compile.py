@@ -14,7 +14,7 @@ from zoo.kernels.tiles import CHUNK, SHARED_BYTES, TABLE, Tile
 
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90}
 INDEX_POINTERS = {"start_ptr", "end_ptr"}
-LONG_POINTERS = {"targets_ptr"}
+OTHER_POINTERS = {"targets_ptr": "i64", "starts_ptr": "i1"}
 NOT_ALIGNED = {"stride_kb", "stride_kt"}  # of a narrow projection
 FLOAT32_POINTERS = {
     "suffix_ptr",
@@ -46,9 +46,7 @@ def build(kernel, architecture, element, constants, warps=4, stages=1):
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             kind = "i32" if name in INDEX_POINTERS else "fp32" if name in FLOAT32_POINTERS else element
-            signature[name] = "*i64" if name in LONG_POINTERS else f"*{kind}"
-            if kernel.__module__.endswith("qkv") and name == "starts_ptr":  # elsewhere a row's first token
-                signature[name] = "*i1"
+            signature[name] = f"*{OTHER_POINTERS.get(name, kind)}"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
         aligned = name.endswith("_ptr") or (name.startswith("stride_") and name not in NOT_ALIGNED)
