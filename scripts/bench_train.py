@@ -60,6 +60,50 @@ def _loss_rows(rows: int) -> Callable[[], None]:
     return apply
 
 
+def _inductor_swiglu() -> None:
+    from zoo import layers
+
+    def plain(packed: Tensor) -> Tensor:
+        value, gate = packed.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+    layers.swiglu = plain  # type: ignore[assignment]
+
+
+def _inductor_qkv() -> None:
+    from zoo.mixers.attention import Attention
+    from zoo.mixers.base import Context
+
+    def prepare(self: Any, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        from zoo.layers import apply_rotary
+
+        q, k, v = self._project(x)
+        k, v = self._shift(x, k, v, ctx, None)
+        q, k = self._normalise(q, self.q_norm), self._normalise(k, self.k_norm)
+        q, k = apply_rotary(q, ctx.rotary), apply_rotary(k, ctx.rotary)  # type: ignore[arg-type]
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    Attention._prepare = prepare  # type: ignore[method-assign]
+
+
+def _sum_loss() -> None:
+    from zoo.ops import loss
+
+    def accumulate(grad_weight: Tensor, logits: Tensor, part: Tensor) -> None:
+        grad_weight += logits.mT @ part
+
+    loss._accumulate = accumulate
+
+
+def _loss_tile(columns: int, warps: int) -> Callable[[], None]:
+    def apply() -> None:
+        from zoo.kernels import loss
+
+        loss.COLUMNS, loss.WARPS = columns, warps
+
+    return apply
+
+
 def _inductor(**values: Any) -> Callable[[], None]:
     def apply() -> None:
         from torch._inductor import config
@@ -90,6 +134,11 @@ def _no_sync() -> None:
 # What can be changed in an arm of ours
 VARIANTS: dict[str, Callable[[], None]] = {
     "f32gates": _f32_gates,  # gate and token shift projected in float32, off the tensor cores
+    "inductorswiglu": _inductor_swiglu,  # the compiler makes SwiGLU's product
+    "inductorqkv": _inductor_qkv,  # the compiler shifts, normalises and rotates
+    "sumloss": _sum_loss,  # the weight's gradient in the loss is added up apart from its products
+    "tile4096": _loss_tile(4096, 8),  # of the loss's rows, and warps to each
+    "tile16384": _loss_tile(16384, 32),
     "inlinerotary": _inline_rotary,  # the compiler sees how rotary angles are computed
     "rows5632": _loss_rows(5632),  # tokens whose logits stand at once; 5632 * 768 is a whole wave of 132 tiles
     "rows8192": _loss_rows(8192),

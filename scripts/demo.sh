@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a language model: sets the environment up, trains text/demo for about two minutes on two cores on the
-# standard library's own sources, stops it on purpose and resumes it, evaluates it and lets it write.
+# standard library's own sources, stops it on purpose and resumes it, evaluates it and lets it write. At the end
+# runs/demo/index.html shows that run and what every published model on this machine makes.
 #   DEMO_RUN=DIR        where the run goes (default: a new folder under runs/)
 #   DEMO_STOP_AFTER=S   seconds of training before the planned stop (default 45)
 set -euo pipefail
@@ -52,11 +53,17 @@ step "write"
 mkdir -p "$run/samples"
 "$zoo" sample "$run" --prompt "def " | tee "$run/samples/demo.txt"
 
+step "a page of what this run and the published weights make"
+python=.venv/bin/python
+[ -x "$python" ] || python=.venv/Scripts/python.exe
+"$python" scripts/demo_page.py runs/demo "$run"
+
 step "done"
 cat <<EOF
 set-up         $setup_seconds s
 training       $train_seconds s, the stop and the second start included
 run            $run
 samples        $run/samples
+page           runs/demo/index.html
 TensorBoard    .venv/bin/tensorboard --logdir $run
 EOF

@@ -9,6 +9,7 @@ same kernel differs by up to 10% between processes.
 """
 
 import argparse
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -19,6 +20,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--tree", type=Path, default=Path(__file__).resolve().parents[1])
 parser.add_argument("--name", default="this")
 parser.add_argument("--only", choices=["window", "gate"], help="one part; all by default")
+parser.add_argument("--shapes", default="", help="regular expression: of 'T16k D64 W512 gate' and so on, which")
 parser.add_argument("--ms", type=int, default=40, help="of repeats behind each median")
 parser.add_argument("--table", type=Path, help="no timing: medians of such lines, a column each name")
 parser.add_argument("--parts", action="store_true", help="in the table, the single kernels of a backward too")
@@ -48,7 +50,7 @@ def table(lines: list[str], parts: bool) -> str:
     rows = [f"{'':<44}" + "".join(f"{name:>9}" for name in [*names, *names[1:]])]
     for what, by_name in times.items():
         medians = [statistics.median(by_name[name]) if name in by_name else float("nan") for name in names]
-        gains = "".join(f"{medians[0] / ms:8.3f}x" for ms in medians[1:])
+        gains = "".join(f"{medians[0] / ms:8.3f}x" if ms else f"{'':9}" for ms in medians[1:])
         rows.append(f"{what:<44}" + "".join(f"{ms:9.4f}" for ms in medians) + gains)
     return "\n".join(rows)
 
@@ -71,7 +73,8 @@ def on_device(call, repeats: int = 10) -> dict[str, float]:
         torch.cuda.synchronize()
     times: dict[str, float] = defaultdict(float)
     for event in profile.key_averages():
-        times[event.key[:40]] += event.self_device_time_total / repeats / 1e3
+        if event.self_device_time_total > 0:  # the host's own events stand in the list too
+            times[event.key[:40]] += event.self_device_time_total / repeats / 1e3
     return dict(times)
 
 
@@ -83,9 +86,11 @@ def window() -> None:
         decay = F.logsigmoid(4 + torch.randn(size[:3], device="cuda", generator=generator))
         flops = 4.0 * batch * heads * dim * (tokens * width - width * (width - 1) / 2)
         for gated in (True, False):
+            name = f"T{tokens >> 10}k D{dim} W{width} {'gate' if gated else 'none'}"
+            if not re.search(arguments.shapes, name):
+                continue
             leaves = [x.requires_grad_() for x in (q, k, v, *([decay] if gated else []))]
             gates = decay if gated else None
-            name = f"T{tokens >> 10}k D{dim} W{width} {'gate' if gated else 'none'}"
 
             forward = partial(ops.window_attention, q, k, v, gates, window=width)
             with torch.no_grad():

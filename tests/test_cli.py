@@ -34,14 +34,17 @@ def test_the_public_options_are_these():
         "train": ["--allow-changes", "--help", "--nproc", "--profile", "--resume", "--run"],
         "evaluate": [
             *("--batch-size", "--device", "--dry-run", "--harness", "--help", "--jobs", "--no-ema", "--nproc"),
-            *("--only", "--out", "--split"),
+            *("--only", "--out", "--pretrained", "--split"),
         ],
         "sample": [
             *("--class", "--count", "--csv", "--device", "--frequency", "--given", "--guidance", "--help", "--horizon"),
             *("--id", "--known", "--max-new", "--min-p", "--out", "--plot", "--prompt", "--repetition-penalty"),
-            *("--seed", "--stop", "--target", "--temperature", "--time", "--top-k", "--top-p"),
+            *("--seconds", "--seed", "--stop", "--target", "--temperature", "--time", "--top-k", "--top-p"),
         ],
-        "list": ["--help", "--kind"],
+        "list": ["--help", "--kind", "--pretrained"],
+        "publish": ["--about", "--batch-size", "--device", "--help", "--out", "--split", "--table", "--tag"],
+        "push": ["--help"],
+        "pull": ["--help"],
         "bench": ["--help", "--out", "--peers", "--rounds", "--shapes", "--tune"],
         "doctor": ["--help"],
     }

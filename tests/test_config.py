@@ -157,3 +157,9 @@ def test_a_file_that_is_no_mapping(tmp_path, text):
 def test_a_word_that_is_no_override(word):
     with pytest.raises(ConfigError, match="field=value"):
         config.dotted([word])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_choice_and_its_fields_go_together_in_any_order(order):
+    words = ["model=text_swa_1m", "model.backbone.depth=4", "train.steps=3"][::order]
+    assert config.dotted(words) == {"model": {"name": "text_swa_1m", "backbone": {"depth": 4}}, "train": {"steps": 3}}

@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A part may import the parts of the rows above its own, and not those beside it.
 ORDER = (
-    ("registry", "config", "state", "files"),  # know nothing else of zoo
+    ("registry", "config", "state", "files", "distances"),  # know nothing else of zoo
     ("kernels",),
-    ("ops", "layers", "loss", "quantize"),
+    ("ops",),
+    ("layers", "loss", "quantize"),
     ("mixers",),
     ("backbone",),
     ("model",),
@@ -33,14 +34,15 @@ ORDER = (
     ("train",),
     ("pipelines",),  # opens a run that train has left
     ("evaluate",),
-    ("doctor", "bench"),
+    ("doctor", "bench", "publish"),
     ("cli",),
 )
 ROW = {part: row for row, parts in enumerate(ORDER) for part in parts}
 # Arrows inside the first row: a recipe node takes its schema from the registry entry that it names.
 BESIDE = {("config", "registry")}
-# Arrows upwards, inside a function alone: create_model(pretrained=True) opens weights, which build models.
-DEFERRED = {("model", "weights")}
+# Arrows upwards, inside a function alone: create_model opens weights (pretrained=True, backbone_from=), which build
+# models.
+DEFERRED = {("model", "weights"), ("model", "frozen")}
 # ops choose the back end and nobody passes them by; a bench measures the parts one by one
 IMPORTERS = {"kernels": ("ops", "bench")}
 PEERS = {"fla", "flash-attn"}  # what a bench measures beside us, where it is installed
@@ -191,7 +193,7 @@ PLANTED = {
     "upwards, by literal": ("zoo/model.py", "import_module('zoo.generation')", "model may not import generation"),
     "weights at the top of model": ("zoo/model.py", "import zoo.weights", "model may not import weights"),
     "through the package": ("zoo/generation.py", "from zoo import create_model", "take it from the module"),
-    "beside": ("zoo/layers.py", "import zoo.ops.window", "layers may not import ops"),
+    "beside": ("zoo/layers.py", "import zoo.quantize", "layers may not import quantize"),
     "evaluate in train": ("zoo/train/loop.py", "import zoo.evaluate", "train may not import evaluate"),
     "base": ("zoo/registry.py", "import zoo.config", "registry may not import config"),
     "nn in a kernel": ("zoo/kernels/gate.py", "from torch import nn", "kernels never import torch.nn"),
@@ -296,7 +298,9 @@ def test_dependencies_are_what_is_imported():
         if top not in sys.stdlib_module_names and top not in ("zoo", "tasks"):
             imported |= {canonical(name) for name in distributions.get(top, [top])}
     optional = PEERS | {
-        canonical(re.split(r"[^\w.-]", row)[0]) for row in project["optional-dependencies"].get("eval", [])
+        canonical(re.split(r"[^\w.-]", row)[0])
+        for extra in ("eval", "hub")
+        for row in project["optional-dependencies"][extra]
     }
     assert imported - declared - optional == set(), "imported, but not declared in pyproject.toml"
     assert declared - imported == set(), "declared in pyproject.toml, but imported nowhere"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from zoo import registry, weights
+from zoo import weights
 from zoo.weights import WeightsError
 
 
@@ -45,7 +45,7 @@ def test_failed_write_leaves_the_old_file(saved, monkeypatch):
         part.write_bytes(data[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights, "write_file", full)
+    monkeypatch.setattr(weights.files, "write_file", full)
     with pytest.raises(OSError, match="No space left"):
         weights.save({"a": torch.zeros(1)}, path)
     assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
@@ -70,6 +70,13 @@ def test_flipped_bits(saved):
         path.write_bytes(data)
         with pytest.raises(WeightsError, match="damaged|truncated"):
             weights.read(path, sha256=sha256)
+
+
+def test_a_file_of_other_weights_says_whose_it_is(saved, tmp_path):
+    other = tmp_path / "other.safetensors"
+    weights.save({"a": torch.zeros(3)}, other, {weights.LABEL: "toy_mlp_1m.b"})
+    with pytest.raises(WeightsError, match="calls itself toy_mlp_1m.b, and its sha256"):
+        weights.read(other, sha256=saved[1])
 
 
 class Explosive:
@@ -110,54 +117,3 @@ def test_foreign_weights_are_listed_and_change_nothing():
     for words in ("x.safetensors", "1 missing: out.bias", "1 unexpected: other.weight", "(6, 4) in the file, (5, 4)"):
         assert words in str(error.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def table(monkeypatch, tmp_path):
-    """One model, one row of weights, nothing else."""
-    from dataclasses import dataclass
-
-    @dataclass
-    class Config:
-        width: int = 4
-
-        def build(self):
-            return nn.Linear(self.width, 2)
-
-    for one, entries in ((weights.weights, {}), (registry.models, {"toy_mlp_1m": Config})):
-        monkeypatch.setattr(one, "_entries", entries)
-        monkeypatch.setattr(one, "_load", None)
-    monkeypatch.setenv("ZOO_CACHE", str(tmp_path))
-    return tmp_path
-
-
-def test_weights_that_are_not_there(table):
-    assert weights.tags_of("toy_mlp_1m") == []
-    with pytest.raises(FileNotFoundError, match="no published weights. Published weights: none yet"):
-        weights.load_pretrained("toy_mlp_1m")
-
-
-def test_published_weights(table):
-    model = nn.Linear(6, 2)
-    path = table / "weights" / "toy_mlp_1m.shapes" / "model.safetensors"
-    sha256 = weights.save(weights.named_tensors(model), path)
-    (path.parent / "model.yaml").write_text("width: 6\n")
-    rows = table / "weights.yaml"
-    rows.write_text(
-        f"rows:\n- {{model: toy_mlp_1m, tag: shapes, sha256: {sha256}, licence: CC0, data: shapes}}\n"
-        f"- {{model: toy_mlp_1m, tag: gone, sha256: {sha256}, licence: CC0, data: shapes}}\n"
-    )
-    weights.add_table(rows)
-    assert weights.tags_of("toy_mlp_1m") == ["gone", "shapes"]
-    assert torch.equal(weights.load_pretrained("toy_mlp_1m", "shapes").weight, model.weight)
-    with pytest.raises(FileNotFoundError, match="several tags; name one"):
-        weights.load_pretrained("toy_mlp_1m")
-    with pytest.raises(FileNotFoundError, match="not on this machine: looked for .*toy_mlp_1m.gone"):
-        weights.load_pretrained("toy_mlp_1m", "gone")
-    with pytest.raises(FileNotFoundError, match="toy_mlp_1m.shapes"):
-        weights.load_pretrained("toy_mlp_1m", "nothing")
-    with pytest.raises(WeightsError, match="does not fit Linear"):
-        weights.load_pretrained("toy_mlp_1m", "shapes", {"width": 5})

@@ -1,53 +1,24 @@
-"""What a user gets: the built wheel in an environment of its own, started where another `tasks` lies in the way.
+"""What a user gets: the built wheel in an environment of its own, started where another `tasks` lies in the way."""
 
-Nothing is downloaded: the wheel is built with the installed hatchling, and the environment sees the installed
-dependencies through one line in a .pth file (which does not make it see this checkout: no editable finder runs).
-"""
-
-import os
-import subprocess
-import sys
-import sysconfig
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from tests.installed import build_wheel, make_environment, run
+
 pytestmark = pytest.mark.timeout(600)
-BIN = "Scripts" if os.name == "nt" else "bin"
-
-
-def run(*command: object, cwd: Path, ok: bool = True) -> subprocess.CompletedProcess:
-    clean = {
-        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    }
-    done = subprocess.run([str(word) for word in command], cwd=cwd, env=clean, capture_output=True, text=True)
-    assert (done.returncode == 0) == ok, f"{command} gave {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
 
 
 @pytest.fixture(scope="module")
 def wheel(repository, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, repository, cwd=out)
-    (built,) = out.glob("gatedfwa_zoo-*.whl")
-    return built
+    return build_wheel(repository, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory) -> Path:
     """A fresh environment with the wheel in it; returns its bin folder."""
-    home = tmp_path_factory.mktemp("environment")
-    venv.create(home, with_pip=False, symlinks=os.name != "nt")
-    python = home / BIN / "python"
-    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=home).stdout.strip()
-    paths = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
-    Path(site, "installed-dependencies.pth").write_text("\n".join(paths) + "\n")
-    installer = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check")
-    # --ignore-installed: the editable installation that shows through the .pth is not this environment's to remove.
-    run(*installer, "--no-deps", "--no-index", "--ignore-installed", wheel, cwd=home)
-    return home / BIN
+    return make_environment(tmp_path_factory.mktemp("environment"), wheel)
 
 
 @pytest.fixture

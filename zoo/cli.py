@@ -19,9 +19,11 @@ EXAMPLES = """examples:
   zoo train text/demo train.steps=600 --resume      go on, for longer
   zoo train text/demo --nproc 4                     on four GPUs, or four processes of a CPU
   zoo evaluate runs/text-demo                       score the held-out split
+  zoo evaluate "text_*" --pretrained                do published numbers come back from their weights?
   zoo evaluate smoke                                bring a suite of comparisons up to date
   zoo sample runs/text-demo --prompt "def "         write text, as it is drawn
   zoo sample runs/image-mnist --class 3 --out threes.png
+  zoo sample runs/audio-fsdd_codes --class 7 --seconds 2 --out seven.wav
   zoo sample runs/series-etth1 --csv mine.csv --target load --horizon 168 --out forecast.csv --plot forecast.png
 """
 
@@ -81,12 +83,17 @@ def build_parser() -> argparse.ArgumentParser:
     train.set_defaults(run=run_train)
 
     evaluate = commands.add_parser("evaluate", allow_abbrev=False, help="score a run, or bring a suite up to date")
-    evaluate.add_argument("what", metavar="RUN|SUITE", help="a run folder, or a suite (zoo list --kind suites)")
-    evaluate.add_argument("--split", default="test", choices=["test", "valid"], help="test (default), valid")
-    evaluate.add_argument("--batch-size", type=int, help="default: the recipe's train.eval_batch_size, or 16")
+    evaluate.add_argument("what", metavar="WHAT", help="a run folder, or a suite (zoo list --kind suites)")
+    evaluate.add_argument("--split", choices=["test", "valid"], help="test (default), valid")
+    evaluate.add_argument("--batch-size", type=int, help="default: train.eval_batch_size, or 16; or that of the card")
     evaluate.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
     evaluate.add_argument("--no-ema", action="store_true", help="take the raw weights, not their average")
     evaluate.add_argument("--nproc", type=int, default=1, help="processes on this machine that share the split")
+    evaluate.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="WHAT names published weights, such as 'text_*': are their numbers the published ones?",
+    )
     evaluate.add_argument("--harness", metavar="TASKS", help="a text run on tasks of lm-evaluation-harness, a,b,c")
     suite = evaluate.add_argument_group("of suites")
     suite.add_argument(
@@ -100,19 +107,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(run=run_evaluate)
 
-    sample = commands.add_parser("sample", allow_abbrev=False, help="generate from a run")
-    sample.add_argument("model", metavar="RUN", help="a run folder")
+    sample = commands.add_parser("sample", allow_abbrev=False, help="generate from a run or from published weights")
+    sample.add_argument("model", metavar="RUN|NAME", help="a run folder, or published weights: zoo list --pretrained")
     sample.add_argument("--prompt", action="append", default=[], help="text to continue; given more than once: a batch")
     sample.add_argument("--class", dest="label", help="of what to draw, by name or number")
-    sample.add_argument("--count", type=int, help="how many samples (default 16)")
+    sample.add_argument("--count", type=int, help="how many samples (default: the domain's)")
     sample.add_argument(
-        "--given", type=Path, metavar="FILE", help="what to complete: an image whose upper half is kept"
+        "--given", type=Path, metavar="FILE", help="what to complete: an image whose upper half is kept, a sound"
     )
     sample.add_argument("--out", type=Path, metavar="FILE", help="where to write, such as grid.png, forecast.csv")
     sample.add_argument(
         "--guidance", type=float, default=1.0, help="towards the class, classifier-free (default 1: none)"
     )
     sample.add_argument("--max-new", type=int, help="elements to add (default: 256 of text, the rest of an image)")
+    sample.add_argument("--seconds", type=float, help="of sound or music, in place of --max-new")
     sample.add_argument("--temperature", type=float, help="default 0.8 for text, 1 else")
     sample.add_argument("--top-k", type=int, default=0)
     sample.add_argument("--top-p", type=float, default=1.0)
@@ -139,7 +147,34 @@ def build_parser() -> argparse.ArgumentParser:
     listing.add_argument(
         "--kind", choices=["models", "recipes", "suites", "mixers", "tasks", "datasets"], default="models"
     )
+    listing.add_argument(
+        "--pretrained", action="store_true", help="published weights, where they are and what made them"
+    )
     listing.set_defaults(run=run_list)
+
+    publish = commands.add_parser("publish", allow_abbrev=False, help="make weights with a model card out of a run")
+    publish.add_argument("model", metavar="RUN", type=Path, help="a run folder")
+    publish.add_argument("--tag", required=True, help="the weights' name becomes <model>.<tag>")
+    publish.add_argument(
+        "--about", required=True, type=Path, metavar="FILE", help="licences, data, limits, peers (YAML)"
+    )
+    publish.add_argument("--out", type=Path, help="folder for the weights (default: weights/)")
+    publish.add_argument("--table", type=Path, help="where their row goes (default: the domain's weights.yaml)")
+    publish.add_argument("--split", default="test", choices=["test", "valid"], help="that is evaluated")
+    publish.add_argument("--batch-size", type=int, default=16)
+    publish.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
+    publish.set_defaults(run=run_publish)
+
+    push = commands.add_parser(
+        "push", allow_abbrev=False, help="upload published weights to the hub, and pin them there"
+    )
+    push.add_argument("name", metavar="NAME", help="published weights: zoo list --pretrained")
+    push.add_argument("repository", metavar="OWNER/REPOSITORY")
+    push.set_defaults(run=run_push)
+
+    pull = commands.add_parser("pull", allow_abbrev=False, help="fetch published weights from the hub into the cache")
+    pull.add_argument("name", metavar="NAME", nargs="+", help="published weights, or patterns of their names")
+    pull.set_defaults(run=run_pull)
 
     bench = commands.add_parser("bench", allow_abbrev=False, help="measure the kernels beside their peers, on a GPU")
     bench.add_argument("what", choices=["kernels"])
@@ -188,11 +223,16 @@ def run_on_ranks(count: int, words: Sequence[str]) -> int:
 def run_evaluate(args: argparse.Namespace) -> int:
     from zoo.config import list_suites
 
+    if args.pretrained:
+        return run_repeat(args)
     if not Path(args.what).is_dir() and (args.what in list_suites() or args.what.endswith((".yaml", ".yml"))):
         return run_suite(args)
     if not Path(args.what).exists() and "/" not in args.what:
+        from zoo import registry
         from zoo.registry import nearest
 
+        if args.what.partition(".")[0] in registry.models:
+            raise ValueError(f"{args.what} is a model: for its published weights add --pretrained")
         raise FileNotFoundError(f"{args.what} is no run folder and no suite{nearest(args.what, list_suites())}")
     from zoo.evaluate import evaluate_run
 
@@ -203,7 +243,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         return 0
     scores = evaluate_run(
         Path(args.what),
-        split=args.split,
+        split=args.split or "test",
         batch_size=args.batch_size,
         device=args.device,
         ema=not args.no_ema,
@@ -212,6 +252,31 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if scores is not None:  # with several ranks, it is the first that speaks
         print(scores.table())
     return 0
+
+
+def run_repeat(args: argparse.Namespace) -> int:
+    from zoo.evaluate import repeat
+
+    if args.split or args.override or args.no_ema or args.harness or args.nproc > 1:
+        raise ValueError(
+            "published numbers are measured as their card says; beside --pretrained go --device, --batch-size"
+        )
+    missed = []
+    for name in names_of_weights([args.what]):
+        print(name)
+        for number in repeat(name, device=args.device, batch_size=args.batch_size):
+            print(number.line())
+            missed += [] if number.holds else [f"{name}: {number.name}"]
+    if missed:
+        print(f"{len(missed)} numbers do not hold: {', '.join(missed)}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+def names_of_weights(patterns: Sequence[str]) -> list[str]:
+    """Raises FileNotFoundError for a pattern that no published weights fit."""
+    from zoo.weights import find, weights
+
+    return [name for pattern in patterns for name in (weights.names(pattern) or [find(pattern).name])]
 
 
 def run_suite(args: argparse.Namespace) -> int:
@@ -245,12 +310,15 @@ def run_sample(args: argparse.Namespace) -> int:
         return run_forecast(pipe, args)
     if args.out is not None and args.out.suffix.lower() not in pipe.task.endings:
         raise ValueError(f"--out {args.out} does not end in {' or '.join(pipe.task.endings)}")
+    if args.seconds is not None and args.max_new is not None:
+        raise ValueError("--seconds and --max-new both say how much; give one of them")
+    max_new = args.max_new if args.seconds is None else pipe.task.elements(args.seconds)
     asked = pipe.task.ask(Request(args.prompt, args.label, args.count, args.given))
     temperature = args.temperature if args.temperature is not None else 0.8 if args.prompt else 1.0
     knobs = (args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.guidance)
     sampling = Sampling(temperature, *knobs)
     if len(args.prompt) == 1 and args.out is None:
-        pieces = pipe.stream(args.prompt[0], max_new=args.max_new, sampling=sampling, seed=args.seed, stop=args.stop)
+        pieces = pipe.stream(args.prompt[0], max_new=max_new, sampling=sampling, seed=args.seed, stop=args.stop)
         for number, piece in enumerate(pieces):
             print(piece if number else args.prompt[0] + piece, end="", flush=True)
         print()
@@ -261,7 +329,7 @@ def run_sample(args: argparse.Namespace) -> int:
     def bar(steps: Iterator[Any], total: int) -> Iterable[Any]:
         return tqdm(steps, total=total, desc="sampling", leave=False, disable=not sys.stderr.isatty())
 
-    drawn = pipe.sample(asked, max_new=args.max_new, sampling=sampling, seed=args.seed, stop=args.stop, progress=bar)
+    drawn = pipe.sample(asked, max_new=max_new, sampling=sampling, seed=args.seed, stop=args.stop, progress=bar)
     if args.out is not None:
         pipe.task.write(drawn, args.out)
         print(args.out)
@@ -291,6 +359,10 @@ def run_list(args: argparse.Namespace) -> int:
     from zoo import registry
     from zoo.config import list_recipes, list_suites
 
+    if args.pretrained:
+        if args.kind != "models":
+            raise ValueError(f"--pretrained lists models with weights; it does not go with --kind {args.kind}")
+        return list_weights(args.pattern)
     if args.kind in ("recipes", "suites"):
         listed = list_recipes() if args.kind == "recipes" else list_suites()
         names = [name for name in listed if fnmatch.fnmatch(name, args.pattern)]
@@ -301,6 +373,54 @@ def run_list(args: argparse.Namespace) -> int:
         return 1
     for name in names:
         print(name)
+    return 0
+
+
+def list_weights(pattern: str) -> int:
+    from zoo.weights import weights
+
+    if not (names := weights.names(pattern)):
+        print(f"no published weights match {pattern!r}", file=sys.stderr)
+        return 1
+    width = max(map(len, names))
+    for name in names:
+        published = weights.get(name)
+        folder = published.here()
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder else 0
+        place = f"{size / 2**20:.1f} MiB here" if folder else "on the hub" if published.row.hub else "nowhere"
+        print(f"{name:<{width}}  {place:<14}  {published.row.data}")
+    return 0
+
+
+def run_publish(args: argparse.Namespace) -> int:
+    from zoo.publish import publish, read_about
+
+    folder = publish(
+        args.model,
+        args.tag,
+        read_about(args.about),
+        out=args.out,
+        table=args.table,
+        split_name=args.split,
+        batch_size=args.batch_size,
+        device=args.device,
+    )
+    print(folder)
+    return 0
+
+
+def run_push(args: argparse.Namespace) -> int:
+    from zoo.weights import find, hub
+
+    print(hub.push(find(args.name), args.repository))
+    return 0
+
+
+def run_pull(args: argparse.Namespace) -> int:
+    from zoo.weights import find, hub
+
+    for name in names_of_weights(args.name):
+        print(hub.pull(find(name)))
     return 0
 
 

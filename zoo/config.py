@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from zoo.registry import UnknownName, nearest
+from zoo.registry import UnknownName, domain_folders, nearest
 
 T = TypeVar("T")
 
@@ -51,22 +51,34 @@ def choices(registry: Any) -> Any:
     return field(default_factory=list, metadata={"registry": registry, "schema": None, "many": True})
 
 
+def later(default: Any) -> Any:
+    """A field that its schema has not always had: while it holds its default it is left out of what is stored, so that
+    the fingerprints of recipes from before it stay as they are."""
+    return field(default=default, metadata={"later": True})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading recipes
 
 
+def checkout() -> Path | None:
+    """The root of the repository that zoo runs from; None for an installed wheel."""
+    root = Path(__file__).resolve().parent.parent
+    return root if (root / "pyproject.toml").is_file() and (root / "configs").is_dir() else None
+
+
 def configs_root() -> Path:
     """The recipes of the checkout that zoo runs from, or those shipped in the wheel."""
-    here = Path(__file__).resolve().parent
-    checkout = here.parent / "configs"
-    return checkout if checkout.is_dir() and (here.parent / "pyproject.toml").is_file() else here / "_configs"
+    root = checkout()
+    return root / "configs" if root else Path(__file__).resolve().parent / "_configs"
 
 
 def list_recipes() -> list[str]:
+    """configs/<domain>/<recipe>.yaml, and of a domain in a package of its own <package>/configs/<recipe>.yaml."""
     root = configs_root()
-    return sorted(
-        p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml") if p.parts[-2] != "suites"
-    )
+    own = (p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml") if p.parts[-2] != "suites")
+    others = (f"{domain}/{p.stem}" for domain, f in domain_folders().items() for p in (f / "configs").glob("*.yaml"))
+    return sorted({*own, *others})
 
 
 def list_suites() -> list[str]:
@@ -81,9 +93,13 @@ def find_recipe(name: str) -> Path:
             return Path(name)
         raise ConfigError(f"recipe file {name!r} does not exist")
     path = configs_root() / f"{name}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"unknown recipe {name!r}{nearest(name, list_recipes())}")
-    return path
+    if path.is_file():
+        return path
+    domain, _, stem = name.partition("/")
+    folder = domain_folders().get(domain)
+    if folder is not None and (folder / "configs" / f"{stem}.yaml").is_file():
+        return folder / "configs" / f"{stem}.yaml"
+    raise ConfigError(f"unknown recipe {name!r}{nearest(name, list_recipes())}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -113,12 +129,20 @@ def recipe_layers(name: str, overrides: list[str] | tuple[str, ...] = ()) -> lis
 
 
 def dotted(words: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    """['train.steps=10', 'model=text_swa_1m'] -> nested mapping; values are read as YAML."""
+    """['train.steps=10', 'model=text_swa_1m'] -> nested mapping; values are read as YAML.
+
+    A choice and fields of it may be given together, in any order: `model=text_swa_1m model.backbone.depth=4`.
+    """
     for word in words:
         if "=" not in word or word.startswith(("=", "-")):
             raise ConfigError(f"override {word!r} is not of the form field=value, for example train.steps=100")
         _refuse_interpolation(word, "command line")
-    return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(list(words)), resolve=False))
+    fields = [word.partition("=")[0] for word in words]
+    words = [
+        f"{name}.name={word.partition('=')[2]}" if any(other.startswith(f"{name}.") for other in fields) else word
+        for name, word in zip(fields, words, strict=True)
+    ]
+    return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(words), resolve=False))
 
 
 def _refuse_interpolation(text: str, origin: str) -> None:
@@ -236,7 +260,12 @@ def to_dict(config: Any) -> Any:
     if isinstance(config, Choice):
         return {"name": config.name, **to_dict(config.config)}
     if dataclasses.is_dataclass(config):
-        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        kept = (
+            f
+            for f in dataclasses.fields(config)
+            if not ("later" in f.metadata and getattr(config, f.name) == f.default)
+        )
+        return {f.name: to_dict(getattr(config, f.name)) for f in kept}
     if isinstance(config, (list, tuple)):
         return [to_dict(item) for item in config]
     if isinstance(config, Mapping):

@@ -6,6 +6,7 @@ import shutil
 import urllib.request
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 
@@ -109,3 +110,60 @@ def _download(url: str, path: Path, sha256: str | None) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A user's own files, in sub-folders by class
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass
+class ClassFolder:
+    """The files of a folder that have one of `endings`: (path, split, class), sorted; `cats/1.png`, or
+    `train/cats/1.png` where splits have folders. Files right in the folder (or in a split's) are of one class, `all`.
+    Without split folders, files go to splits by a hash of their path, `share` of them to valid and to test each.
+
+    Raises FileNotFoundError, or ValueError for a folder without files, and for a class folder without any. `what` is
+    the word for a file in messages.
+    """
+
+    root: Path
+    share: float
+    endings: frozenset[str]
+    what: str
+    files: list[tuple[Path, str, str]] = field(init=False, default_factory=list)
+    named: bool = field(init=False, default=False)  # splits have folders
+    classes: tuple[str, ...] = field(init=False, default=())
+
+    def __post_init__(self) -> None:
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"task.dataset.path = {str(self.root)!r} is no folder")
+        folders = {split: self.root / split for split in SPLITS if (self.root / split).is_dir()}
+        self.named = bool(folders)
+        for split, folder in (folders or {"": self.root}).items():
+            for path, label in self._labelled(folder):
+                self.files.append((path, split or hashed_split(path.relative_to(self.root), self.share), label))
+        if not self.files:
+            listed = ", ".join(sorted(self.endings)[:12]) + (", …" if len(self.endings) > 12 else "")
+            raise ValueError(f"{self.root} holds no {self.what}; accepted endings: {listed}")
+        self.classes = tuple(sorted({label for _, _, label in self.files}))
+
+    def _labelled(self, folder: Path) -> list[tuple[Path, str]]:
+        """(path, class) of every file below `folder`."""
+        found = [(path, "all") for path in self._in(folder, deep=False)]
+        for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+            inside = self._in(inner, deep=True)
+            if not inside:
+                raise ValueError(f"the class folder {inner} holds no {self.what}: remove it, or put {self.what}s in it")
+            found += [(path, inner.name) for path in inside]
+        return found
+
+    def _in(self, folder: Path, *, deep: bool) -> list[Path]:
+        paths = folder.rglob("*") if deep else folder.glob("*")
+        return sorted(path for path in paths if path.is_file() and path.suffix.lower() in self.endings)
+
+
+def hashed_split(name: Path, share: float) -> str:
+    place = int.from_bytes(hashlib.sha256(name.as_posix().encode()).digest()[:4], "big") / 2**32
+    return "valid" if place < share else "test" if place < 2 * share else "train"

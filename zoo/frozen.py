@@ -1,7 +1,8 @@
-"""Modules that were trained before and stay as they are, a tokenizer, a codec, a classifier: by name and checksum.
+"""What was trained before, by name and checksum: a run folder, a folder that `save` wrote, or published weights.
 
-A task refers to one by a run folder, by a folder that `save` wrote, or by the name of published weights. It goes with
-the run's assets, and its digest with the run's checkpoints: weights trained on one tokenizer are refused with another.
+A module that stays as it is (a tokenizer, a codec, a classifier) goes with the assets of the run that uses it, and its
+digest with the run's checkpoints: weights trained on one tokenizer are refused with another. A backbone may be another
+run's beginning.
 """
 
 import hashlib
@@ -49,22 +50,7 @@ def load(reference: str, *, kind: type, what: str, sha256: str = "") -> Frozen:
     sha256  refuse any other; "" takes what is there
     Raises FileNotFoundError where there is none; WeightsError for another kind, a wrong checksum, damaged files.
     """
-    folder = Path(reference).expanduser()
-    if (folder / CARD).is_file():
-        name, node, tensors, origin, expected = _read_bundle(folder)
-    elif (folder / "checkpoints").is_dir():
-        name, node, tensors, origin, expected = _read_run(folder)
-    elif reference in weights.weights:
-        name, _, tag = reference.partition(".")
-        module = weights.load_pretrained(name, tag)
-        node, tensors = configs.to_dict(module.config), weights.named_tensors(module)
-        origin, expected = reference, ""
-    else:
-        published = ", ".join(weights.weights.names()) or "none yet"
-        raise FileNotFoundError(
-            f"the {what} {reference!r} is neither a run folder with checkpoints, nor a folder with {CARD}, nor one of "
-            f"the published weights ({published}). Train one first: `zoo list --kind recipes` names the recipes"
-        )
+    name, node, tensors, origin, expected = _read(reference, what)
     base: Any = registry.models.get(name)()
     if not isinstance(base, kind):
         raise weights.WeightsError(f"{what} = {reference!r} holds {name}, which is no {what}")
@@ -74,7 +60,7 @@ def load(reference: str, *, kind: type, what: str, sha256: str = "") -> Frozen:
     found = digest(module)
     if expected and found != expected:
         raise weights.WeightsError(
-            f"{folder} is damaged or another {what}: its tensors have sha256 {found}, not {expected}"
+            f"{reference} is damaged or another {what}: its tensors have sha256 {found}, not {expected}"
         )
     if sha256 and found != sha256.lower():
         raise weights.WeightsError(f"the {what} {reference!r} has sha256 {found}, not {sha256.lower()}")
@@ -87,10 +73,50 @@ def save(frozen: Frozen, folder: Path) -> None:
     weights.replace_file(folder / CARD, json.dumps({**frozen.card(), "config": frozen.config}, indent=1).encode())
 
 
+def start_backbone(model: nn.Module, reference: str) -> dict[str, str]:
+    """Copy the backbone of trained weights, of whatever domain, into `model`; its head stays as it is. Returns what
+    stands with the numbers of the new model: name, sha256 of the copied tensors, origin.
+
+    Raises FileNotFoundError; WeightsError that lists every tensor that does not fit, and then nothing is changed.
+    """
+    name, node, tensors, origin, _ = _read(reference, "backbone")
+    prefix = "backbone."
+    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    if not own or not isinstance(backbone := getattr(model, "backbone", None), nn.Module):
+        raise weights.WeightsError(f"{name if not own else type(model).__name__} has no backbone to move")
+    try:
+        weights.load_into(backbone, own, origin=origin)
+    except weights.WeightsError as error:
+        base: Any = registry.models.get(name)()
+        theirs = configs.build(type(base), base, node)
+        lines = configs.difference(theirs.backbone, getattr(model.config, "backbone", {}), "model.backbone")
+        raise weights.WeightsError(
+            f"the backbone of {origin} ({name}) does not fit: {'; '.join(lines) or error}"
+        ) from error
+    return {"name": name, "sha256": hashlib.sha256(weights.to_bytes(own)).hexdigest(), "origin": origin}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Readers: the model's name and config, its tensors, where they come from, and the digest that is promised, if any
 
 Parts = tuple[str, dict[str, Any], dict[str, Tensor], str, str]
+
+
+def _read(reference: str, what: str) -> Parts:
+    folder = Path(reference).expanduser()
+    if (folder / CARD).is_file():
+        return _read_bundle(folder)
+    if (folder / "checkpoints").is_dir():
+        return _read_run(folder)
+    if reference in weights.weights:
+        name, _, tag = reference.partition(".")
+        module = weights.load_pretrained(name, tag)
+        return name, configs.to_dict(module.config), weights.named_tensors(module), reference, ""
+    published = ", ".join(weights.weights.names()) or "none yet"
+    raise FileNotFoundError(
+        f"the {what} {reference!r} is neither a run folder with checkpoints, nor a folder with {CARD}, nor one of "
+        f"the published weights ({published}). Train one first: `zoo list --kind recipes` names the recipes"
+    )
 
 
 def _read_bundle(folder: Path) -> Parts:

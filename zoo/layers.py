@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.ops.swiglu import swiglu
+
 
 def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the pairs (x_i, x_{i + D/2}) of x (B, T, H, D); computed in float32 (or wider), returned in x's dtype."""
@@ -66,8 +68,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:
-            value, gate = self.up(x).chunk(2, dim=-1)
-            return self.down(F.silu(gate) * value)
+            return self.down(swiglu(self.up(x)))
         return self.down(F.gelu(self.up(x)))
 
     def flops(self, tokens: int) -> int:

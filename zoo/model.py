@@ -192,16 +192,24 @@ def list_models(pattern: str = "*", pretrained: bool | None = None) -> list[str]
     return [name for name in listed if fnmatch.fnmatch(name, pattern)]
 
 
-def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> nn.Module:
+def create_model(name: str, *, pretrained: bool = False, backbone_from: str = "", **overrides: Any) -> nn.Module:
     """A model by its registered name, `<domain>_<mixer>_<size>` or `<name>.<tag>` for given weights.
 
     overrides are nodes of the model's config: create_model("text_gatedfwa_1m", backbone={"mixer": {"window": 64}}).
-    Raises UnknownName, ConfigError, or FileNotFoundError when pretrained weights are not at hand.
+    backbone_from: a run folder or published weights, of any domain, whose backbone the model begins with.
+    Raises UnknownName, ConfigError; FileNotFoundError when weights are not at hand, WeightsError when they do not fit.
     """
     size, _, tag = name.partition(".")
     base = registry.models.get(size)()
+    if (pretrained or tag) and backbone_from:
+        raise ValueError(f"{name!r} has weights of its own: leave out backbone_from={backbone_from!r}")
     if pretrained or tag:
         from zoo.weights import load_pretrained
 
         return load_pretrained(size, tag or None, overrides)
-    return configs.build(type(base), base, overrides).build()
+    model = configs.build(type(base), base, overrides).build()
+    if backbone_from:
+        from zoo.frozen import start_backbone
+
+        start_backbone(model, backbone_from)
+    return model

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo import registry
 from zoo.generation import Sampling, generate
 from zoo.model import Batch, Model
 from zoo.task import Task
-from zoo.train import load_run
+from zoo.train import load_published, load_run
 
 LOOK_EVERY = 8  # steps between two looks for stop strings: a look waits for the device
 
@@ -55,18 +56,22 @@ class Pipeline:
 
     def stream(
         self,
-        prompt: str,
+        prompt: Any,
         *,
         max_new: int | None = None,
         sampling: Sampling = Sampling(),
         seed: int | None = None,
         stop: Sequence[str] = (),
-    ) -> Iterator[str]:
-        """The same for one text prompt, piece by piece as it is drawn."""
-        transcript = Transcript(self._text, stop)
+    ) -> Iterator[Any]:
+        """The same for one prompt, piece by piece as it is drawn: text, or sound (n,) int16."""
         given = self.task.prompt(prompt)
         count = self.task.length(given) if max_new is None else max_new
-        for step in self._steps(given, count, sampling, seed):
+        steps = self._steps(given, count, sampling, seed)
+        if (pieces := self.task.pieces(given, steps)) is not None:
+            yield from (rows[0] for rows in pieces)
+            return
+        transcript = Transcript(self._text, stop)
+        for step in steps:
             if piece := transcript.add(step[0].cpu()):
                 yield piece
             if transcript.stopped:
@@ -179,13 +184,16 @@ def begun(text: str, stop: Sequence[str]) -> int:
 
 
 def pipeline(name: str | Path, *, device: str | None = None, ema: bool = True) -> Pipeline:
-    """A pipeline from a run folder.
+    """A pipeline from a run folder, or from published weights, <model>.<tag>.
 
     device  default: the GPU where there is one
-    ema     take the averaged weights where the run kept them
-    Raises FileNotFoundError when `name` is no run folder.
+    ema     of a run: take the averaged weights where it kept them
+    Raises FileNotFoundError when `name` is neither.
     """
-    _, task, model = load_run(Path(name), ema=ema, device=device)
+    if not Path(name).exists() and str(name).partition(".")[0] in registry.models:
+        _, task, model = load_published(str(name), device=device)
+    else:
+        _, task, model = load_run(Path(name), ema=ema, device=device)
     if not isinstance(model, Model):
         raise TypeError(f"{name} holds a {type(model).__name__}; only models with a head can be sampled from")
     return Pipeline(model, task)

@@ -4,11 +4,12 @@ One `Registry` class, five instances. An entry is an object registered by decora
 "package.module:attribute" that is imported on first use: listing names imports nothing.
 """
 
+import contextlib
 import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterator
-from importlib import import_module, metadata
+from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -125,6 +126,17 @@ def domain_modules() -> dict[str, str]:
     return beside | {point.name: point.value for point in metadata.entry_points(group=TASK_GROUP)}
 
 
+def domain_folders() -> dict[str, Path]:
+    """Domain name -> the folder of its package, found without importing it; a domain that is one file has none."""
+    folders = {}
+    for name, module in domain_modules().items():
+        with contextlib.suppress(ImportError, ValueError, AttributeError):  # a broken one is told when it is loaded
+            spec = util.find_spec(module)
+            if spec is not None and spec.submodule_search_locations:
+                folders[name] = Path(next(iter(spec.submodule_search_locations)))
+    return folders
+
+
 def _load_domains(_: Registry) -> None:
     for name, module in domain_modules().items():
         loaded = import_module_unshadowed(name, module)
@@ -158,8 +170,9 @@ def _importable(module: str) -> bool:
     return True
 
 
-def _load_mixers(registry: Registry) -> None:
+def _load_mixers(_: Registry) -> None:
     import_module("zoo.mixers")
+    tasks.names()  # the register() of a package of one's own may add some
 
 
 mixers = Registry("mixer", _load_mixers)

@@ -3,6 +3,7 @@
 To add a domain: a Head (zoo/model.py), a Stream (zoo/data.py) and a Task, registered by one entry point.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -109,6 +110,15 @@ class Task:
         """How many elements are drawn after `prompt` where nobody says."""
         return 256
 
+    def elements(self, seconds: float) -> int:
+        """How many elements are so much time, for `zoo sample --seconds`."""
+        raise ValueError(f"{self.domain} has no seconds: --seconds is for sound and music; see --max-new")
+
+    def pieces(self, prompt: Batch, steps: Iterator[torch.Tensor]) -> Iterator[list[Any]] | None:
+        """What the steps drawn after `prompt` amount to, piece by piece as soon as it is known: for each row the next
+        part of its artefact. None: the domain's artefacts do not come in parts."""
+        return None
+
     def ask(self, request: Request) -> Any:
         """What `zoo sample` was asked for, as an object for `prompt`."""
         request.only(self.domain, "prompts")
@@ -148,6 +158,10 @@ class Task:
 
     def media(self, model: nn.Module, batch: Batch) -> Media:
         """Samples for TensorBoard, from a model in eval mode and a validation batch."""
+        return self.show(model)
+
+    def show(self, model: nn.Module) -> Media:
+        """What the model makes without any data at hand: for the demo page and for the card of published weights."""
         return Media()
 
 

@@ -1,8 +1,7 @@
 """The data set `image/folder`: a user's own pictures, any size and format that Pillow reads."""
 
-import hashlib
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from tasks.image.data import SPLITS, Images, check_split, pixel_digest
 from tasks.image.stream import shown
+from zoo.files import ClassFolder
 
 log = logging.getLogger(__name__)
 ENDINGS = frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
@@ -67,8 +67,8 @@ class Folder:
         self.shape = (config.size, config.size, config.channels)
 
     @cached_property
-    def _files(self) -> "PictureFolder":
-        return PictureFolder(self.root, self.config.share)
+    def _files(self) -> "ClassFolder":
+        return ClassFolder(self.root, self.config.share, ENDINGS, "picture")
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -108,52 +108,7 @@ class BadPicture(ValueError):
     """A picture that cannot be read, or is not what its folder is meant to hold."""
 
 
-@dataclass
-class PictureFolder:
-    """The files of a folder: (path, split, class), sorted. Raises FileNotFoundError, or ValueError for a folder without
-    pictures and for a class folder without any."""
-
-    root: Path
-    share: float
-    files: list[tuple[Path, str, str]] = field(init=False, default_factory=list)
-    named: bool = field(init=False, default=False)  # splits have folders
-    classes: tuple[str, ...] = field(init=False, default=())
-
-    def __post_init__(self) -> None:
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"task.dataset.path = {str(self.root)!r} is no folder")
-        folders = {split: self.root / split for split in SPLITS if (self.root / split).is_dir()}
-        self.named = bool(folders)
-        for split, folder in (folders or {"": self.root}).items():
-            for path, label in labelled(folder):
-                self.files.append((path, split or hashed_split(path.relative_to(self.root), self.share), label))
-        if not self.files:
-            raise ValueError(f"{self.root} holds no picture; accepted endings: {', '.join(sorted(ENDINGS)[:12])}, …")
-        self.classes = tuple(sorted({label for _, _, label in self.files}))
-
-
-def labelled(folder: Path) -> list[tuple[Path, str]]:
-    """(path, class) of every picture below `folder`."""
-    found = [(path, "all") for path in pictures_in(folder, deep=False)]
-    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        inside = pictures_in(inner, deep=True)
-        if not inside:
-            raise ValueError(f"the class folder {inner} holds no picture: remove it, or put pictures in it")
-        found += [(path, inner.name) for path in inside]
-    return found
-
-
-def pictures_in(folder: Path, *, deep: bool) -> list[Path]:
-    paths = folder.rglob("*") if deep else folder.glob("*")
-    return sorted(path for path in paths if path.is_file() and path.suffix.lower() in ENDINGS)
-
-
-def hashed_split(name: Path, share: float) -> str:
-    place = int.from_bytes(hashlib.sha256(name.as_posix().encode()).digest()[:4], "big") / 2**32
-    return "valid" if place < share else "test" if place < 2 * share else "train"
-
-
-def read_pictures(folder: PictureFolder, config: Any) -> tuple[dict[str, Images], list[str]]:
+def read_pictures(folder: ClassFolder, config: Any) -> tuple[dict[str, Images], list[str]]:
     """Images by split, and `path: why` for each file that was skipped. Raises ValueError for more than max_bad."""
     pixels: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     labels: dict[str, list[int]] = {split: [] for split in SPLITS}

@@ -17,8 +17,8 @@ from torch import Tensor
 from tasks.image.classifier import Classifier, all_features, to_images
 from tasks.image.data import Images
 from tasks.image.grid import as_media, make_grid
-from tasks.image.scores import FeatureStats, frechet, nearest, precision_recall
 from tasks.image.stream import shown
+from zoo.distances import FeatureStats, frechet, nearest, precision_recall
 from zoo.generation import Sampling
 from zoo.model import Batch
 from zoo.task import Media
@@ -130,7 +130,7 @@ class Samples:
             return scores | self._copying(by="pixels")
         self.classifier.to(device)
         made, test, train = (self._features(x) for x in (self.made, self.test.pixels, self.train.pixels))
-        stats = [FeatureStats(self.classifier).add(x) for x in (made, test, train)]
+        stats = [FeatureStats(x.shape[1]).add(x) for x in (made, test, train)]
         scores["fid_own_features"] = frechet(stats[0], stats[1])
         scores["fid_own_features_train"] = frechet(stats[2], stats[1])
         count = min(len(made), len(test))

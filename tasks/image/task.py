@@ -333,9 +333,7 @@ class ImageTask(Task):
     def media(self, model: nn.Module, batch: Batch) -> Media:
         """A grid of samples, classes in turn, and one of validation images completed from their upper half."""
         assert isinstance(model, Model)
-        sampling, count = self.config.samples.sampling(), self.config.grid
-        labels = torch.arange(count) % len(self._classes) if self.config.conditional else None
-        images = {"samples": make_grid(self._draw(model, labels, count, 0))}
+        sampling, images = self.config.samples.sampling(), {"samples": self._grid(model)}
         shown = min(8, len(batch.targets))
         known = rows_given(self._order, *self.shape, self.shape[0] // 2)
         if known:
@@ -345,3 +343,13 @@ class ImageTask(Task):
             real = self.artefacts(Batch(batch.inputs[:shown, :1].cpu()), batch.targets[:shown].cpu())
             images["completions"] = make_grid(np.stack(real + self.artefacts(given, drawn.cpu())), columns=shown)
         return Media(images={name: as_media(grid) for name, grid in images.items()})
+
+    def show(self, model: nn.Module) -> Media:
+        """A grid of samples, classes in turn."""
+        assert isinstance(model, Model)
+        return Media(images={"samples": as_media(self._grid(model))})
+
+    def _grid(self, model: Model) -> np.ndarray:
+        count = self.config.grid
+        labels = torch.arange(count) % len(self._classes) if self.config.conditional else None
+        return make_grid(self._draw(model, labels, count, 0))

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from tasks.image.classifier import Classifier, collate_images, load_classifier, scaled, to_images
 from tasks.image.grid import as_media, make_grid
-from tasks.image.scores import FeatureStats, frechet
 from tasks.image.stream import Augment, image_stream, pixel_views, shown
 from zoo import config as configs
 from zoo import frozen
 from zoo.config import Choice
 from zoo.data import SourceStream
+from zoo.distances import FeatureStats, frechet
 from zoo.frozen import Frozen
 from zoo.model import Batch, Output
 from zoo.quantize import QuantizerConfig, VectorQuantizer, code_use
@@ -160,7 +160,8 @@ class Reconstruction:
         self.counts = torch.zeros(MOST_CODES, dtype=torch.int64)
         self.sums = torch.zeros(3, dtype=torch.float64)
         self.classifier = classifier
-        self.real, self.rebuilt = FeatureStats(classifier), FeatureStats(classifier)
+        width = classifier.config.widths[-1] if classifier is not None else 0
+        self.real, self.rebuilt = FeatureStats(width), FeatureStats(width)
 
     @torch.no_grad()
     def update(self, model: Any, batch: Batch) -> None:

@@ -253,6 +253,26 @@ class SeriesTask(Task):
             images[f"forecast/{number}"] = plots.as_image(figure)
         return Media(images=images)
 
+    def show(self, model: nn.Module) -> Media:
+        """The forecast of a made-up series: a day with two peaks, a slow drift and noise. Of a model that needs
+        covariates, nothing."""
+        if self.card["known"]:
+            return Media()
+        steps, horizon, season = 2 * self.config.context, max(self.config.horizons), self.source.season
+        place = np.arange(steps) / season
+        names = self.card["names"] if self.layout.mixed else ["made up"]
+        noise = np.random.default_rng(0).normal(scale=0.15, size=(steps, len(names)))
+        curve = np.sin(2 * np.pi * place) + 0.5 * np.sin(4 * np.pi * place + 1) + 0.3 * np.sin(2 * np.pi * place / 9)
+        frame = pd.DataFrame(5 + curve[:, None] + noise, columns=names)
+        frame.insert(0, "time", pd.date_range("2024-01-01", periods=steps, freq="h"))
+        table = self.forecast(frame, horizon, columns=Columns(time="time"), model=model)
+        first = table[table["target"] == names[0]]
+        levels = [level for level in self.config.levels if f"{level:g}" in first]
+        quantiles = first[[f"{level:g}" for level in levels]].to_numpy() if levels else None
+        history, title = frame[names[0]].to_numpy(), "forecast of a made-up series"
+        figure = plots.draw(history, first["mean"].to_numpy(), quantiles, levels, title=title)
+        return Media(images={"forecast": plots.as_image(figure)})
+
     def _roll(self, model: Model, batch: Batch, horizon: int) -> Forecast:
         config = self.config
         forecast = roll(model, batch, horizon, levels=config.levels, mode=config.roll, samples=config.samples)

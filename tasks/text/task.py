@@ -189,7 +189,8 @@ class TextTask(Task):
             return {}
         return {"gzip_9_bits_per_byte": gzip_bits_per_byte(self.text(split).encode("utf-8"))}
 
-    def media(self, model: nn.Module, batch: Batch) -> Media:
+    def show(self, model: nn.Module) -> Media:
+        """The prompts, continued."""
         assert isinstance(model, Model)
         if not self.config.prompts:
             return Media()

@@ -28,7 +28,7 @@ KERNELS = {
 }
 
 
-def build(kernel, schedule, dim, element="bf16", gated=True, bounded=False):
+def build(kernel, schedule, dim, element="bf16", gated=True, bounded=0):
     layout = gl.NVMMASharedLayout.get_default_for([1, 64, 1, dim], {"bf16": gl.bfloat16, "fp16": gl.float16}[element])
     constants = {
         "CONSUMERS": schedule.consumers, "D": dim, "STAGES": schedule.stages, "GATED": gated, "BOUNDED": bounded,
@@ -56,7 +56,9 @@ def build(kernel, schedule, dim, element="bf16", gated=True, bounded=False):
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("switches", [{}, {"gated": False}, {"bounded": True}, {"element": "fp16"}], ids=str)
+@pytest.mark.parametrize(
+    "switches", [{}, {"gated": False}, {"bounded": 1}, {"bounded": 2}, {"element": "fp16"}], ids=str
+)
 def test_every_row_compiles_fits_and_stays_asynchronous(name, dim, switches, tmp_path):
     kernel, table = KERNELS[name]
     built = build(kernel, table[dim], dim, **switches)

@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = {"window": "tests/kernels/interpreted.py", "nsa": "tests/kernels/interpreted_nsa.py"}
+FILES = {
+    "window": "tests/kernels/interpreted.py",
+    "nsa": "tests/kernels/interpreted_nsa.py",
+    "block": "tests/kernels/interpreted_block.py",
+}
 GROUPS = [  # several processes: several names in the report, less of a wait under xdist
     ("window", "equals_the_loops"),
     ("window", "not equals_the_loops"),
     ("nsa", "not slow"),
+    ("block", "test"),
     pytest.param("nsa", "slow", marks=pytest.mark.slow),
 ]
 

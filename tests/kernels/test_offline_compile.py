@@ -9,12 +9,13 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zoo.kernels import gate, loss, window
+from zoo.kernels import gate, loss, narrow, qkv, swiglu, window
 from zoo.kernels.tiles import CHUNK, SHARED_BYTES, TABLE, Tile
 
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90}
 INDEX_POINTERS = {"start_ptr", "end_ptr"}
-LONG_POINTERS = {"targets_ptr"}
+OTHER_POINTERS = {"targets_ptr": "i64", "starts_ptr": "i1"}
+NOT_ALIGNED = {"stride_kb", "stride_kt"}  # of a narrow projection
 FLOAT32_POINTERS = {
     "suffix_ptr",
     "total_ptr",
@@ -27,7 +28,14 @@ FLOAT32_POINTERS = {
     "dlse_ptr",
     "grad_ptr",
     "loss_ptr",
+    "keep_ptr",
+    "weight_ptr",
+    "cos_ptr",
+    "sin_ptr",
+    "dkeep_ptr",
+    "partial_ptr",
 }
+FLOATS = {"scale", "eps"}
 
 
 def build(kernel, architecture, element, constants, warps=4, stages=1):
@@ -38,10 +46,11 @@ def build(kernel, architecture, element, constants, warps=4, stages=1):
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             kind = "i32" if name in INDEX_POINTERS else "fp32" if name in FLOAT32_POINTERS else element
-            signature[name] = "*i64" if name in LONG_POINTERS else f"*{kind}"
+            signature[name] = f"*{OTHER_POINTERS.get(name, kind)}"
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
-        if signature[name] != "constexpr" and name.endswith("_ptr") | name.startswith("stride_"):
+            signature[name] = "fp32" if name in FLOATS else "i32"
+        aligned = name.endswith("_ptr") or (name.startswith("stride_") and name not in NOT_ALIGNED)
+        if signature[name] != "constexpr" and aligned:
             divisible[position,] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     target = GPUTarget("cuda", CAPABILITY[architecture], 32)
@@ -94,4 +103,33 @@ def test_the_small_kernels_compile(architecture):
 
 @pytest.mark.parametrize("architecture", ["sm80", "sm90"])
 def test_the_loss_compiles(architecture):
-    build(loss._cross_entropy_rows, architecture, "bf16", {"NEEDS_GRAD": True, "BLOCK": loss.COLUMNS}, warps=8)
+    build(loss._cross_entropy_rows, architecture, "bf16", {"NEEDS_GRAD": True, "BLOCK": loss.COLUMNS}, loss.WARPS)
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm90"])
+def test_swiglu_compiles(architecture):
+    for kernel in (swiglu._forward, swiglu._backward):
+        build(kernel, architecture, "bf16", {"BLOCK": swiglu.BLOCK})
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm90"])
+@pytest.mark.parametrize("part", ["q", "k", "v", "k of documents, by head"])
+def test_qkv_compile(part, architecture):
+    shift, norm = part != "q", part != "v"
+    special = len(part) > 1
+    absent = (set() if special else {"starts_ptr"}) | (set() if shift else {"keep_ptr", "dkeep_ptr"})
+    absent |= set() if norm else {"weight_ptr", "cos_ptr", "sin_ptr", "partial_ptr"}
+    switches = {
+        "D": 64, "SHIFT": shift, "NORM": norm, "PER_HEAD": special, "ROTATE": norm, "CUT": special,
+        "TOKENS": qkv.ELEMENTS // 512, "HEADS": 16, "HALF": 32, "RUN": qkv.RUN,
+    }  # fmt: skip
+    for kernel in (qkv._forward, qkv._backward):
+        constants = switches | {name: None for name in absent if name in kernel.arg_names}
+        build(kernel, architecture, "bf16", constants, qkv.WARPS)
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm90"])
+def test_narrow_products_compile(architecture):
+    shape = {"PIECES": True, "ROWS": narrow.ROWS, "INNER": narrow.INNER, "PIECE": narrow.PIECE, "WIDTH": 32}
+    built = build(narrow._product, architecture, "fp32", shape, stages=narrow.STAGES)
+    assert built.metadata.shared <= SHARED_BYTES[architecture]

@@ -82,3 +82,17 @@ def test_operator_keeps_its_promises(pieces):
     x, weight = torch.randn(5, 8), torch.randn(3, 8, requires_grad=True)
     for whole in (x, None):
         torch.library.opcheck(torch.ops.zoo.piecewise_linear.default, (x.bfloat16().requires_grad_(), whole, weight))
+
+
+def test_autocast_is_asked_before_it_is_switched_off(monkeypatch):
+    """float32 activations under autocast take the pieces, eager and compiled."""
+    taken = []
+    monkeypatch.setattr(linear, "_in_pieces", lambda x: torch.is_autocast_enabled("cpu"))
+    operator = linear._piecewise_linear
+    monkeypatch.setattr(linear, "_piecewise_linear", lambda *x: taken.append(1) or operator(*x))
+    x, weight, bias = tensors()
+    precise_linear(x, weight, bias)
+    assert not taken
+    with torch.autocast("cpu", torch.bfloat16):
+        precise_linear(x, weight, bias)
+    assert taken

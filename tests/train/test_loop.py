@@ -73,7 +73,7 @@ def test_skipped_step_changes_nothing(name, fault, first):
         if poison:
             model.mix.weight.grad[0, 0] = float("inf")
         _, taken = optim.guarded_step(optimizer, guard, torch.tensor(loss), torch.tensor(count), clip=1.0, fp16=False)
-        ema.update(model, 100, taken)
+        ema.update(model, ema.share_of(100), taken)
 
     if not first:
         step(1.0, 4.0, False)
@@ -204,7 +204,7 @@ def test_ema_follows_its_definition():
     for step in range(3):
         with torch.no_grad():
             model.weight.add_(1.0)
-        ema.update(model, step, torch.tensor(True))
+        ema.update(model, ema.share_of(step), torch.tensor(True))
         decay = min(0.99, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.detach()
     torch.testing.assert_close(ema.model.weight, expected)

@@ -190,6 +190,33 @@ def test_compiled_as_one_graph_it_is_the_same():
     assert_equal_weights(results[1][1], results[0][1], rtol=1e-3, atol=1e-5)
 
 
+def test_a_recorded_sweep_is_the_plain_one(tmp_path, recordings):
+    """Two lengths, smaller batches at the end of a segment, and a stack that shrinks when replicas have ended."""
+    words = ["model.head.dropout=0.3", "train.steps=30", "train.eval_every=6", "train.stop_when=loss < 3.45"]
+    replicas = [Replica(1e-5, 0), Replica(3e-2, 0), Replica(3e-2, 1), Replica(2e-5, 1)]
+    plain, ours = (sweep(small(*words, f"train.graph={on}"), tmp_path / on, replicas) for on in ("false", "true"))
+    assert sum(recordings) >= 8
+    steps = [checkpoint.read_manifest(newest_checkpoint(run))["step"] for run in ours]
+    assert min(steps) < max(steps) == 30
+    for run, other in zip(ours, plain, strict=True):
+        assert_equal_weights(weights_of(run), weights_of(other), rtol=0, atol=0)
+        assert (run / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", ["softmax", "gatedfwa"])
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_on_a_gpu_a_recorded_sweep_is_the_plain_one(mixer, compiled, tmp_path):
+    words = ["model.head.dropout=0.1", f"model.name=recall_{mixer}_d64", "train.device=cuda", "train.precision=bf16"]
+    words += [f"train.compile={compiled}", "train.steps=40", "train.eval_every=20", "task.dataset.vocabulary=256"]
+    words += ["task.dataset.train=[[64,4,320]]", "task.dataset.test=[[64,4,64]]"]
+    plain, ours = (sweep(small(*words, f"train.graph={on}"), tmp_path / on, REPLICAS) for on in ("false", "true"))
+    for run, other in zip(ours, plain, strict=True):
+        rows = [[json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (run, other)]
+        for one, two in zip(*rows, strict=True):
+            assert one == pytest.approx(two, rel=1e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mixer", ["softmax", "swa", "gatedfwa", "gatedfwa_nsa"])
 def test_on_a_gpu_in_bf16_and_compiled(mixer, tmp_path):

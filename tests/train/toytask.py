@@ -95,7 +95,7 @@ class Loss:
 
     def update(self, model, batch):
         output = model(batch)
-        self.total += torch.stack([output.loss_sum.double(), output.count.double()])
+        self.total += torch.stack([output.loss_sum.double(), output.count.double()]).cpu()
 
     def reduce(self, ranks):
         self.total = ranks.sum(self.total)

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from zoo import config as configs
-from zoo.task import run_metrics
+from zoo.task import Media, Task, run_metrics
 from zoo.train import (
     ParallelConfig,
+    Recipe,
     autocast,
     git_commit,
     load_run,
@@ -29,6 +31,7 @@ from zoo.train import (
     weights_digest,
 )
 from zoo.train.log import write_media
+from zoo.train.parallel import Ranks
 
 
 @dataclass(frozen=True)
@@ -72,30 +75,18 @@ def evaluate_run(
         lambda: load_run(folder, ema=ema, device=place, overrides=configs.dotted(tuple(overrides)))
     )
     batch_size = batch_size or recipe.train.eval_batch_size or 16
-    stream = task.stream(split, batch_size=batch_size, rank=ranks.rank, world=ranks.world)
-    began = time.perf_counter()
-    metrics = task.metrics(split)
-    with autocast(recipe.train.precision, place):  # as the validation while training: the same numbers
-        values = run_metrics(model, metrics, stream, device=place, ranks=ranks, progress=progress_bar(split))
-    seconds = time.perf_counter() - began
+    measured = measure_split(recipe, task, model, split, batch_size=batch_size, device=place, ranks=ranks)
     ranks.close()
     if ranks.rank > 0:
         return None
-    for metric in metrics.values():
-        if show := getattr(metric, "media", None):
-            write_media(show(), folder / "evaluation" / split)
-    baselines = task.baselines(split)
-    measured = {
-        "split": split,
-        "protocol": task.describe(split),
-        "batch_size": batch_size,
-        "precision": recipe.train.precision,
+    write_media(measured.media, folder / "evaluation" / split)
+    facts = {
+        **measured.facts,
         "weights": "ema" if ema and recipe.train.ema else "raw",
         "overrides": list(overrides),
-        "evaluated_on": task.provenance(),
-        "seconds": round(seconds, 2),
     }
-    common = {**origin(folder), **measured, **circumstances(place)}
+    common = {**origin(folder), **facts, **circumstances(place)}
+    values, baselines = measured.values, task.baselines(split)
     rows = [
         {"name": name, "value": value, "kind": kind, **common}
         for kind, numbers in (("metric", values), ("baseline", baselines))
@@ -105,6 +96,47 @@ def evaluate_run(
         file.writelines(json.dumps(row) + "\n" for row in rows)
     title = f"{folder} at step {common['step']}, {split} split, {recipe.train.precision}, {task.describe(split)}"
     return Scores(title, values, baselines)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The values of one pass over a split, what metrics show beside them, and how they were measured."""
+
+    values: dict[str, float]
+    media: Media
+    facts: dict[str, Any]
+
+
+def measure_split(
+    recipe: Recipe,
+    task: Task,
+    model: nn.Module,
+    split: str,
+    *,
+    batch_size: int,
+    device: torch.device,
+    ranks: Ranks,
+) -> Measured:
+    """All metrics of the task over a split, in one pass, at the precision that the recipe trains in."""
+    stream = task.stream(split, batch_size=batch_size, rank=ranks.rank, world=ranks.world)
+    metrics = task.metrics(split)
+    began = time.perf_counter()
+    with autocast(recipe.train.precision, device):  # as the validation while training: the same numbers
+        values = run_metrics(model, metrics, stream, device=device, ranks=ranks, progress=progress_bar(split))
+    media = Media()
+    for metric in metrics.values() if ranks.rank == 0 else ():
+        if show := getattr(metric, "media", None):
+            shown = show()
+            media = Media(media.text | shown.text, media.images | shown.images, media.audio | shown.audio)
+    facts = {
+        "split": split,
+        "protocol": task.describe(split),
+        "batch_size": batch_size,
+        "precision": recipe.train.precision,
+        "evaluated_on": task.provenance(),
+        "seconds": round(time.perf_counter() - began, 2),
+    }
+    return Measured(values, media, facts)
 
 
 # DESIGN.md section 8: what stands beside every number.
@@ -122,6 +154,7 @@ def origin(run: Path) -> dict[str, Any]:
         "step": manifest["step"],
         "sha256": weights_digest(manifest),
         **{name: manifest[name] for name in ("fingerprint", "seed", "data", "commit")},
+        **{name: manifest[name] for name in ("backbone_from",) if name in manifest},
     }
 
 

@@ -63,28 +63,26 @@ class Problem:
     queries: gl.tensor
     keys: gl.tensor
     window: gl.tensor
-    bound_group: gl.tensor  # query heads that share a row of `starts`: all of a batch row's, or those of one key head
     blocks: gl.tensor  # items per head
     items: gl.tensor
-    starts: gl.tensor  # (B or B G, N) int32: first valid key of each position; read where BOUNDED
+    starts: gl.tensor  # (B,N) or (B,G,N) int32: first valid key of each position; read where BOUNDED
     suffix: gl.tensor  # (B, H, N) fp32; read where GATED
     total: gl.tensor  # (B, H, chunks) fp32; read where GATED
     CONSUMERS: gl.constexpr
     D: gl.constexpr
     GATED: gl.constexpr
-    BOUNDED: gl.constexpr
+    BOUNDED: gl.constexpr  # 0: no starts; 1: a row of them for each of the batch; 2: for each key head
     A_SHARED: gl.constexpr  # the resident operands stay in shared memory instead of registers
 
     @gluon.constexpr_function
-    def __init__(self, batches, heads, group, queries, keys, window, bound_group, blocks, items, starts,
-                 suffix, total, CONSUMERS, D, GATED, BOUNDED, A_SHARED):  # fmt: skip
+    def __init__(self, batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
+                 CONSUMERS, D, GATED, BOUNDED, A_SHARED):  # fmt: skip
         self.batches = batches
         self.heads = heads
         self.group = group
         self.queries = queries
         self.keys = keys
         self.window = window
-        self.bound_group = bound_group
         self.blocks = blocks
         self.items = items
         self.starts = starts
@@ -111,7 +109,10 @@ class Problem:
     @gluon.jit
     def bounds(self, base, batch, head):
         """Where a head's row of `starts` (or of their mirror, ends) begins."""
-        return base + ((batch * self.heads + head) // self.bound_group).to(gl.int64) * self.keys
+        row = batch
+        if self.BOUNDED == 2:
+            row = batch * (self.heads // self.group) + head // self.group
+        return base + row.to(gl.int64) * self.keys
 
     @gluon.jit
     def oldest(self, tile, batch, head):
@@ -161,15 +162,15 @@ class Problem:
         return suffix, newer
 
     @gluon.jit
-    def reach(self, batch, head, position):
-        """How many keys each row may see, itself included, and the latest of the rows' starts."""
-        reach = gl.zeros_like(position) + self.window
+    def first_visible(self, batch, head, position):
+        """The oldest key that each row sees, and the latest of the rows' starts."""
+        first = position - self.window + 1
         latest = gl.to_tensor(0)
         if self.BOUNDED:
             start = gl.load(self.bounds(self.starts, batch, head) + position, mask=position < self.keys, other=0)
-            reach = gl.maximum(gl.minimum(reach, position - start + 1), 0)
+            first = gl.maximum(first, start)
             latest = gl.max(start, 0)
-        return reach, latest
+        return first, latest
 
 
 @gluon.jit
@@ -193,16 +194,11 @@ def bias_columns(bias, layout: gl.constexpr):
 
 
 @gluon.jit
-def within(distance, reach):
-    """0 <= distance < reach in one comparison, negative numbers being large unsigned ones. reach >= 0."""
-    return distance.to(gl.uint32, bitcast=True) < reach.to(gl.uint32, bitcast=True)
-
-
-@gluon.jit
-def visible(first, position, reach, layout: gl.constexpr):
-    """(64, 64) mask of the key tile that starts at `first`: each row sees the `reach` keys up to its own."""
-    key = gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, layout)), 0)
-    return within(gl.expand_dims(position - first, 1) - key, gl.expand_dims(reach, 1))
+def visible(first, position, first_visible, layout: gl.constexpr):
+    """(64, 64) mask of the key tile that starts at `first`. Two comparisons an element cost the forward no registers;
+    one unsigned comparison, as in dk/dv, does."""
+    key = first + gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, layout)), 0)
+    return (key <= gl.expand_dims(position, 1)) & (key >= gl.expand_dims(first_visible, 1))
 
 
 @gluon.jit
@@ -263,6 +259,6 @@ def programs(x: torch.Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def bound_group(q: torch.Tensor, k: torch.Tensor, spans: tuple[torch.Tensor, ...] | None) -> int:
-    """How many query heads share one row of spans, (B,N) or (B,G,N)."""
-    return q.shape[2] // k.shape[2] if spans is not None and spans[0].dim() == 3 else q.shape[2]
+def bounded(spans: tuple[torch.Tensor, ...] | None) -> int:
+    """Problem.BOUNDED of spans (B,N) or (B,G,N)."""
+    return 0 if spans is None else spans[0].dim() - 1

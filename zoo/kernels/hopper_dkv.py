@@ -23,9 +23,14 @@ from zoo.kernels.hopper_band import (
     lane_sum,
     split_in_three,
     start_ring,
-    within,
 )
 from zoo.kernels.hopper_channels import announce, as_operand, load_held, load_passing, open_channels, score
+
+
+@gluon.jit
+def within(distance, reach):
+    """0 <= distance < reach in one comparison, negative numbers being large unsigned ones. reach >= 0."""
+    return distance.to(gl.uint32, bitcast=True) < reach.to(gl.uint32, bitcast=True)
 
 
 @gluon.jit
@@ -257,18 +262,16 @@ def dkv_consume(
     tma.store_wait(0)
 
 
-@gluon.jit(
-    do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "bound_group", "blocks", "items"]
-)
+@gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
 def dkv_kernel(
     k_desc, v_desc, q_desc, dout_desc, dk_desc, dv_desc, suffix, total, starts, ends, rows, key_side,
     scale_log2, bias_factor, scale,
-    batches, heads, group, queries, keys, window, bound_group, blocks, items,
+    batches, heads, group, queries, keys, window, blocks, items,
     CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, BOUNDED: gl.constexpr,
     A_SHARED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    problem = Problem(batches, heads, group, queries, keys, window, bound_group, blocks, items, starts,
-                      suffix, total, CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
+    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
+                      CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
     channels = open_channels(k_desc, q_desc, CONSUMERS, STAGES)
     if A_SHARED:
         dk_tiles = channels.held

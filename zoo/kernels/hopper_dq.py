@@ -81,7 +81,7 @@ def dq_consume(
         oldest = problem.oldest(tile, batch, head)
         inside = tile <= newest
         position = tile * TILE + gl.arange(0, TILE, layout=row_layout)
-        reach, latest_start = problem.reach(batch, head, position)
+        first_visible, latest_start = problem.first_visible(batch, head, position)
         row = position - (problem.keys - problem.queries)
         mine = (row >= 0) & (row < problem.queries)
         outs, douts, lses, dlses, suffix, newer = ahead
@@ -119,7 +119,7 @@ def dq_consume(
                 do, channels.passing_too.index(ring.slot), D, ones, channels.columns.index(ring.slot), False, s_layout
             )
             s = warpgroup_mma_wait(1, deps=(s,))
-            s = gl.where(visible(newest * TILE, position, reach, s_layout), s, float("-inf"))
+            s = gl.where(visible(newest * TILE, position, first_visible, s_layout), s, float("-inf"))
             p = gl.exp2(s * scale_log2 - gl.expand_dims(shift, 1))
             dp = warpgroup_mma_wait(0, deps=(dp,))
             ds = p * (dp - gl.expand_dims(delta, 1))
@@ -151,7 +151,7 @@ def dq_consume(
                 s = warpgroup_mma_wait(2, deps=(s,))
                 first = (newest - 1 - i) * TILE
                 if first < clear:
-                    s = gl.where(visible(first, position, reach, s_layout), s, float("-inf"))
+                    s = gl.where(visible(first, position, first_visible, s_layout), s, float("-inf"))
                 p = gl.exp2(s * scale_log2 - gl.expand_dims(shift, 1))
                 if problem.A_SHARED:
                     dq, dp, ds = warpgroup_mma_wait(0, deps=(dq, dp, ds))
@@ -209,18 +209,16 @@ def load_rows(C: gl.constexpr, problem, out, dout, lse, dlse, item, row_layout: 
     return outs, douts, lses, dlses, suffix, newer
 
 
-@gluon.jit(
-    do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "bound_group", "blocks", "items"]
-)
+@gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
 def dq_kernel(
     q_desc, dout_desc, k_desc, v_desc, dq_desc, dq_ptr, out, dout, suffix, total, starts, lse, dlse, rows,
     scale_log2, bias_factor, scale,
-    batches, heads, group, queries, keys, window, bound_group, blocks, items,
+    batches, heads, group, queries, keys, window, blocks, items,
     CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, BOUNDED: gl.constexpr,
     A_SHARED: gl.constexpr, WITH_DLSE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    problem = Problem(batches, heads, group, queries, keys, window, bound_group, blocks, items, starts,
-                      suffix, total, CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
+    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
+                      CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
     channels = open_channels(q_desc, k_desc, CONSUMERS, STAGES)
     dq_tiles = gl.allocate_shared_memory(dq_desc.dtype, [CONSUMERS, 1, TILE, 1, D], dq_desc.layout)
     if CONSUMERS == 2:

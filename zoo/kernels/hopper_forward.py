@@ -38,7 +38,7 @@ from zoo.kernels.hopper_band import (
     Problem,
     Schedule,
     bias_columns,
-    bound_group,
+    bounded,
     copyable,
     descriptor,
     lane_sum,
@@ -248,8 +248,9 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, 
     inside = tile <= newest  # else all rows lie past the last key: nothing to do but to pass everything on
 
     position = tile * TILE + gl.arange(0, TILE, layout=row_layout)
-    reach, latest_start = problem.reach(batch, head, position)
+    first_visible, latest_start = problem.first_visible(batch, head, position)
     own_suffix, newer = problem.load_row_bias(tile, block_newest, batch, head, problem.CONSUMERS - 1 - C, row_layout)
+    own_bias = own_suffix + newer
 
     for _ in range(gl.where(inside, block_newest - newest, block_newest - block_oldest + 1)):
         ring = pass_on(channels, ring)
@@ -266,7 +267,7 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, 
         # the newest tile: always an edge, and the reference of the softmax
         mbarrier.wait(channels.kv_ready.index(ring.slot), ring.parity)
         s = warpgroup_mma_wait(0, deps=(logits(q, ones, channels, ring.slot, problem, s_layout),))
-        s = gl.where(visible(newest * TILE, position, reach, s_layout), s * scale_log2, float("-inf"))
+        s = gl.where(visible(newest * TILE, position, first_visible, s_layout), s * scale_log2, float("-inf"))
         m = gl.maximum(gl.max(s, 1), NOTHING)
         p = gl.exp2(s - gl.expand_dims(m, 1))
         total = lane_sum(p, 64)
@@ -283,7 +284,7 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, 
             s = warpgroup_mma_wait(1, deps=(s,))
             first = (newest - 1 - i) * TILE
             if first < clear:
-                s = gl.where(visible(first, position, reach, s_layout), s, float("-inf"))
+                s = gl.where(visible(first, position, first_visible, s_layout), s, float("-inf"))
             if CAREFUL:
                 m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
                 alpha = gl.exp2(m - m_new)
@@ -309,7 +310,7 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, 
 
         # the row sums, the log-sum-exp in nats without the tile's anchor, the output
         total = gl.convert_layout(gl.sum(total, 1), row_layout)
-        lse = gl.where(total > 0.0, (m + gl.log2(total) - (own_suffix + newer)) * LN2, float("-inf"))
+        lse = gl.where(total > 0.0, (m + gl.log2(total) - own_bias) * LN2, float("-inf"))
         if not CAREFUL:
             row = position - (problem.keys - problem.queries)
             bad = gl.where((total < OUTGROWN) | (row < 0) | (row >= problem.queries), 0, 1)
@@ -366,19 +367,17 @@ def store_lse(problem, channels, lse, position, batch, head):
 # ------------------------------------------------------------------------------------------------ the kernel
 
 
-@gluon.jit(
-    do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "bound_group", "blocks", "items"]
-)
+@gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
 def forward_kernel(
     q_desc, k_desc, v_desc, out_desc, out, suffix, total, starts, lse, scale_log2, bias_factor,
-    batches, heads, group, queries, keys, window, bound_group, blocks, items,
+    batches, heads, group, queries, keys, window, blocks, items,
     CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, BOUNDED: gl.constexpr,
     A_SHARED: gl.constexpr, HOPEFUL: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    problem = Problem(batches, heads, group, queries, keys, window, bound_group, blocks, items, starts,
-                      suffix, total, CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
+    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
+                      CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
     channels = Channels(
         gl.allocate_shared_memory(dtype, [CONSUMERS, 1, TILE, 1, D], q_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, 1, TILE, 1, D], k_desc.layout),
@@ -454,8 +453,8 @@ def window_forward(
     scale_log2 = scale * LOG2E.value
     forward_kernel[(min(items, programs(q)),)](
         descriptor(q), descriptor(k), descriptor(v), descriptor(out), out, suffix, total, starts, lse,
-        scale_log2, 1 / scale_log2, B, H, H // G, T, N, min(window or N, N), bound_group(q, k, spans), blocks, items,
-        plan.consumers, D, plan.stages, bool(gate), spans is not None, plan.in_shared,
+        scale_log2, 1 / scale_log2, B, H, H // G, T, N, min(window or N, N), blocks, items,
+        plan.consumers, D, plan.stages, bool(gate), bounded(spans), plan.in_shared,
         q.dtype == torch.bfloat16 if hopeful is None else hopeful, plan.consumer_registers, plan.producer_registers,
         num_warps=4, maxnreg=plan.registers_at_launch,
     )  # fmt: skip

@@ -86,6 +86,9 @@ class Attention(Mixer):
         init_normal((self.qkv, self.out, self.shift), dims.init_std)
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
+        if self.shift is not None and state is None and self.dims.head_dim % 2 == 0:
+            q, k, v = self._prepare(x, ctx)
+            return self.out(self._attend(q, k, v, x, ctx).flatten(2)), None
         q, k, v = self._project(x)  # (B, T, H|G|G, D)
         if self.shift is not None:
             k, v = self._shift(x, k, v, ctx, state)
@@ -98,11 +101,24 @@ class Attention(Mixer):
 
     # -- projections ---------------------------------------------------------------------------------------------------
 
+    def _packed(self, x: Tensor) -> Tensor:
+        return self.qkv(x).unflatten(-1, (self.dims.heads + 2 * self.kv_heads, self.dims.head_dim))
+
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads, kv_heads, head_dim = self.dims.heads, self.kv_heads, self.dims.head_dim
-        qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, head_dim))
-        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
+        q, k, v = self._packed(x).split((self.dims.heads, self.kv_heads, self.kv_heads), dim=2)
         return q, k, v
+
+    def _prepare(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Whole rows, projected, shifted, normalised and rotated in one operator."""
+        assert self.shift is not None
+        return ops.prepare_qkv(
+            self._packed(x),
+            ops.precise_linear(x, self.shift.weight),
+            self.dims.heads,
+            norms=None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight),
+            table=ctx.rotary if self.config.rotary else None,
+            starts=None if ctx.cu_seqlens is None else document_starts(ctx.cu_seqlens, x.shape[1]),
+        )
 
     def _shift(self, x: Tensor, k: Tensor, v: Tensor, ctx: Context, state: Any) -> tuple[Tensor, Tensor]:
         assert self.shift is not None

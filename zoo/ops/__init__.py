@@ -17,7 +17,9 @@ from zoo.ops.nsa import (
     runs_dense,
     selected_attention,
 )
+from zoo.ops.qkv import prepare_qkv
 from zoo.ops.rotary import rotary_table
+from zoo.ops.swiglu import swiglu
 from zoo.ops.window import gated_window_attention, window_attention
 
 __all__ = [
@@ -31,9 +33,11 @@ __all__ = [
     "nsa_attention",
     "pool_blocks",
     "precise_linear",
+    "prepare_qkv",
     "ring_attention",
     "rotary_table",
     "runs_dense",
     "selected_attention",
+    "swiglu",
     "window_attention",
 ]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.ops import backend
 from zoo.ops.stacking import in_front
 
 
@@ -23,8 +24,9 @@ def precise_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     ones, and its gradients have the precision that autocast gives those of any linear layer.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
+    in_pieces = _in_pieces(x)  # asked before autocast is switched off
     with torch.autocast(x.device.type, enabled=False):
-        if not _in_pieces(x):
+        if not in_pieces:
             return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
         high = x.to(torch.bfloat16).flatten(0, -2)
         whole = None if x.dtype == torch.bfloat16 else x.detach().flatten(0, -2)
@@ -38,12 +40,6 @@ def _in_pieces(x: Tensor) -> bool:
     return x.dtype != torch.float32 or torch.is_autocast_enabled("cuda")
 
 
-def _rounding_error(x: Tensor, high: Tensor) -> Tensor:
-    """x - high in bfloat16, one pass. Inside the operator, not before it: a compiler that fuses the rounding to `high`
-    with this difference computes both in float32, and finds zero."""
-    return torch.sub(x, high, out=torch.empty_like(high))
-
-
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of bfloat16 matrices, or of stacks of them, summed and returned in float32."""
     if not a.is_cuda:
@@ -55,12 +51,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _piecewise_linear(high: Tensor, x: Tensor | None, weight: Tensor) -> Tensor:
     """x @ weight.T, (M, C) and (N, C) to (M, N) float32, or a stack of each. `high` is x in bfloat16 and gets the
     gradient of x; x is None where that is all of it."""
-    weight_high = weight.to(torch.bfloat16)
-    pieces = torch.cat((_rounding_error(weight, weight_high), weight_high), dim=-2)
-    fine, coarse = _product(high, pieces.mT).chunk(2, dim=-1)
-    if x is not None:
-        fine = fine + _product(_rounding_error(x, high), weight_high.mT)
-    return fine + coarse
+    whole = high if x is None else x
+    # x is split inside: a compiler that fuses its rounding with the difference computes both in float32, and finds zero
+    return backend.choose("linear", whole.device, whole.dtype, backend.NO_HEADS).piecewise_product(whole, weight)
 
 
 @_piecewise_linear.register_fake

@@ -69,8 +69,17 @@ def _linear_cross_entropy(
         loss_sum += losses.view(target.shape).sum(dim=-1, dtype=wide)
         if needs_grad:
             grad_hidden[..., begin : begin + rows, :] = logits @ weight
-            grad_weight += logits.mT @ part
+            _accumulate(grad_weight, logits, part)
     return loss_sum, grad_hidden, grad_weight
+
+
+def _accumulate(grad_weight: Tensor, logits: Tensor, part: Tensor) -> None:
+    """grad_weight += logits^T part, in one pass over it where a GPU's product can add to its float32 output."""
+    if logits.is_cuda and logits.dtype in (torch.bfloat16, torch.float16):
+        add = torch.addmm if logits.dim() == 2 else torch.baddbmm
+        add(grad_weight, logits.mT, part, out_dtype=torch.float32, out=grad_weight)
+    else:
+        grad_weight += logits.mT @ part
 
 
 def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:

@@ -166,7 +166,9 @@ class Silence(RunLog):
 
 
 def write_media(media: Media, folder: Path, prefix: str = "") -> list[Path]:
-    """Texts as .txt, images as .png, sounds as .wav; returns what was written."""
+    """Texts as .txt, images as .png, sounds as .wav; returns what was written. Nothing to write, no folder."""
+    if not (media.text or media.images or media.audio):
+        return []
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, text in media.text.items():

@@ -10,8 +10,9 @@ checkpoint. All ranks run this loop and take every turn in it together; the firs
 """
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 from zoo import config as configs
-from zoo.train import checkpoint, optim, parallel
+from zoo.config import ConfigError
+from zoo.train import checkpoint, graph, optim, parallel
 from zoo.train.log import RunLog, Silence
 from zoo.train.parallel import Ranks
 from zoo.train.profile import Profile, peak_flops, training_flops
@@ -30,6 +32,7 @@ from zoo.train.recipe import (
     make_model,
     make_task,
     pick_device,
+    start_backbone,
     what_a_number_carries,
     write_run_files,
 )
@@ -98,8 +101,10 @@ def _train(
     kept = run / "assets" if found is not None else None  # a tokenizer that was fitted is read back, not fitted again
     task = ranks.in_turn(lambda: make_task(recipe, kept))
     model = make_model(recipe, task)
-    facts = what_a_number_carries(recipe, task)
+    facts = what_a_number_carries(recipe, task) | ranks.in_turn(lambda: start_backbone(recipe, model, found))
     notes += check_same(found, recipe, facts, allow_changes)
+    if found is None and (given := facts.get("backbone_from")):
+        notes.append(f"beginning with the backbone of {given['origin']} ({given['name']})")
     state = Run(recipe, run, task, model, device, ranks, facts, found)
     if found is not None:
         notes.append(f"resuming {run} from {found.name}")
@@ -109,6 +114,8 @@ def _train(
     writer = RunLog if ranks.rank == 0 else Silence
     log = writer(run, step=state.step, steps=config.steps, peak=peak * ranks.world if peak else None)
     with Signals() as signals, log, state.stream:
+        if config.graph and device.type not in graph.DEVICES:
+            notes.append(f"train.graph records steps on a GPU; on {device} they run as they are")
         for note in notes:
             log.say(note)
         for orphan in ranks.first(lambda: checkpoint.sweep(run / "checkpoints")):
@@ -122,13 +129,14 @@ def _train(
 def _loop(state: Run, log: RunLog, signals: Signals, go_on: str, profile: Profile | None) -> Result:
     config = state.recipe.train
     forward = state.ranks.trainer_of(state.model, config.compile)
+    update = _recorded(state, partial(_update, state, forward, signals))
     batches = iter(state.stream)
     pending: Reading | None = None
 
     if state.due(config.eval_every) and state.evaluated < state.step:  # interrupted between a step and its evaluation
         state.evaluate(log, signals)
     while state.step < config.steps and not state.finished:
-        reading = _step(state, forward, batches, signals)
+        reading = _step(state, update, batches)
         state.step += 1
         if profile is not None and (table := profile.step()):
             log.say(f"profile, in {profile.folder}:\n{table}")
@@ -167,27 +175,63 @@ def _loop(state: Run, log: RunLog, signals: Signals, go_on: str, profile: Profil
     return Result(state.run, state.step, state.saved or state.save(), state.last, int(state.guard.skipped.item()))
 
 
-def _step(state: Run, forward: Any, batches: Iterator[Any], signals: Signals) -> Reading:
-    """One update: sums of losses, gradients and counts over micro-batches and ranks, then one guarded step."""
-    config, device, ranks, guard = state.recipe.train, state.device, state.ranks, state.guard
-    fp16 = config.precision == "fp16"
+def _recorded(state: Run, update: Callable[..., Any]) -> Callable[..., Any]:
+    """The same update, as a CUDA graph where train.graph says so. Raises ConfigError on several ranks."""
+    if state.recipe.train.graph and state.ranks.world > 1:
+        raise ConfigError(
+            f"train.graph = true records the step of one process, and this job has {state.ranks.world} ranks: "
+            "exchanges between them are not recorded; it takes false here"
+        )
+    if not state.recipe.train.graph or state.device.type not in graph.DEVICES:
+        return update
+    return graph.Recorder(update, state.device)
+
+
+def _step(state: Run, update: Callable[..., Any], batches: Iterator[Any]) -> Reading:
+    """One update. All that it takes from the host and that changes from step to step is handed to it here."""
+    config, device = state.recipe.train, state.device
     lr = config.optimizer.lr * optim.lr_share(config.schedule, state.step, config.steps)
-    optim.set_lr(state.optimizer, lr)
+    share = state.ema.share_of(state.step) if state.ema is not None else 0.0
     position = state.stream.state_dict()
-    sums: dict[str, tuple[Tensor, Tensor]] = {}
-    report: list[Tensor] = []
     state.model.train()
-    for part in range(state.parts):
-        ranks.mark(f"step {state.step + 1}, data")
+    parts: Iterable[Any] = _parts(state, batches)
+    names, values, reports = update(list(parts) if isinstance(update, graph.Recorder) else parts, lr, share)
+    optim.set_lr(state.optimizer, lr)  # between steps it is a number, also after one that was recorded
+    after = None
+    if device.type == "cuda":
+        values, reports = values.to("cpu", non_blocking=True), reports.to("cpu", non_blocking=True)
+        after = torch.cuda.Event()
+        after.record()
+    return Reading(state.step + 1, position, lr, names, values, reports, after)
+
+
+def _parts(state: Run, batches: Iterator[Any]) -> Iterator[Any]:
+    """The micro-batches of a step, as they are read."""
+    for _ in range(state.parts):
+        state.ranks.mark(f"step {state.step + 1}, data")
         if (batch := next(batches, None)) is None:
             raise ValueError(f"the training stream of {type(state.task).__name__} ended; it has to be endless")
-        state.flops = state.flops or training_flops(state.model, batch) * state.parts * ranks.data_world
-        batch = ranks.split(batch).to(device)
+        state.flops = state.flops or training_flops(state.model, batch) * state.parts * state.ranks.data_world
+        yield state.ranks.split(batch)
+
+
+def _update(
+    state: Run, forward: Any, signals: Signals, parts: Iterable[Any], lr: float | Tensor, share: float | Tensor
+) -> tuple[list[str], Tensor, Tensor]:
+    """Sums of losses, gradients and counts over micro-batches and ranks, then one guarded step at the rate `lr`, of
+    which the moving average takes `share`. Returns (names, values, reports) of the step's Reading, on the device."""
+    config, device, ranks, guard = state.recipe.train, state.device, state.ranks, state.guard
+    fp16 = config.precision == "fp16"
+    optim.set_lr(state.optimizer, lr)
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    report: list[Tensor] = []
+    for part, batch in enumerate(parts):
+        batch = batch.to(device)
         ranks.mark(f"step {state.step + 1}, forward and backward")
         with ranks.micro_batch(forward, last=part == state.parts - 1):
             with autocast(config.precision, device):
                 output = forward(batch)
-            if fp16 and state.step == 0 and part == 0:
+            if fp16 and state.step == 0 and part == 0:  # never recorded: a shape's first steps are not
                 guard.scale.copy_(ranks.min(optim.FIRST_SCALE / output.count.clamp(min=1)))
             (output.loss_sum * guard.scale if fp16 else output.loss_sum).backward()
         report.append((~torch.isfinite(output.loss_sum.detach())).double())
@@ -196,7 +240,8 @@ def _step(state: Run, forward: Any, batches: Iterator[Any], signals: Signals) ->
             sums[name] = (old[0] + total.detach().double(), old[1] + count.detach().double())
 
     ranks.mark(f"step {state.step + 1}, update")
-    report.append(torch.full((), float(signals.received or 0), dtype=torch.float64, device=device))
+    received = signals.received if ranks.world > 1 else None  # one alone looks by itself (Run.stop)
+    report.append(torch.full((), float(received or 0), dtype=torch.float64, device=device))
     everyone = ranks.gather(torch.stack([t for pair in sums.values() for t in pair] + report))
     reports, flat = everyone[:, 2 * len(sums) :], everyone[:, : 2 * len(sums)].sum(dim=0)
     totals = {name: (flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(sums)}
@@ -206,16 +251,10 @@ def _step(state: Run, forward: Any, batches: Iterator[Any], signals: Signals) ->
     )
     state.drop_gradients()
     if state.ema is not None:
-        state.ema.update(state.model, state.step, taken)
+        state.ema.update(state.model, share, taken)
 
     names = ["taken", "in_a_row", "norm"] + [f"{part}/{name}" for name in totals for part in ("sum", "count")]
-    values = torch.cat([torch.stack([taken.double(), guard.in_a_row.double(), norm.double()]), flat])
-    after = None
-    if device.type == "cuda":
-        values, reports = values.to("cpu", non_blocking=True), reports.to("cpu", non_blocking=True)
-        after = torch.cuda.Event()
-        after.record()
-    return Reading(state.step + 1, position, lr, names, values, reports, after)
+    return names, torch.cat([torch.stack([taken.double(), guard.in_a_row.double(), norm.double()]), flat]), reports
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -172,7 +172,8 @@ def _make(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     )
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
+    """A tensor (), where the step is recorded (graph.py)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
@@ -251,6 +252,9 @@ def guarded_step(
 
 def _masked_step(optimizer: Any, taken: Tensor) -> None:
     if optimizer.defaults.get("fused"):
+        recording = taken.is_cuda and torch.cuda.is_current_stream_capturing()
+        for group in optimizer.param_groups:
+            group["capturable"] = recording  # torch asks for it then; the fused step is the same
         optimizer.grad_scale, optimizer.found_inf = None, (~taken).float()
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
@@ -272,10 +276,15 @@ class Ema:
         self.decay = decay
         self.model = deepcopy(model).eval().requires_grad_(False)
 
+    def share_of(self, step: int) -> float:
+        """What the weights after update number `step` (0 is the first) count in the average."""
+        return 1.0 - min(self.decay, (1 + step) / (10 + step))
+
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int, taken: Tensor) -> None:
-        """`taken` (): on the device, whether the step was; if not, the average stays exactly as it is."""
-        share = (1.0 - min(self.decay, (1 + step) / (10 + step))) * taken.float()
+    def update(self, model: nn.Module, share: float | Tensor, taken: Tensor) -> None:
+        """share: `share_of` the step. `taken` (): on the device, whether the step was; if not, the average stays
+        exactly as it is."""
+        share = (taken * share).float()
         averages: list[Tensor] = [local(parameter) for parameter in self.model.parameters()]
         change = list(torch._foreach_sub([local(parameter) for parameter in model.parameters()], averages))
         torch._foreach_mul_(change, share)

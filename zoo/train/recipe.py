@@ -24,12 +24,12 @@ import torch
 from torch import nn
 
 from zoo import config as configs
-from zoo import registry, weights
+from zoo import frozen, registry, weights
 from zoo.config import Choice, ConfigError
 from zoo.model import ModelConfig
 from zoo.task import Task
 from zoo.train import checkpoint
-from zoo.train.optim import OptimizerConfig, ScheduleConfig
+from zoo.train.optim import FUSED, OptimizerConfig, ScheduleConfig
 from zoo.train.parallel import ParallelConfig
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ class TrainConfig:
     keep              newest checkpoints that stay; 0: all
     max_skipped       non-finite steps in a row that are left out; one more ends the run
     prefetch          batches read ahead by a thread, 1 or more
+    graph             on a GPU the whole step is recorded as a CUDA graph and replayed (graph.py): for small models,
+                      whose steps wait for Python. With adam or adamw, in one process; with and without compile
     device            auto: the GPU where there is one
     """
 
@@ -70,6 +72,7 @@ class TrainConfig:
     max_skipped: int = 3
     prefetch: int = 2
     compile: bool = False
+    graph: bool = False
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     device: str = "auto"
 
@@ -85,6 +88,11 @@ class TrainConfig:
             raise ValueError(f"seed = {self.seed}; it takes 0 or more")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema = {self.ema} is not a decay: it takes 0 (none) or a number below 1")
+        if self.graph and self.optimizer.name.lower() not in FUSED:
+            raise ValueError(
+                f"graph = true records the steps of {' and '.join(FUSED)} alone, and optimizer.name = "
+                f"{self.optimizer.name!r}; it takes false there"
+            )
         parse_stop(self.stop_when)
         if self.stop_when and not self.eval_every:
             raise ValueError(f"stop_when = {self.stop_when!r} needs evaluations, and eval_every is 0")
@@ -120,11 +128,15 @@ def reached(rule: str, values: Mapping[str, float]) -> bool:
 
 @dataclass
 class Recipe:
-    """A training run, but for where it lies: what `configs/<domain>/<recipe>.yaml` holds."""
+    """A training run, but for where it lies: what `configs/<domain>/<recipe>.yaml` holds.
+
+    backbone_from  a run folder or published weights, of any domain, whose backbone this run begins with
+    """
 
     task: Choice | None = configs.choice(registry.tasks)
     model: Choice | None = configs.choice(registry.models)
     train: TrainConfig = field(default_factory=TrainConfig)
+    backbone_from: str = configs.later("")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,6 +170,16 @@ def make_model(recipe: Recipe, task: Task) -> nn.Module:
         raise ConfigError(f"the recipe names no model; accepted: {', '.join(registry.models.names())}")
     config = recipe.model.config
     return (task.model_config(config) if isinstance(config, ModelConfig) else config).build()
+
+
+def start_backbone(recipe: Recipe, model: nn.Module, found: Path | None) -> dict[str, Any]:
+    """Give the model the backbone that the recipe names, unless it goes on from a checkpoint; returns what a number
+    carries of it, or nothing."""
+    if not recipe.backbone_from:
+        return {}
+    if found is not None:
+        return {"backbone_from": checkpoint.read_manifest(found).get("backbone_from")}
+    return {"backbone_from": frozen.start_backbone(model, recipe.backbone_from)}
 
 
 def find_start(recipe: Recipe, run: Path, resume: bool) -> tuple[Path | None, list[str]]:
@@ -288,13 +310,33 @@ def load_run(
     run = Path(run)
     path = newest_checkpoint(run)
     manifest = checkpoint.read_manifest(path)
-    recipe = configs.build(Recipe, manifest["recipe"], overrides or {})
-    task = make_task(recipe, run / "assets")
-    check_frozen(manifest, task.frozen(), str(path))
-    model = make_model(recipe, task)
     average = checkpoint.read_tensors(path, "ema") if ema else None
-    weights.load_into(model, average or checkpoint.read_tensors(path, "model") or {}, origin=str(path))
-    model = model.to(device if isinstance(device, torch.device) else pick_device(device)).eval()
+    tensors = average or checkpoint.read_tensors(path, "model") or {}
+    recipe, task, model = _build_trained(manifest, run / "assets", tensors, str(path), device, overrides)
     digest = checkpoint.weights_digest(manifest, "ema" if average else "model")
     task.attach(model, run / "fitted" / digest[:12])
     return recipe, task, model
+
+
+def load_published(
+    name: str, *, device: str | torch.device | None = "cpu", overrides: dict[str, Any] | None = None
+) -> tuple[Recipe, Task, nn.Module]:
+    """The same of published weights, <model>.<tag>. Raises FileNotFoundError, WeightsError."""
+    card = weights.open_card(name)
+    return _build_trained(card.facts, card.assets(), card.read_model(), str(card.folder), device, overrides)
+
+
+def _build_trained(
+    facts: dict[str, Any],
+    assets: Path,
+    tensors: dict[str, torch.Tensor],
+    origin: str,
+    device: str | torch.device | None,
+    overrides: dict[str, Any] | None,
+) -> tuple[Recipe, Task, nn.Module]:
+    recipe = configs.build(Recipe, facts["recipe"], overrides or {})
+    task = make_task(recipe, assets)
+    check_frozen(facts, task.frozen(), origin)
+    model = make_model(recipe, task)
+    weights.load_into(model, tensors, origin=origin)
+    return recipe, task, model.to(device if isinstance(device, torch.device) else pick_device(device)).eval()

@@ -23,7 +23,7 @@ from zoo.config import ConfigError
 from zoo.data import Prefetch
 from zoo.model import Batch, Model
 from zoo.task import Task
-from zoo.train import checkpoint, optim
+from zoo.train import checkpoint, graph, optim
 from zoo.train.log import RunLog, drop_rows_after, number
 from zoo.train.recipe import (
     Recipe,
@@ -87,6 +87,7 @@ def check(recipe: Recipe, replicas: Sequence[Replica]) -> None:
         "train.precision": (train.precision == "fp16", "fp32 or bf16"),
         "train.micro_batch_size": (train.micro_batch_size not in (None, train.batch_size), "null"),
         "train.sample_every": (train.sample_every != 0, "0"),
+        "backbone_from": (recipe.backbone_from != "", "''"),
     }
     for name, (wrong, takes) in refused.items():
         if wrong:
@@ -130,6 +131,7 @@ class Sweep:
         checkpoint.seed_everything(train.seed)  # dropout's noise
         self.restore()
         self.rates = self.rates_now()
+        self.recorder = graph.Recorder(self.update, device) if train.graph and device.type in graph.DEVICES else None
 
     def rates_now(self) -> Tensor:
         lrs = [self.replicas[place].lr for place in self.places]
@@ -141,12 +143,11 @@ class Sweep:
         config, batches = self.recipe.train, iter(self.stream)
         self.stack.mode(training=True)
         while self.step < config.steps and self.places:
-            batch = next(batches).to(self.device)
+            batch = next(batches)
             share = optim.lr_share(config.schedule, self.step, config.steps)
             # The smaller batch at the end of a segment is not worth a graph of its own
             whole = config.compile and rows_of(batch) == config.batch_size
-            place = autocast(config.precision, self.device)
-            reading = self.stack.train_step(batch, self.rates * share, self.active, place, compiled=whole)
+            reading = (self.recorder or self.update)(batch, self.rates * share, self.active, whole)
             self.stuck = torch.where(reading.taken | ~self.active, 0, self.stuck + 1)
             self.step += 1
             seconds = log.advance(self.step)
@@ -166,6 +167,10 @@ class Sweep:
                 log.say(f"stopped by {signals.received.name} after step {self.step}; start it again to go on")
                 raise Interrupted(128 + signals.received)
         self.finish(self.places, "")
+
+    def update(self, batch: Batch, rates: Tensor, active: Tensor, compiled: bool) -> Reading:
+        place = autocast(self.recipe.train.precision, self.device)
+        return self.stack.train_step(batch.to(self.device), rates, active, place, compiled=compiled)
 
     def tell(self, reading: Reading, log: RunLog) -> None:
         """A row of numbers; and the replicas that have been stuck are given up."""
@@ -228,6 +233,8 @@ class Sweep:
         self.active &= torch.tensor([place not in ended for place in self.places], device=self.device)
         keep = self.active.nonzero().flatten().tolist()
         if 2 * len(keep) <= len(self.places):
+            if self.recorder is not None:
+                self.recorder.clear()
             self.stack.keep(keep)
             self.places = [self.places[i] for i in keep]
             self.active, self.stuck, self.rates = self.active[keep], self.stuck[keep], self.rates_now()

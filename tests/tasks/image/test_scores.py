@@ -9,25 +9,18 @@ import torch
 from tasks.image.classifier import ClassifierConfig, all_features
 from tasks.image.data import Images
 from tasks.image.metrics import Likelihood, SampleConfig, Samples, order0_bits
-from tasks.image.scores import FeatureStats, covered, frechet, nearest, precision_recall
+from zoo.distances import FeatureStats, covered, frechet, nearest, precision_recall
 from zoo.model import Batch, Output
 from zoo.task import OneRank
 
 
-class Width:
-    """What FeatureStats looks at in a classifier."""
-
-    def __init__(self, width):
-        self.config = ClassifierConfig(widths=(1, 1, 1, width))
-
-
 def stats(features):
-    return FeatureStats(Width(features.shape[1])).add(features)
+    return FeatureStats(features.shape[1]).add(features)
 
 
 def test_statistics_add_up():
     features = torch.randn(50, 3, dtype=torch.float64)
-    parts = FeatureStats(Width(3))
+    parts = FeatureStats(3)
     for part in features.split(7):
         parts.add(part)
     mean, covariance = parts.mean_covariance()

@@ -1,4 +1,4 @@
-"""How close two sets of images are, by features (N, F): Fréchet distance, precision and recall, nearest neighbours."""
+"""How close two sets are, by feature vectors (N, F): Fréchet distance, precision and recall, nearest neighbours."""
 
 from typing import Any
 
@@ -9,9 +9,8 @@ from torch import Tensor
 class FeatureStats:
     """Count, sum and sum of outer products of feature vectors, in float64: adds up over batches and ranks."""
 
-    def __init__(self, classifier: Any = None):
-        """Of a classifier's features; None: there will be none."""
-        width = classifier.config.widths[-1] if classifier is not None else 0
+    def __init__(self, width: int = 0):
+        """width F of the vectors; 0: there will be none."""
         self.count = torch.zeros((), dtype=torch.float64)
         self.sum = torch.zeros(width, dtype=torch.float64)
         self.outer = torch.zeros(width, width, dtype=torch.float64)
@@ -28,7 +27,7 @@ class FeatureStats:
 
     def mean_covariance(self) -> tuple[Tensor, Tensor]:
         if self.count < 2:
-            raise ValueError(f"{int(self.count)} images have no covariance: a Fréchet distance needs 2 or more")
+            raise ValueError(f"{int(self.count)} vectors have no covariance: a Fréchet distance needs 2 or more")
         mean = self.sum / self.count
         covariance = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
         return mean, covariance
@@ -44,14 +43,14 @@ def frechet(one: FeatureStats, other: FeatureStats) -> float:
 
 
 def precision_recall(real: Tensor, made: Tensor, neighbours: int = 3) -> tuple[float, float]:
-    """The share of made images within the real ones' manifold, and the other way round (Kynkäänniemi et al., arXiv
+    """The share of made vectors within the real ones' manifold, and the other way round (Kynkäänniemi et al., arXiv
     1904.06991): a vector lies in a set's manifold if some member is nearer to it than to its own k-th neighbour."""
     return covered(real, made, neighbours), covered(made, real, neighbours)
 
 
 def covered(members: Tensor, vectors: Tensor, neighbours: int, chunk: int = 2000) -> float:
     if len(members) <= neighbours:
-        raise ValueError(f"{len(members)} images have no {neighbours} neighbours each")
+        raise ValueError(f"{len(members)} vectors have no {neighbours} neighbours each")
     radius = torch.cat(
         [torch.cdist(part, members).kthvalue(neighbours + 1, dim=1).values for part in members.split(chunk)]
     )

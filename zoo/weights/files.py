@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from zoo import config as configs
-from zoo import registry
-from zoo.files import cache_folder
-
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
+LABEL = "weights"  # the key in a file's metadata that says whose weights it holds
 
 
 class WeightsError(ValueError):
@@ -86,7 +82,9 @@ def read(path: Path, *, sha256: str | None = None, device: torch.device | str = 
     data = path.read_bytes()
     _check_header(path, data)
     if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256.lower():
-        raise WeightsError(f"{path} is damaged: its sha256 is {found}, not {sha256.lower()}")
+        label = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {}).get(LABEL)
+        what = f"is damaged, or another version: it calls itself {label}, and" if label else "is damaged:"
+        raise WeightsError(f"{path} {what} its sha256 is {found}, not {sha256.lower()}")
     try:
         tensors = safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError) as error:
@@ -157,68 +155,3 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], origin: str = "t
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Published weights: rows of tasks/<domain>/weights.yaml
-
-
-@dataclass(frozen=True)
-class Row:
-    """One published file. `folder` holds model.safetensors and, where the data decides sizes, model.yaml."""
-
-    model: str
-    tag: str
-    sha256: str
-    licence: str
-    data: str  # what it was trained on, and under which licence
-    urls: list[str] = field(default_factory=list)
-    recipe: str = ""  # fingerprint of the run
-
-
-weights: registry.Registry = registry.Registry("weights", lambda _: registry.tasks.names())
-
-
-def add_table(path: Path) -> None:
-    """Register the rows of a weights.yaml: {rows: [{model: …, tag: …, …}]}. A domain's register() calls it."""
-    for given in configs.read_yaml(path).get("rows", []):
-        row = configs.build(Row, given, path=str(path))
-        weights.add(f"{row.model}.{row.tag}", row)
-
-
-def tags_of(model_name: str) -> list[str]:
-    """The tags of a model size for which there are weights."""
-    return [name.partition(".")[2] for name in weights.names(f"{model_name}.*")]
-
-
-def weights_folder(name: str, tag: str) -> Path:
-    """Where a model's published weights lie on this machine."""
-    return cache_folder() / "weights" / f"{name}.{tag}"
-
-
-def load_pretrained(name: str, tag: str | None = None, overrides: Mapping[str, Any] | None = None) -> nn.Module:
-    """The model `name` with its published weights; the only tag if `tag` is None.
-
-    Raises FileNotFoundError when there are none, or not on this machine; WeightsError when the file does not fit.
-    """
-    tags = tags_of(name)
-    if tag is None and len(tags) == 1:
-        tag = tags[0]
-    if tag is None or tag not in tags:
-        wanted = f"{name}.{tag}" if tag else name
-        have = ", ".join(f"{name}.{one}" for one in tags) or ", ".join(weights.names()) or "none yet"
-        choose = "several tags; name one" if tags and not tag else "no published weights"
-        raise FileNotFoundError(f"{wanted!r} has {choose}. Published weights: {have}")
-    row: Row = weights.get(f"{name}.{tag}")
-    folder = weights_folder(name, tag)
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"the weights {name}.{tag} are not on this machine: looked for {path}. "
-            f"Address: {', '.join(row.urls) or 'none yet'}; sha256: {row.sha256}"
-        )
-    base = registry.models.get(name)()
-    stored = [configs.read_yaml(folder / "model.yaml")] if (folder / "model.yaml").is_file() else []
-    model = configs.build(type(base), base, *stored, dict(overrides or {})).build()
-    load_into(model, read(path, sha256=row.sha256), origin=str(path))
-    return model

@@ -1,0 +1,89 @@
+"""Cases of `prepare_qkv`, and what it and `swiglu` stand for, step by step with torch's own operations."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from zoo.layers import apply_rotary, token_shift
+from zoo.ops import rotary_table
+
+
+@dataclass(frozen=True)
+class QkvCase:
+    name: str
+    batch: int = 2
+    tokens: int = 37
+    heads: int = 3
+    kv_heads: int = 3
+    dim: int = 8
+    norm: str = "full"
+    rotary: bool = True
+    own_positions: bool = False  # a table for each row
+    documents: tuple[int, ...] = ()  # where they begin
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = [
+    QkvCase("plain"),
+    QkvCase("per_head", norm="head", heads=6, kv_heads=2),
+    QkvCase("groups", heads=4, kv_heads=1, dim=16, tokens=70),
+    QkvCase("no_norm", norm="none"),
+    QkvCase("no_rotary", rotary=False),
+    QkvCase("documents", batch=1, tokens=65, documents=(0, 1, 30, 32, 64)),
+    QkvCase("own_positions", own_positions=True, dim=12, tokens=33),
+    QkvCase("one_token", tokens=1),
+]
+
+
+def plain_swiglu(packed):
+    value, gate = packed.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+def plain_qkv(qkv, keep, heads, *, norms=None, table=None, starts=None, eps=1e-6):
+    """`prepare_qkv`, one step after the other."""
+    kv_heads = (qkv.shape[2] - heads) // 2
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
+    keep_k, keep_v = keep.sigmoid().chunk(2, dim=-1)
+    k, v = token_shift(k, keep_k, starts=starts), token_shift(v, keep_v, starts=starts)
+
+    def normalise(x, weight):
+        wide = torch.promote_types(x.dtype, weight.dtype)
+        whole = x if weight.numel() == x.shape[-1] else x.flatten(2)
+        return F.rms_norm(whole.to(wide), weight.shape, weight.to(wide), eps).view(x.shape)
+
+    if norms is not None:
+        q, k = normalise(q, norms[0]), normalise(k, norms[1])
+    if table is not None:
+        q, k = apply_rotary(q, table), apply_rotary(k, table)
+    return q.to(v.dtype), k.to(v.dtype), v
+
+
+def qkv_tensors(case, dtype, device="cpu", seed=0):
+    """(qkv, keep, norms and options; gradients of q, k and v). keep and norms are float32, or float64 with that."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def normal(*shape, dtype=wide):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    heads, dim, rows = case.heads + 2 * case.kv_heads, case.dim, (case.batch, case.tokens)
+    sizes = (dim, dim) if case.norm == "head" else (case.heads * dim, case.kv_heads * dim)
+    norms = None if case.norm == "none" else tuple((1 + 0.3 * normal(n)).requires_grad_() for n in sizes)
+    places = torch.arange(case.tokens, device=device).expand(case.batch if case.own_positions else 1, -1)
+    if case.own_positions:
+        places = places + 100 * torch.arange(case.batch, device=device)[:, None]
+    starts = None
+    if case.documents:
+        starts = torch.zeros(case.tokens, dtype=torch.bool, device=device)
+        starts[list(case.documents)] = True
+    tensors = {
+        "qkv": normal(*rows, heads, dim, dtype=dtype).requires_grad_(),
+        "keep": (2 * normal(*rows, 2 * case.kv_heads)).requires_grad_(),
+        "norms": norms,
+        "options": {"table": rotary_table(places, dim, 100.0) if case.rotary else None, "starts": starts},
+    }
+    return tensors, [normal(*rows, n, dim, dtype=dtype) for n in (case.heads, case.kv_heads, case.kv_heads)]

@@ -1,0 +1,124 @@
+"""A user's own recordings: every width, rate and channel count that wav files have, and files that are none."""
+
+import logging
+
+import numpy as np
+import pytest
+import soundfile
+
+from tasks.audio.folder import BadRecording, read_sound
+from tasks.audio.waves import to_float, write_wav
+from zoo import registry
+from zoo.config import ConfigError, build
+
+
+def tone(rate=8000, seconds=0.5, pitch=440.0):
+    return 0.5 * np.sin(2 * np.pi * pitch * np.arange(round(rate * seconds)) / rate)
+
+
+def folder(path, **fields):
+    entry = registry.datasets.get("audio/folder")
+    return entry(build(entry.Config, {"path": str(path), **fields}))
+
+
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_any_width_and_channel_count(tmp_path, subtype, channels):
+    path = tmp_path / "a.wav"
+    weights = np.linspace(0.5, 1.5, channels) if channels > 1 else np.ones(1)  # the channels' mean is the tone
+    soundfile.write(path, tone()[:, None] * weights, 8000, subtype=subtype)
+    sound = read_sound(path, 8000)
+    assert sound.dtype == np.int16
+    assert np.abs(to_float(sound) - tone()).max() < (0.01 if subtype == "PCM_U8" else 1e-4)
+
+
+@pytest.mark.parametrize("rate", [4000, 11025, 44100, 48000])
+@pytest.mark.parametrize("ending", [".wav", ".flac"])
+def test_any_rate(tmp_path, rate, ending):
+    soundfile.write(tmp_path / f"a{ending}", tone(rate), rate)
+    sound = to_float(read_sound(tmp_path / f"a{ending}", 8000))
+    assert abs(len(sound) - 4000) <= 1
+    inner = slice(200, 3800)  # the filter rings at the ends
+    assert np.abs(sound[inner] - tone()[: len(sound)][inner]).max() < 0.01
+    assert len(read_sound(tmp_path / f"a{ending}", 8000, most=0.25)) == pytest.approx(2000, abs=1)
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    write_wav(tmp_path / "whole.wav", np.ones(4000, np.int16), 8000)
+    data = (tmp_path / "whole.wav").read_bytes()
+    cases = {
+        "text.wav": (b"This is no recording.\n" * 20, "is no recording that can be read"),
+        "empty.wav": (b"", "is no recording that can be read"),
+        "cut.wav": (data[:3044], "is truncated: 2500 samples are missing"),
+        "header.wav": (data[:20], "is no recording that can be read"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BadRecording, match=message):
+            read_sound(tmp_path / name, 8000)
+    soundfile.write(tmp_path / "nan.wav", np.array([0.1, np.nan, 0.2] * 500), 8000, subtype="FLOAT")
+    with pytest.raises(BadRecording, match="not finite"):
+        read_sound(tmp_path / "nan.wav", 8000)
+    with pytest.raises(BadRecording, match=r"nothing\.wav"):
+        read_sound(tmp_path / "nothing.wav", 8000)
+
+
+@pytest.fixture
+def words(tmp_path):
+    """Two classes in split folders, and bad files among the good ones."""
+    for split, count in (("train", 4), ("valid", 1), ("test", 2)):
+        for name, pitch in (("no", 300), ("yes", 700)):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(count):
+                soundfile.write(tmp_path / split / name / f"{number}.wav", tone(pitch=pitch), 8000)
+    (tmp_path / "train/no/text.wav").write_text("hello")
+    soundfile.write(tmp_path / "train/yes/silent.flac", np.zeros(4000), 8000)
+    soundfile.write(tmp_path / "train/yes/short.wav", tone(seconds=0.01), 8000)
+    (tmp_path / "train/yes/notes.txt").write_text("of no interest")
+    return tmp_path
+
+
+def test_bad_files_are_skipped_counted_and_listed(words, caplog):
+    data = folder(words)
+    with caplog.at_level(logging.WARNING):
+        train = data.load("train")
+    assert len(train) == 8
+    assert train.labels[:, 0].tolist() == [0] * 4 + [1] * 4
+    assert data.attributes == {"class": ("no", "yes")}
+    assert len(data.load("test")) == 4
+    reasons = {line.split(": ")[0].rsplit("/", 1)[1]: line for line in data.bad}
+    assert "is no recording" in reasons["text.wav"]
+    assert "is silent" in reasons["silent.flac"]
+    assert "lasts 0.010 s" in reasons["short.wav"]
+    assert "3 of 17 recordings were skipped" in caplog.text
+    assert data.provenance()["skipped"] == 3
+    assert data.provenance()["recordings"] == {"train": 8, "valid": 2, "test": 4}
+    with pytest.raises(ValueError, match=r"more than max_bad = 2 recordings(.|\n)*silent"):
+        folder(words, max_bad=2).load("train")
+    assert len(folder(words, silent=True, least=0.0).load("train")) == 10
+
+
+def test_recordings_without_split_folders(tmp_path):
+    (tmp_path / "a").mkdir()
+    for number in range(60):
+        soundfile.write(tmp_path / "a" / f"{number}.wav", tone(seconds=0.06), 8000)
+    data = folder(tmp_path, share=0.2)
+    sizes = [len(data.load(split)) for split in ("train", "valid", "test")]
+    assert sum(sizes) == 60
+    assert min(sizes) > 3
+
+
+def test_folders_that_do_not_fit(tmp_path):
+    with pytest.raises(ValueError, match=r"needs task\.dataset\.path"):
+        folder("")
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        folder(tmp_path / "nowhere").load("train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="class folder .*empty holds no recording"):
+        folder(tmp_path).load("train")
+    (tmp_path / "empty/x.wav").write_text("no")
+    with pytest.raises(ValueError, match="no recording that can be used"):
+        folder(tmp_path).load("train")
+    for field, message in (({"rate": 10}, "rate = 10"), ({"share": 0.6}, "share = 0.6"), ({"most": -1.0}, "take 0 or")):
+        with pytest.raises(ConfigError, match=message):
+            folder(tmp_path, **field)

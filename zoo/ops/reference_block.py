@@ -1,0 +1,108 @@
+"""What a block computes around its large products, in plain PyTorch: SwiGLU's product, q, k and v made ready for
+attention, the narrow products of gates. The definitions, and the `reference` back end of the op families "swiglu",
+"qkv" and "linear".
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zoo.ops.reference import accumulator
+
+# ---------------------------------------------------------------------------------------------------------- SwiGLU
+
+
+def swiglu_forward(packed: Tensor) -> Tensor:
+    """silu(gate) * value, (N, F), of packed (N, 2F) = value | gate."""
+    value, gate = packed.to(accumulator(packed.dtype)).chunk(2, dim=-1)
+    return (F.silu(gate) * value).to(packed.dtype)
+
+
+def swiglu_backward(grad: Tensor, packed: Tensor) -> Tensor:
+    """The gradient of packed (N, 2F) from that of the product (N, F)."""
+    wide = accumulator(packed.dtype)
+    value, gate = packed.to(wide).chunk(2, dim=-1)
+    grad, share = grad.to(wide), gate.sigmoid()
+    return torch.cat((grad * gate * share, grad * value * share * (1 + gate * (1 - share))), dim=-1).to(packed.dtype)
+
+
+# ------------------------------------------------------------------------------- keys, queries and values, made ready
+
+
+def part_forward(
+    x: Tensor, keep: Tensor | None, weight: Tensor | None, table: tuple[Tensor, Tensor] | None,
+    starts: Tensor | None, per_head: bool, eps: float,
+) -> Tensor:  # fmt: skip
+    """x (B, T, H, D) shifted, normalised and rotated, each where it is given what it needs (zoo/ops/qkv.py)."""
+    mixed, _, unit, _ = _stages(x, keep, weight, starts, per_head, eps)
+    y = mixed if weight is None else unit * _by_row(weight, x)
+    return (y if table is None else _rotate(y, *table)).to(x.dtype)
+
+
+def part_backward(
+    grad: Tensor, x: Tensor, keep: Tensor | None, weight: Tensor | None, table: tuple[Tensor, Tensor] | None,
+    starts: Tensor | None, per_head: bool, eps: float, out: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Writes the gradient of x to `out`; returns those of keep (pre-activation) and weight."""
+    mixed, before, unit, scale = _stages(x, keep, weight, starts, per_head, eps)
+    grad = grad.to(mixed.dtype)
+    if table is not None:
+        grad = _rotate(grad, table[0], -table[1])
+    weight_grad = None
+    if weight is not None:
+        stack = weight.shape[0]
+        weight_grad = (grad * unit).unflatten(0, (stack, -1)).sum(dim=(1, 2))  # (S, H, D)
+        weight_grad = (weight_grad.sum(dim=1) if per_head else weight_grad.flatten(1)).to(weight.dtype)
+        grad = grad * _by_row(weight, x)
+        dims = (-1,) if per_head else (-2, -1)
+        grad = scale * (grad - unit * (grad * unit).mean(dim=dims, keepdim=True))
+    keep_grad = None
+    if keep is not None:
+        share = keep.to(grad.dtype).sigmoid()
+        keep_grad = ((grad * (x - before)).sum(-1) * share * (1 - share)).to(keep.dtype)
+        later = F.pad(grad * (1 - share).unsqueeze(-1), (0, 0, 0, 0, 0, 1))
+        if starts is not None:
+            later = later.masked_fill(F.pad(starts, (0, 1))[None, :, None, None], 0)
+        grad = grad * share.unsqueeze(-1) + later[:, 1:]
+    out.copy_(grad)
+    return keep_grad, weight_grad
+
+
+def _stages(x, keep, weight, starts, per_head, eps):  # noqa: ANN001, ANN202
+    """After the shift; the token before; divided by its root mean square; and by what that multiplied."""
+    x = x.to(accumulator(x.dtype))
+    mixed, before, scale, unit = x, None, None, None
+    if keep is not None:
+        before = F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1]
+        if starts is not None:
+            before = before.masked_fill(starts[None, :, None, None], 0)
+        share = keep.to(x.dtype).sigmoid().unsqueeze(-1)
+        mixed = share * x + (1 - share) * before
+    if weight is not None:
+        dims = (-1,) if per_head else (-2, -1)
+        scale = (mixed.square().mean(dim=dims, keepdim=True) + eps).rsqrt()
+        unit = mixed * scale
+    return mixed, before, unit, scale
+
+
+def _by_row(weight: Tensor, x: Tensor) -> Tensor:
+    """weight (S, H * D) or (S, D), for B / S rows each, against x (B, T, H, D)."""
+    weight = weight.repeat_interleave(x.shape[0] // weight.shape[0], dim=0).to(accumulator(x.dtype))
+    return weight.view(x.shape[0], 1, -1, x.shape[3])
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(2).to(x.dtype), sin.unsqueeze(2).to(x.dtype)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------ narrow products
+
+
+def piecewise_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.mT, (…, M, K) and (…, N, K), in float32, from bfloat16 pieces of both; the product of the two
+    remainders is left out. A bfloat16 x is one piece."""
+    high, weight_high = x.bfloat16().float(), weight.bfloat16().float()
+    low, weight_low = ((y.float() - part).bfloat16().float() for y, part in ((x, high), (weight, weight_high)))
+    return low @ weight_high.mT + high @ weight_low.mT + high @ weight_high.mT
