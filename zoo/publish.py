@@ -20,7 +20,7 @@ from zoo import __version__, weights
 from zoo import config as configs
 from zoo.evaluate.score import circumstances, measure_split, origin
 from zoo.task import Media, Task
-from zoo.train import Recipe, load_run, newest_checkpoint, pick_device, read_manifest
+from zoo.train import Recipe, chosen_checkpoint, load_run, pick_device, read_manifest
 from zoo.train.log import write_media
 from zoo.train.parallel import Ranks
 from zoo.weights import Row
@@ -94,7 +94,7 @@ def publish(
     """
     place = pick_device(device)
     recipe, task, model = load_run(run, device=place, overrides=configs.dotted(about.overrides))
-    manifest = read_manifest(newest_checkpoint(run))
+    manifest = read_manifest(chosen_checkpoint(run))
     size = manifest["recipe"]["model"]["name"]
     name = f"{size}.{tag}"
     row = configs.build(

@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from toytask import Faults, FaultyModel, FaultyModelConfig, ToyConfig, recipe
 
-from zoo.train import checkpoint, load_run, train
+from zoo.train import checkpoint, chosen_checkpoint, load_run, train
 from zoo.train.loop import Interrupted
 from zoo.train.recipe import ResumeError
 
@@ -227,3 +227,73 @@ def test_a_rule_that_cannot_be_read_is_named(rule, words):
 def test_a_rule_about_no_metric_is_named(tmp_path):
     with pytest.raises(ValueError, match="names no metric of this evaluation; did you mean 'loss'"):
         train(recipe(steps=4, eval_every=2, stop_when="los < 1"), tmp_path)
+
+
+# -- the best evaluation ----------------------------------------------------------------------------------------------
+
+HIGHEST = {"best": "loss >", "eval_every": 2, "save_every": 0, "keep": 1}  # the loss falls: the first one is the best
+
+
+def steps_of(run):
+    return [checkpoint.read_manifest(path)["step"] for path in checkpoint.steps_in(run / "checkpoints")]
+
+
+def test_the_weights_of_the_best_evaluation_count(tmp_path, caplog):
+    result = train(recipe(steps=9, **HIGHEST), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["valid/loss"] for row in rows if "valid/loss" in row}
+    assert list(losses) == [2, 4, 6, 8, 9]
+    best = max(losses, key=losses.__getitem__)
+    assert best < 9
+    assert steps_of(tmp_path) == [9, best]  # keep = 1, and the best
+    assert result.checkpoint.name == "step-00000009"
+    assert chosen_checkpoint(tmp_path).name == f"step-{best:08d}"
+    assert checkpoint.read_best(tmp_path / "checkpoints").value == losses[best]
+    theirs = load_run(tmp_path)[2].state_dict()
+    ours = checkpoint.read_tensors(checkpoint.steps_in(tmp_path / "checkpoints")[1], "ema")
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+    assert f"best: loss {losses[best]:.4g} at step {best}" in (tmp_path / "log.txt").read_text()
+
+    with (chosen_checkpoint(tmp_path) / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    assert chosen_checkpoint(tmp_path) == result.checkpoint
+    assert "best checkpoint is damaged" in caplog.text
+
+
+def test_a_run_that_goes_on_remembers_its_best(tmp_path):
+    train(recipe(steps=9, **HIGHEST), tmp_path / "whole")
+    train(recipe(steps=4, **HIGHEST), tmp_path / "parts")
+    train(recipe(steps=9, **HIGHEST), tmp_path / "parts", resume=True)
+    whole, parts = (checkpoint.read_best(tmp_path / name / "checkpoints") for name in ("whole", "parts"))
+    assert whole.step == parts.step
+    train(recipe(steps=11, **{**HIGHEST, "best": "loss <"}), tmp_path / "parts", resume=True, allow_changes=True)
+    assert checkpoint.read_best(tmp_path / "parts/checkpoints").step > 9  # by another rule it begins anew
+
+
+def test_patience_ends_a_run_and_it_stays_ended(tmp_path):
+    waiting = {**HIGHEST, "patience": 2}
+    train(recipe(steps=20, **waiting), tmp_path)
+    best = checkpoint.read_best(tmp_path / "checkpoints").step
+    assert steps_of(tmp_path) == [best + 4, best]
+    assert "2 evaluations without a better one (loss >), so the run ends here" in (tmp_path / "log.txt").read_text()
+    assert train(recipe(steps=20, **waiting), tmp_path, resume=True).step == best + 4
+    on = train(recipe(steps=20, **{**waiting, "patience": 4}), tmp_path, resume=True, allow_changes=True)
+    assert on.step == best + 8
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ({"best": "loss", "eval_every": 2}, "it takes a metric and <"),
+        ({"best": "loss <"}, "eval_every is 0"),
+        ({"patience": 3}, "best has to say which is better"),
+    ],
+)
+def test_a_best_that_cannot_be_told_is_refused(words, told):
+    with pytest.raises(ValueError, match=told):
+        recipe(**words)
+
+
+def test_a_best_by_no_metric_is_named(tmp_path):
+    with pytest.raises(ValueError, match="best = 'los <' names no metric of this evaluation; did you mean 'loss'"):
+        train(recipe(steps=4, eval_every=2, best="los <"), tmp_path)

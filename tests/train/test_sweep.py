@@ -9,7 +9,7 @@ import torch
 
 from zoo import config, registry
 from zoo.config import ConfigError
-from zoo.train import Recipe, Replica, checkpoint, load_run, newest_checkpoint, sweep, train
+from zoo.train import Recipe, Replica, checkpoint, chosen_checkpoint, load_run, sweep, train
 from zoo.train.optim import OptimizerConfig
 from zoo.train.run import autocast
 from zoo.train.stack import Stack, adamw_step
@@ -86,7 +86,7 @@ def test_a_replica_is_the_run_that_train_makes(tmp_path):
     for run, replica in zip(runs, REPLICAS, strict=True):
         alone = train(replica.recipe(recipe), tmp_path / "alone" / replica.name).run
         assert_equal_weights(weights_of(run), weights_of(alone), rtol=1e-3, atol=2e-5)
-        ours, theirs = (json.loads((newest_checkpoint(r) / "manifest.json").read_text()) for r in (run, alone))
+        ours, theirs = (json.loads((chosen_checkpoint(r) / "manifest.json").read_text()) for r in (run, alone))
         for fact in ("recipe", "fingerprint", "seed", "data", "step"):
             assert ours[fact] == theirs[fact], fact
         rows = {}
@@ -114,17 +114,17 @@ def test_a_replica_that_breaks_down_takes_none_along(tmp_path):
     runs = sweep(recipe, tmp_path / "both", [good, wild])
     (alone,) = sweep(recipe, tmp_path / "alone", [good])
     assert_equal_weights(weights_of(runs[0]), weights_of(alone), rtol=1e-3, atol=2e-5)
-    assert checkpoint.read_manifest(newest_checkpoint(runs[1]))["step"] < 12
+    assert checkpoint.read_manifest(chosen_checkpoint(runs[1]))["step"] < 12
     assert all(p.isfinite().all() for p in weights_of(runs[1]).values())
 
 
 def test_early_end_is_each_ones_own(tmp_path):
     recipe = small("train.steps=16", "train.stop_when=loss < 3.45")
     runs = sweep(recipe, tmp_path / "stopped", [Replica(1e-5, 0), Replica(3e-2, 0), Replica(2e-5, 1)])
-    steps = [checkpoint.read_manifest(newest_checkpoint(run))["step"] for run in runs]
+    steps = [checkpoint.read_manifest(chosen_checkpoint(run))["step"] for run in runs]
     assert steps[0] == steps[2] == 16
     assert steps[1] < 16
-    assert checkpoint.read_state(newest_checkpoint(runs[1]))["finished"] == "loss < 3.45"
+    assert checkpoint.read_state(chosen_checkpoint(runs[1]))["finished"] == "loss < 3.45"
     free = sweep(small("train.steps=16"), tmp_path / "free", [Replica(1e-5, 0), Replica(2e-5, 1)])
     for run, other in zip((runs[0], runs[2]), free, strict=True):
         assert_equal_weights(weights_of(run), weights_of(other), rtol=1e-3, atol=2e-5)
@@ -196,7 +196,7 @@ def test_a_recorded_sweep_is_the_plain_one(tmp_path, recordings):
     replicas = [Replica(1e-5, 0), Replica(3e-2, 0), Replica(3e-2, 1), Replica(2e-5, 1)]
     plain, ours = (sweep(small(*words, f"train.graph={on}"), tmp_path / on, replicas) for on in ("false", "true"))
     assert sum(recordings) >= 8
-    steps = [checkpoint.read_manifest(newest_checkpoint(run))["step"] for run in ours]
+    steps = [checkpoint.read_manifest(chosen_checkpoint(run))["step"] for run in ours]
     assert min(steps) < max(steps) == 30
     for run, other in zip(ours, plain, strict=True):
         assert_equal_weights(weights_of(run), weights_of(other), rtol=0, atol=0)

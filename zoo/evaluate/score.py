@@ -21,9 +21,9 @@ from zoo.train import (
     ParallelConfig,
     Recipe,
     autocast,
+    chosen_checkpoint,
     git_commit,
     load_run,
-    newest_checkpoint,
     pick_device,
     read_manifest,
     start_ranks,
@@ -144,7 +144,7 @@ def measure_split(
 
 def origin(run: Path) -> dict[str, Any]:
     """Of the model: recipe, seed, data, commit and checkpoint that it was trained with."""
-    path = newest_checkpoint(run)
+    path = chosen_checkpoint(run)
     manifest = read_manifest(path)
     recipe = manifest["recipe"]
     return {

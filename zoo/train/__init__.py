@@ -11,7 +11,7 @@ from zoo.train.checkpoint import (
 )
 from zoo.train.loop import Result, train
 from zoo.train.parallel import ParallelConfig, start_ranks
-from zoo.train.recipe import Recipe, ResumeError, TrainConfig, load_published, load_run, newest_checkpoint, pick_device
+from zoo.train.recipe import Recipe, ResumeError, TrainConfig, chosen_checkpoint, load_published, load_run, pick_device
 from zoo.train.run import Diverged, autocast
 from zoo.train.sweeps import Replica, sweep
 
@@ -27,10 +27,10 @@ __all__ = [
     "ResumeError",
     "TrainConfig",
     "autocast",
+    "chosen_checkpoint",
     "git_commit",
     "load_published",
     "load_run",
-    "newest_checkpoint",
     "pick_device",
     "read_manifest",
     "start_ranks",

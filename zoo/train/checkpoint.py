@@ -2,6 +2,7 @@
 
     run/checkpoints/step-00000100/   model, ema, optimizer, rng .safetensors; state.json; manifest.json
                                      model.00001-of-00002.safetensors, …: slices, where ranks hold slices (fsdp)
+    run/checkpoints/best.json        which of them the best evaluation chose, where train.best asks for it
     run/checkpoints/bad-00000100/    weights that are not finite, for study: never taken up again
     run/checkpoints/.tmp-100-4711/   being written, or left by a process that was killed: removed at the next start
 
@@ -35,6 +36,7 @@ from zoo import weights
 from zoo.train.parallel import Ranks
 
 MANIFEST = "manifest.json"
+BEST = "best.json"
 FORMAT = 1
 
 
@@ -70,7 +72,8 @@ class Content:
 
 
 def save(root: Path, step: int, content: Content, *, keep: int = 0, ranks: Ranks | None = None) -> Path:
-    """Write `root`/step-…, read it back, then delete all but the newest `keep` (0 keeps all). Returns its path.
+    """Write `root`/step-…, read it back, then delete all but the newest `keep` (0 keeps all) and the best. Returns its
+    path.
 
     All ranks call it together, on one file system. Raises NonFinite (the weights are in bad-… then) or DiskFull, on
     all of them.
@@ -87,7 +90,10 @@ def save(root: Path, step: int, content: Content, *, keep: int = 0, ranks: Ranks
     ranks.first(lambda: verify(path) and None)
     if keep and ranks.rank == 0:
         # Folders of later steps are damaged ones that this run was resumed below: they are not what `keep` counts.
+        best = read_best(root)
         for old in [other for other in steps_in(root) if other.name < path.name][keep - 1 :]:
+            if best is not None and old == best.path:
+                continue
             with contextlib.suppress(OSError):  # an old checkpoint that stays is no reason to end a run
                 remove(old)
     return path
@@ -225,6 +231,31 @@ def latest(root: Path) -> tuple[Path | None, list[str]]:
         else:
             return path, passed_over
     return None, passed_over
+
+
+@dataclass(frozen=True)
+class Best:
+    """The evaluation after which step was the best by a rule of train.best, its number, and the checkpoint."""
+
+    rule: str
+    step: int
+    value: float
+    path: Path
+
+
+def read_best(root: Path) -> Best | None:
+    """None where no evaluation has chosen a checkpoint."""
+    try:
+        found = json.loads((root / BEST).read_bytes())
+    except FileNotFoundError:
+        return None
+    return Best(found["rule"], found["step"], found["value"], root / f"step-{found['step']:08d}")
+
+
+def write_best(root: Path, rule: str, step: int, value: float) -> Best:
+    """The checkpoint of the step has to be there already."""
+    weights.replace_file(root / BEST, _json({"rule": rule, "step": step, "value": value}))
+    return Best(rule, step, value, root / f"step-{step:08d}")
 
 
 def verify(path: Path) -> dict[str, Any]:

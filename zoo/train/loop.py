@@ -122,7 +122,7 @@ def _train(
             log.say(f"removed {orphan.name}, left half-written by a process that was stopped")
         log.say(describe(state))
         result = _loop(state, log, signals, go_on, Profile(run / "profile", ranks.rank, device) if profile else None)
-        log.say(f"done: {result.step} steps, {result.checkpoint}")
+        log.say(f"done: {result.step} steps, {result.checkpoint}{told_best(state)}")
     return result
 
 
@@ -135,6 +135,8 @@ def _loop(state: Run, log: RunLog, signals: Signals, go_on: str, profile: Profil
 
     if state.due(config.eval_every) and state.evaluated < state.step:  # interrupted between a step and its evaluation
         state.evaluate(log, signals)
+        if state.improved is not None:
+            state.save()
     while state.step < config.steps and not state.finished:
         reading = _step(state, update, batches)
         state.step += 1
@@ -157,8 +159,8 @@ def _loop(state: Run, log: RunLog, signals: Signals, go_on: str, profile: Profil
             state.evaluate(log, signals)
             stop = state.stop(signals)
             if state.finished:
-                log.say(f"step {state.step}: {config.stop_when}, so the run ends here")
-                saving = True
+                log.say(f"step {state.step}: {state.finished}, so the run ends here")
+            saving = saving or bool(state.finished) or state.improved is not None
         if sampling and not stop:
             state.sample(log)
             stop = state.stop(signals)
@@ -259,6 +261,11 @@ def _update(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Starting
+
+
+def told_best(state: Run) -> str:
+    best = state.best
+    return f"; best: {best.rule.rstrip('<> ')} {best.value:.4g} at step {best.step}" if best is not None else ""
 
 
 def describe(state: Run) -> str:

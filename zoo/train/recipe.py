@@ -7,6 +7,7 @@ run/recipe.yaml  assets/  provenance.json        written at the start
 
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -45,6 +46,9 @@ class TrainConfig:
     eval_batches      of the validation split; 0: all of it
     eval_batch_size   examples of a validation batch; None: as many as a micro-batch of training has
     stop_when         the run ends early once an evaluation says so: "accuracy > 0.99", "loss < 1.5"; "": it does not
+    best              a metric of the evaluations and its better side, "loss <" or "accuracy >": the run's weights are
+                      those of its best evaluation, whose checkpoint is written then and stays; "": the newest
+    patience          evaluations in a row without a better one that end the run; 0: none do
     keep              newest checkpoints that stay; 0: all
     max_skipped       non-finite steps in a row that are left out; one more ends the run
     prefetch          batches read ahead by a thread, 1 or more
@@ -65,6 +69,8 @@ class TrainConfig:
     eval_batches: int = 0
     eval_batch_size: int | None = None
     stop_when: str = ""
+    best: str = ""
+    patience: int = 0
     save_every: int = 500
     sample_every: int = 0
     log_every: int = 10
@@ -96,7 +102,14 @@ class TrainConfig:
         parse_stop(self.stop_when)
         if self.stop_when and not self.eval_every:
             raise ValueError(f"stop_when = {self.stop_when!r} needs evaluations, and eval_every is 0")
-        cadences = ("eval_every", "eval_batches", "save_every", "sample_every", "keep", "max_skipped")
+        parse_best(self.best)
+        if self.best and not self.eval_every:
+            raise ValueError(f"best = {self.best!r} needs evaluations, and eval_every is 0")
+        if self.patience and not self.best:
+            raise ValueError(
+                f"patience = {self.patience} waits for a better evaluation: best has to say which is better"
+            )
+        cadences = ("eval_every", "eval_batches", "save_every", "sample_every", "keep", "max_skipped", "patience")
         for name in cadences:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} takes 0 or more")
@@ -124,6 +137,29 @@ def reached(rule: str, values: Mapping[str, float]) -> bool:
     if name not in values:
         raise ValueError(f"stop_when = {rule!r} names no metric of this evaluation{registry.nearest(name, values)}")
     return values[name] > bound if sign == ">" else values[name] < bound
+
+
+def parse_best(rule: str) -> tuple[str, str] | None:
+    """'loss <' -> ('loss', '<'). Raises ValueError."""
+    if not rule.strip():
+        return None
+    if not (found := re.fullmatch(r"(\w+) *([<>])", rule.strip())):
+        raise ValueError(f"best = {rule!r}; it takes a metric and < (less is better) or >: loss <")
+    return found[1], found[2]
+
+
+def better(rule: str, values: Mapping[str, float], than: float | None) -> float | None:
+    """The metric of the rule where it is better than `than` (None: where it is a number), else None. Raises ValueError
+    where there is no such metric."""
+    if (parsed := parse_best(rule)) is None:
+        return None
+    name, sign = parsed
+    if name not in values:
+        raise ValueError(f"best = {rule!r} names no metric of this evaluation{registry.nearest(name, values)}")
+    value = values[name]
+    if math.isnan(value):
+        return None
+    return value if than is None or (value < than if sign == "<" else value > than) else None
 
 
 @dataclass
@@ -287,20 +323,30 @@ def pick_device(name: str | None = "auto") -> torch.device:
 # Using a run
 
 
-def newest_checkpoint(run: Path) -> Path:
-    """Raises FileNotFoundError where the folder holds no run, or none with a whole checkpoint."""
+def chosen_checkpoint(run: Path) -> Path:
+    """The checkpoint whose weights count: of the best evaluation where the run kept it (train.best), else the newest
+    whole one. Raises FileNotFoundError where the folder holds no run, or none with a whole checkpoint."""
     path, notes = checkpoint.latest(run / "checkpoints")
     if path is None:
         raise FileNotFoundError(f"{run} is no run with a usable checkpoint" + "".join(f"\n{note}" for note in notes))
     for note in notes:
         log.warning("%s: %s; taking %s", run, note, path.name)
-    return path
+    best = checkpoint.read_best(run / "checkpoints")
+    if best is None:
+        return path
+    try:
+        checkpoint.verify(best.path)
+    except checkpoint.CheckpointError as error:
+        log.warning("%s: its best checkpoint is damaged: %s; taking %s", run, error, path.name)
+        return path
+    return best.path
 
 
 def load_run(
     run: Path, *, ema: bool = True, device: str | torch.device | None = "cpu", overrides: dict[str, Any] | None = None
 ) -> tuple[Recipe, Task, nn.Module]:
-    """The recipe, task and model (eval mode) of a run's newest whole checkpoint: for evaluation and sampling.
+    """The recipe, task and model (eval mode) of a run's best checkpoint (train.best), or its newest: for evaluation
+    and sampling.
 
     ema        the moving average of the weights, where the run kept one
     device     None or auto: the GPU where there is one
@@ -308,7 +354,7 @@ def load_run(
     Raises FileNotFoundError where there is no run.
     """
     run = Path(run)
-    path = newest_checkpoint(run)
+    path = chosen_checkpoint(run)
     manifest = checkpoint.read_manifest(path)
     average = checkpoint.read_tensors(path, "ema") if ema else None
     tensors = average or checkpoint.read_tensors(path, "model") or {}

@@ -21,7 +21,7 @@ from zoo.train import checkpoint, optim, parallel
 from zoo.train.log import Meters, RunLog
 from zoo.train.optim import Ema, Guard
 from zoo.train.parallel import Ranks
-from zoo.train.recipe import Recipe, TrainConfig, reached
+from zoo.train.recipe import Recipe, TrainConfig, better, reached
 from zoo.train.signals import Signals
 
 
@@ -87,7 +87,10 @@ class Run:
         self.flops = 0.0  # of a step, on all ranks
         self.last: dict[str, float] = {}  # the newest value of each number
         self.saved: Path | None = None
-        self.finished = False  # an evaluation fulfilled train.stop_when
+        self.best: checkpoint.Best | None = None  # the best evaluation so far, where train.best asks for it
+        self.improved: float | None = None  # its number, while its checkpoint is not yet written
+        self.waited = 0  # evaluations since
+        self.finished = ""  # why an evaluation ended the run: train.stop_when, or patience
         self.signal = 0  # that a rank got, as all of them know
         self.skipped: list[tuple[int, str]] = []  # the last few steps left out, and their batches
         self.bad = 0  # samples that could not be read, as far as told
@@ -215,10 +218,24 @@ class Run:
         if one and signals.received:
             return
         self.evaluated = self.step
-        self.finished = reached(self.recipe.train.stop_when, values)
+        self.finished = self.recipe.train.stop_when if reached(self.recipe.train.stop_when, values) else ""
+        self._rank(values)
         values = {f"valid/{name}": value for name, value in values.items()}
         self.last |= values
         log.evaluation_row(self.step, values)
+
+    def _rank(self, values: dict[str, float]) -> None:
+        """Whether this evaluation is the best so far, and whether the run has waited long enough for a better one."""
+        config = self.recipe.train
+        self.improved = better(config.best, values, None if self.best is None else self.best.value)
+        self.waited = 0 if self.improved is not None else self.waited + 1
+        if config.patience and self.waited >= config.patience:
+            self.finished = self.finished or self._out_of_patience
+
+    @property
+    def _out_of_patience(self) -> str:
+        config = self.recipe.train
+        return f"{config.patience} evaluations without a better one ({config.best})" if config.patience else ""
 
     @torch.no_grad()
     def sample(self, log: RunLog) -> None:
@@ -247,7 +264,8 @@ class Run:
             "data": self.stream.state_dict(),
             "meters": self.meters.sums,
             "evaluated": self.evaluated,
-            "finished": self.recipe.train.stop_when if self.finished else "",
+            "waited": self.waited,
+            "finished": self.finished,
             "rates": {"lr": [group["lr"] for group in self.optimizer.param_groups]},
         }
         tensors = parallel.tensors_to_save(ranks, whole, optimizer) | {"rng": rng}
@@ -259,8 +277,12 @@ class Run:
             state["rng_ranks"] = ranks.each(lambda: rng_plain)
         facts = {"recipe": configs.to_dict(self.recipe), "world": ranks.world, **self.facts}
         content = checkpoint.Content(tensors, state, facts)
-        keep = self.recipe.train.keep
-        self.saved = checkpoint.save(self.run / "checkpoints", self.step, content, keep=keep, ranks=ranks)
+        config, root = self.recipe.train, self.run / "checkpoints"
+        self.saved = checkpoint.save(root, self.step, content, keep=config.keep, ranks=ranks)
+        if self.improved is not None:
+            step, value = self.evaluated, self.improved
+            self.best = ranks.first(lambda: checkpoint.write_best(root, config.best, step, value))
+            self.improved = None
         return self.saved
 
     def _restore_weights(self, model: nn.Module, path: Path) -> None:
@@ -281,10 +303,13 @@ class Run:
         self.stream.load_state_dict(state["data"])
         self.meters.sums = state["meters"]
         self.evaluated = state["evaluated"]
-        rule = self.recipe.train.stop_when
-        self.finished = bool(rule) and state.get("finished") == rule
+        reasons = (self.recipe.train.stop_when, self._out_of_patience)
+        self.finished = state["finished"] if state.get("finished") in reasons else ""
         self.step = checkpoint.read_manifest(path)["step"]
         self.saved = path
+        best = checkpoint.read_best(path.parent)
+        if best is not None and best.rule == self.recipe.train.best and best.step <= self.step:
+            self.best, self.waited = best, state.get("waited", 0)
         rank = self.ranks.rank
         rng = checkpoint.read_tensors(path, f"rng.rank{rank}" if rank else "rng")
         if rng is not None:

@@ -87,6 +87,7 @@ def check(recipe: Recipe, replicas: Sequence[Replica]) -> None:
         "train.precision": (train.precision == "fp16", "fp32 or bf16"),
         "train.micro_batch_size": (train.micro_batch_size not in (None, train.batch_size), "null"),
         "train.sample_every": (train.sample_every != 0, "0"),
+        "train.best": (train.best != "", "''"),
         "backbone_from": (recipe.backbone_from != "", "''"),
     }
     for name, (wrong, takes) in refused.items():
