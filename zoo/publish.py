@@ -111,6 +111,7 @@ def publish(
         for file, data in files.items():
             weights.write_file(part / file, data)
         weights.load_into(model, join([weights.read(part / file) for file in sorted(files)]), origin=name)
+        task.attach(model, part / "fitted")  # the rounded weights are others than the run's
         if (run / "assets").is_dir() and any((run / "assets").iterdir()):
             shutil.copytree(run / "assets", part / "assets")
         measured = measure_split(recipe, task, model, split_name, batch_size=batch_size, device=place, ranks=Ranks())

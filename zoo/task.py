@@ -131,11 +131,12 @@ class Task:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(map(str, artefacts)), encoding="utf-8")
 
-    def attach(self, model: nn.Module, kept: Path | None = None) -> None:
+    def attach(self, model: nn.Module, kept: Path | None = None, *, sealed: bool = False) -> None:
         """The trained model that this task came with, for what a domain offers beyond samples and for what it fits to
-        finished weights; again with the same model changes nothing.
+        finished weights; again with the same model, and no folder, changes nothing.
 
-        kept  a folder of these very weights, for what was fitted to them; it need not exist yet
+        kept    a folder of these very weights, for what was fitted to them; it need not exist yet
+        sealed  it is read and not written to: that of published weights
         """
 
     def forecast_file(

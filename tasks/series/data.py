@@ -62,6 +62,16 @@ def check_split(split: str, name: str) -> None:
         raise ValueError(f"split {split!r} of {name} does not exist; accepted: {', '.join(SPLITS)}")
 
 
+def overlap(parts: Sequence[Part], others: Sequence[Part]) -> bool:
+    """Whether some step of a series is in both."""
+    spans: dict[str, list[Part]] = {}
+    for other in others:
+        spans.setdefault(other.panel.id, []).append(other)
+    return any(
+        one.begin < other.end and other.begin < one.end for one in parts for other in spans.get(one.panel.id, [])
+    )
+
+
 def scaler(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray]:
     """(mean, deviation), each (V,) float64, over all steps of the training parts, as scikit-learn's StandardScaler:
     population deviation, 1 where it is 0."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tasks.series import baselines, plots
 from tasks.series.calendar import WIDTH, calendar
 from tasks.series.conformal import fit, pairs, scores, spread
-from tasks.series.data import Panel, Part, scaler
+from tasks.series.data import Panel, Part, overlap, scaler
 from tasks.series.metrics import ForecastErrors, seasonal_error
 from tasks.series.outputs import check_levels, nine
 from tasks.series.rolling import Forecast, roll
@@ -52,7 +52,8 @@ class SeriesTask(Task):
         roll      how a forecast longer than predict carries its uncertainty on (rolling.py); samples: paths of
                   `samples`
         levels    of the predicted quantiles
-        calibrate validation windows that intervals of trained weights are spread to cover (conformal.py); 0: none
+        calibrate validation windows that intervals of trained weights are spread to cover (conformal.py), unless
+                  they were trained on; 0: none
         linear    fit the linear layer among the baselines
         plots     windows that TensorBoard shows, evenly over the validation split
         """
@@ -95,6 +96,8 @@ class SeriesTask(Task):
         self._prepared: dict[str, list[Part]] = {}
         self._model: Model | None = None
         self._kept: Path | None = None
+        self._sealed = False
+        self._fitted = False  # _factors are those of _model, None where there can be none
         self._factors: Tensor | None = None
 
     # -- what the data decides -----------------------------------------------------------------------------------------
@@ -280,10 +283,12 @@ class SeriesTask(Task):
 
     def factors(self) -> Tensor | None:
         """What the attached model's intervals are spread by, (horizon, pairs): fitted to the validation split when
-        first asked for, then read from where it is kept. None where there is nothing to spread, or no such data."""
+        first asked for, then read from where it is kept. None where there is nothing to spread, where the validation
+        split was trained on, or without the data."""
         model, config = self._model, self.config
-        if self._factors is not None or model is None or not config.calibrate or not pairs(config.levels):
+        if self._fitted or model is None or not config.calibrate or not pairs(config.levels):
             return self._factors
+        self._fitted = True
         rolled = ("dataset", "patch", "context", "channels", "calendar", "horizons", "roll", "samples", "levels")
         name = configs.fingerprint({field: getattr(config, field) for field in (*rolled, "predict", "calibrate")})
         kept = None if self._kept is None else self._kept / f"intervals-{name}.safetensors"
@@ -291,11 +296,13 @@ class SeriesTask(Task):
             self._factors = weights.read(kept)["factors"]
             return self._factors
         try:
-            self._factors = self._fit(model)
+            if overlap(self.source.parts("train"), self.source.parts("valid")):
+                log.warning("intervals stay as they were predicted: the validation split was trained on")
+            else:
+                self._factors = self._fit(model)
         except OSError as error:
             log.warning("intervals stay as they were predicted: the validation split cannot be read (%s)", error)
-            return None
-        if kept is not None and self._factors is not None:
+        if kept is not None and self._factors is not None and not self._sealed:
             kept.parent.mkdir(parents=True, exist_ok=True)
             weights.save({"factors": self._factors}, kept)
         return self._factors
@@ -321,11 +328,12 @@ class SeriesTask(Task):
 
     # -- a user's own table --------------------------------------------------------------------------------------------
 
-    def attach(self, model: nn.Module, kept: Path | None = None) -> None:
+    def attach(self, model: nn.Module, kept: Path | None = None, *, sealed: bool = False) -> None:
         """The model that `forecast` takes, whose intervals are spread; whoever opens a run does this."""
         assert isinstance(model, Model)
-        if model is not self._model:
-            self._model, self._kept, self._factors = model, kept, None
+        if model is not self._model or kept is not None:
+            self._model, self._kept, self._sealed = model, kept, sealed
+            self._factors, self._fitted = None, False
 
     def prompt(self, obj: pd.DataFrame | Sequence[Panel], horizon: int = 1) -> Batch:
         """A table, or series, as histories to forecast `horizon` steps from."""

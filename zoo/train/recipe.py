@@ -369,7 +369,11 @@ def load_published(
 ) -> tuple[Recipe, Task, nn.Module]:
     """The same of published weights, <model>.<tag>. Raises FileNotFoundError, WeightsError."""
     card = weights.open_card(name)
-    return _build_trained(card.facts, card.assets(), card.read_model(), str(card.folder), device, overrides)
+    recipe, task, model = _build_trained(
+        card.facts, card.assets(), card.read_model(), str(card.folder), device, overrides
+    )
+    task.attach(model, card.fitted(), sealed=True)
+    return recipe, task, model
 
 
 def _build_trained(

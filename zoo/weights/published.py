@@ -5,6 +5,7 @@
         model.safetensors    matrices in bfloat16, the rest as it was trained; where it would grow past MAX_FILE,
                              model-00001-of-00002.safetensors and so on
         assets/              what its task needs to prompt and to decode: a tokenizer, class names
+        fitted/              what its task fitted to these weights (Task.attach), where it does
         README.md  curve.png  samples/
 
 The row stands in the `weights.yaml` of a domain's package, so the code names every byte that it loads by one digest.
@@ -180,6 +181,11 @@ class Card:
         """The folder for the task, each file in it checked."""
         self.check("assets/")
         return self.folder / "assets"
+
+    def fitted(self) -> Path:
+        """The folder of what the task fitted to these weights, each file in it checked; there may be none."""
+        self.check("fitted/")
+        return self.folder / "fitted"
 
     def _strangers(self) -> list[str]:
         held = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())

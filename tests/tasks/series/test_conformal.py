@@ -1,6 +1,7 @@
 """Spread intervals: exact coverage where it is known, what stays as it is, and what they may not see."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,8 @@ from tasks.series.rolling import Forecast
 from zoo import weights
 from zoo.config import build
 from zoo.evaluate import evaluate_run
-from zoo.train import Recipe, load_run, train
+from zoo.publish import About, publish
+from zoo.train import Recipe, load_published, load_run, train
 
 NINE = [i / 10 for i in range(1, 10)]
 
@@ -161,6 +163,44 @@ def test_validation_is_scored_as_predicted(run):
     assert task.metrics("test")["forecast"].factors is not None
 
 
+def test_weights_that_were_trained_on_validation_keep_their_intervals(run, caplog):
+    """As M4's last run is, with hold_out = false: what was learned by heart says nothing of what is to come."""
+    _, task, _ = load_run(run / "run")
+    task._kept = None
+    source = task.source
+    whole = [replace(part, end=part.end + 1) for part in source.parts("train")]
+    task.source = SimpleNamespace(parts=lambda split: whole if split == "train" else source.parts(split))
+    assert task.factors() is None
+    assert "the validation split was trained on" in caplog.text
+
+
+def test_published_weights_bring_their_intervals(run, tmp_path, monkeypatch):
+    """Fitted to the rounded weights, by digest, and found without the data; the folder is never written to."""
+    monkeypatch.setattr(weights.weights, "_entries", {})
+    monkeypatch.setattr(weights.weights, "_load", None)
+    about = About("a toy", "Apache-2.0", "a made-up series, CC0-1.0", "it knows nothing")
+    folder = publish(
+        run / "run", "mine", about, out=tmp_path / "weights", table=tmp_path / "weights.yaml", device="cpu"
+    )
+    (kept,) = (folder / "fitted").glob("intervals-*.safetensors")
+    card = weights.open_card(folder.name)
+    assert f"fitted/{kept.name}" in card.facts["files"]
+    table = pd.read_csv(run / "mine.csv")
+    (run / "mine.csv").rename(tmp_path / "away.csv")
+    try:
+        task = zoo.pipeline(folder.name, device="cpu").task
+        assert len(task.forecast(table, 30)) == 30
+        assert torch.equal(task.factors(), weights.read(kept)["factors"])
+    finally:
+        (tmp_path / "away.csv").rename(run / "mine.csv")
+    _, task, _ = load_published(folder.name, overrides={"task": {"roll": "quantiles"}})
+    assert task.factors() is not None  # of other rolls they are fitted anew
+    assert list((folder / "fitted").iterdir()) == [kept]
+    kept.write_bytes(kept.read_bytes()[:-1] + b"x")
+    with pytest.raises(weights.WeightsError, match="damaged"):
+        load_published(folder.name)
+
+
 def test_without_the_data_forecasts_go_on(run, tmp_path, caplog):
     _, task, model = load_run(run / "run")
     task._kept = None
@@ -170,4 +210,4 @@ def test_without_the_data_forecasts_go_on(run, tmp_path, caplog):
         assert len(task.forecast(table, 24, model=model)) == 24
     finally:
         (tmp_path / "away.csv").rename(run / "mine.csv")
-    assert "the validation split cannot be read" in caplog.text
+    assert caplog.text.count("the validation split cannot be read") == 1
