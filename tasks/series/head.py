@@ -37,7 +37,7 @@ class SeriesHead(Head):
         output     what is predicted of a value
         units      in which the loss counts: normalised, every row alike; or data, so that a squared error is that of
                    the benchmark
-        highway    steps of the linear autoregression, on differences to the last value (NLinear); 0: none
+        highway    steps of the linear autoregression; 0: none
         hidden     width of the MLP that embeds patches; 0: a linear layer
         dropout    on embedded patches and on hidden states before the output
         """
@@ -167,10 +167,8 @@ class SeriesHead(Head):
     def _line(self, past: Tensor, location: Tensor, scale: Tensor) -> Tensor | None:
         if self.highway is None:
             return None
-        x = normalised(past, location, scale).clamp(-FARTHEST, FARTHEST)
-        newest = torch.arange(x.shape[-1], device=x.device).masked_fill(x.isnan(), 0).argmax(-1, keepdim=True)
-        level = x.gather(-1, newest).nan_to_num(0.0)
-        return level + self.highway((x - level).nan_to_num(0.0)).float()
+        x = normalised(past, location, scale).clamp(-FARTHEST, FARTHEST).nan_to_num(0.0)
+        return self.highway(x).float()
 
     def logits(self, h_last: Tensor, state: Any) -> Tensor:
         """(B, width) -> (B, C, predict, size), of normalised values."""
