@@ -84,7 +84,7 @@ class Errors:
         if quantiles is not None:
             row["spread"] = row["values"]
             for level, at in zip(self.levels, quantiles, strict=True):
-                row[f"pinball_{level:g}"] = by_horizon(pinball(at.unsqueeze(-1), y, at.new_tensor([level]))[..., 0])
+                row[f"pinball_{level:g}"] = by_horizon(pinball(at.unsqueeze(-1), y, level)[..., 0])
             for percent, (i, j) in self.nominal.items():
                 row[f"inside_{percent:g}"] = by_horizon((y >= quantiles[i]) & (y <= quantiles[j]))
         self.sums = self.sums.to(y.device)

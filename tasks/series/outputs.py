@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.registry import Registry
 
@@ -47,8 +47,8 @@ def check_levels(levels: list[float]) -> None:
         raise ValueError(f"levels = {levels}; they take rising numbers between 0 and 1, such as {nine()}")
 
 
-def pinball(quantiles: Tensor, target: Tensor, levels: Tensor) -> Tensor:
-    """quantiles (…, Q), target (…), levels (Q,) -> (…, Q): twice the pinball loss, the absolute error at level 0.5."""
+def pinball(quantiles: Tensor, target: Tensor, levels: Tensor | float) -> Tensor:
+    """quantiles (…, Q), target (…), levels (Q,) or one -> (…, Q): twice the pinball loss, absolute error at 0.5."""
     below = target.unsqueeze(-1) - quantiles
     return 2 * torch.maximum(levels * below, (levels - 1) * below)
 
@@ -64,7 +64,7 @@ def quantiles_of(draws: Tensor, levels: list[float]) -> Tensor:
 
 
 @outputs.register("quantiles")
-class Quantiles:
+class Quantiles(nn.Module):
     """Quantile regression (Koenker and Bassett, 1978), and by its side the mean by squared error."""
 
     @dataclass
@@ -79,9 +79,14 @@ class Quantiles:
             if self.mean < 0:
                 raise ValueError(f"mean = {self.mean}; it takes 0 or more")
 
+    levels: Tensor
+
     def __init__(self, config: Config):
+        super().__init__()
         self.config = config
         self.size = len(config.levels) + (config.mean > 0)
+        # On the device once: a step that is recorded (zoo/train/graph.py) takes nothing from the host
+        self.register_buffer("levels", torch.tensor(config.levels), persistent=False)
 
     def shift(self, params: Tensor, line: Tensor) -> Tensor:
         return params + line.unsqueeze(-1)
@@ -89,7 +94,7 @@ class Quantiles:
     def loss(self, params: Tensor, target: Tensor, scale: Tensor) -> Tensor:
         params, target = params * scale.unsqueeze(-1), target * scale
         count = len(self.config.levels)
-        loss = pinball(params[..., :count], target, params.new_tensor(self.config.levels)).mean(-1)
+        loss = pinball(params[..., :count], target, self.levels.to(params)).mean(-1)
         if self.config.mean:
             loss = loss + self.config.mean * (params[..., count] - target).square()
         return loss
@@ -111,7 +116,7 @@ class Quantiles:
         return self._at(rising, torch.rand(params.shape[:-1], generator=generator, device=params.device))
 
     def _at(self, rising: Tensor, level: Tensor) -> Tensor:
-        known = rising.new_tensor(self.config.levels)
+        known = self.levels.to(rising)
         if len(known) == 1:
             return rising[..., 0]
         level = level.expand(rising.shape[:-1]).contiguous()
@@ -146,7 +151,7 @@ class StudentT:
     def shift(self, params: Tensor, line: Tensor) -> Tensor:
         parts = params.unflatten(-1, (4, self.config.components))
         moved = torch.zeros(4, 1, device=params.device, dtype=params.dtype)
-        moved[1] = 1
+        moved[1].fill_(1)
         return (parts + moved * line[..., None, None]).flatten(-2)
 
     def loss(self, params: Tensor, target: Tensor, scale: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class SeriesTokenHead(Head):
         location, scale = statistics(batch.inputs, self.config.statistics, self.config.prefix, "mean_abs")
         ids = self.bins(normalised(batch.targets, location, scale))[:, :, 0, 0]
         ids = ids.masked_fill(ids == self.config.bins, -100)
-        ids[:, : self.config.prefix - 1] = -100
+        ids[:, : self.config.prefix - 1].fill_(-100)
         return Output(*linear_cross_entropy(self.drop(h), self.out.weight, ids))
 
     def init_state(self, inputs: Tensor, condition: Any = None, lengths: Tensor | None = None) -> State:

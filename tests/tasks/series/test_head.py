@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tasks.series.normalise import statistics
 from tasks.series.outputs import outputs, pinball, quantiles_of
@@ -43,7 +44,7 @@ def batch_of(values, predict=8):
 HEADS = {
     "prefix": {"highway": 8, "hidden": 16},
     "running": {"statistics": "running", "highway": 8},
-    "student_t": {"output": {"name": "student_t", "components": 2}},
+    "student_t": {"output": {"name": "student_t", "components": 2}, "highway": 4},
     "point": {"output": {"name": "point", "error": "huber"}, "units": "data"},
     "mixed": {"channels": 3, "highway": 8},
 }
@@ -196,6 +197,34 @@ def test_known_covariates_reach_the_prediction():
     assert (plain - soon).abs()[..., 8:].max() > 1e-3
     with pytest.raises(ValueError, match="trained with 1 known covariates"):
         roll(model, Batch(inputs), 16, levels=LEVELS)
+
+
+class FromTheHost(TorchDispatchMode):
+    """Counts tensors that are made of Python numbers, which on a GPU is a copy that a recording refuses."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.lift_fresh.default, torch.ops.aten._local_scalar_dense.default):
+            self.found.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("head", [*HEADS, "quantiles and mean", "tokens"])
+def test_a_step_can_be_recorded(head):
+    """train.graph: no training step makes a tensor of numbers on the host, or reads one there."""
+    both = {"output": {"name": "quantiles", "mean": 1.0}, "units": "data", "highway": 8, "dropout": 0.1}
+    tokens = {"name": "series_tokens", "patch": 1, "predict": 1, "bins": 8}
+    config = {**HEADS, "quantiles and mean": both, "tokens": tokens}[head]
+    model = make(config).train()
+    patch, predict = (1, 1) if head == "tokens" else (4, 8)
+    batch = batch_of(rows(tokens=7, channels=config.get("channels", 1), patch=patch), predict)
+    model(batch).loss_sum.backward()  # what is made once is made in the first steps, which are not recorded
+    with FromTheHost() as mode:
+        model(batch).loss_sum.backward()
+    assert mode.found == []
 
 
 # -- outputs ----------------------------------------------------------------------------------------------------------
