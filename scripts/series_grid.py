@@ -22,7 +22,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-SHARED = ["task.roll=point", "task.plots=0", "train.sample_every=0", "train.save_every=0"]
+SHARED = "task.roll=point task.plots=0 train.sample_every=0 train.save_every=0 train.best='' train.patience=0".split()
 
 
 def main() -> None:
@@ -56,6 +56,7 @@ def main() -> None:
                     file.write(json.dumps(row) + "\n")
     print(f"\n{len(jobs)} runs in {time.perf_counter() - began:.0f} s; mean over seeds, best first:")
     print(ranking([row for row in known if row["recipe"] == args.recipe]))
+    print(beside(args.recipe, args.word))
 
 
 def split_word(word: str) -> tuple[str, str]:
@@ -129,6 +130,24 @@ def ranking(rows: list[dict[str, Any]]) -> str:
         apart = max(row["mse"] for row in own) - min(row["mse"] for row in own)
         lines.append(f"{means}  ±{apart / 2:.4f}  steps {[row['step'] for row in own]}  {setting or '(as it is)'}")
     return "\n".join(lines)
+
+
+def beside(recipe: str, words: list[str]) -> str:
+    """The baselines on the same windows, in the same columns."""
+    from zoo.config import build, recipe_layers
+    from zoo.train import Recipe
+    from zoo.train.recipe import make_task
+
+    task = make_task(build(Recipe, *recipe_layers(recipe, words)))
+    errors: dict[str, list[float]] = defaultdict(list)
+    for name, value in task.baselines("valid").items():
+        baseline, _, metric = name.partition("/")
+        if metric.startswith("mse_"):
+            errors[baseline].append(value)
+    return "\n".join(
+        f"{sum(values) / len(values):.4f} {' '.join(f'{value:.4f}' for value in values)}  {baseline} (no model)"
+        for baseline, values in errors.items()
+    )
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ def octaves(tokens: int, first: int = 16) -> list[tuple[int, int]]:
 
 
 def rows_at_once(train: Any) -> int:
-    return train.micro_batch_size or train.batch_size
+    return train.eval_batch_size or train.micro_batch_size or train.batch_size
 
 
 MEASURE: dict[str, Measurement] = {"scores": scores, "lengths": lengths, "curve": curve, "positions": positions}
