@@ -22,7 +22,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-SHARED = "task.roll=point task.plots=0 train.sample_every=0 train.save_every=0 train.best='' train.patience=0".split()
+SHARED = ["task.roll=point", "task.plots=0", "train.sample_every=0", "train.save_every=0"]
+SHARED += ["train.best=''", "train.patience=0"]
 
 
 def main() -> None:
