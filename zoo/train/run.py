@@ -227,6 +227,8 @@ class Run:
     def _rank(self, values: dict[str, float]) -> None:
         """Whether this evaluation is the best so far, and whether the run has waited long enough for a better one."""
         config = self.recipe.train
+        if not config.best:
+            return
         self.improved = better(config.best, values, None if self.best is None else self.best.value)
         self.waited = 0 if self.improved is not None else self.waited + 1
         if config.patience and self.waited >= config.patience:
