@@ -38,6 +38,8 @@ class SeriesHead(Head):
         units      in which the loss counts: normalised, every row alike; or data, so that a squared error is that of
                    the benchmark
         highway    steps of the linear autoregression; 0: none
+        level      what its values are differences to: the row's mean, or wherever it stands the last value (NLinear,
+                   arXiv 2205.13504), which follows a level that moves while a forecast is rolled
         hidden     width of the MLP that embeds patches; 0: a linear layer
         dropout    on embedded patches and on hidden states before the output
         """
@@ -51,6 +53,7 @@ class SeriesHead(Head):
         output: Choice | None = configs.choice(outputs, "quantiles")
         units: Literal["normalised", "data"] = "normalised"
         highway: int = 0
+        level: Literal["mean", "last"] = "mean"
         hidden: int = 0
         dropout: float = 0.0
 
@@ -167,8 +170,12 @@ class SeriesHead(Head):
     def _line(self, past: Tensor, location: Tensor, scale: Tensor) -> Tensor | None:
         if self.highway is None:
             return None
-        x = normalised(past, location, scale).clamp(-FARTHEST, FARTHEST).nan_to_num(0.0)
-        return self.highway(x).float()
+        x = normalised(past, location, scale).clamp(-FARTHEST, FARTHEST)
+        if self.config.level == "mean":
+            return self.highway(x.nan_to_num(0.0)).float()
+        newest = torch.arange(x.shape[-1], device=x.device).masked_fill(x.isnan(), 0).argmax(-1, keepdim=True)
+        level = x.gather(-1, newest).nan_to_num(0.0)
+        return level + self.highway((x - level).nan_to_num(0.0)).float()
 
     def logits(self, h_last: Tensor, state: Any) -> Tensor:
         """(B, width) -> (B, C, predict, size), of normalised values."""

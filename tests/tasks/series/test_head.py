@@ -43,6 +43,7 @@ def batch_of(values, predict=8):
 
 HEADS = {
     "prefix": {"highway": 8, "hidden": 16},
+    "last": {"highway": 8, "level": "last"},
     "running": {"statistics": "running", "highway": 8},
     "student_t": {"output": {"name": "student_t", "components": 2}, "highway": 4},
     "point": {"output": {"name": "point", "error": "huber"}, "units": "data"},
@@ -197,6 +198,22 @@ def test_known_covariates_reach_the_prediction():
     assert (plain - soon).abs()[..., 8:].max() > 1e-3
     with pytest.raises(ValueError, match="trained with 1 known covariates"):
         roll(model, Batch(inputs), 16, levels=LEVELS)
+
+
+def test_a_highway_from_the_last_value_begins_with_it():
+    """Untrained it repeats the last value that is there; what it adds moves with the level of the row."""
+    model = make({"highway": 8, "level": "last", "output": {"name": "point"}})
+    torch.nn.init.zeros_(model.head.out.weight)
+    torch.nn.init.zeros_(model.head.out.bias)
+    values = rows(tokens=4)
+    values[0, -1, 0, -2:] = torch.nan
+    past = values[:, :, 0].flatten(1)
+    moved = roll(model, Batch(values + 100), 8, levels=LEVELS).mean - roll(model, Batch(values), 8, levels=LEVELS).mean
+    torch.testing.assert_close(moved, torch.full_like(moved, 100.0), rtol=1e-4, atol=1e-3)
+    torch.nn.init.zeros_(model.head.highway.weight)
+    mean = roll(model, Batch(values), 16, levels=LEVELS).mean[:, 0]
+    last = torch.stack((past[0, -3], past[1, -1], past[2, -1]))
+    torch.testing.assert_close(mean, last.unsqueeze(1).expand_as(mean), rtol=1e-4, atol=1e-3)
 
 
 class FromTheHost(TorchDispatchMode):
