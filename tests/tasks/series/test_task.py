@@ -1,5 +1,6 @@
 """The series task: training beats the naive forecast, metrics against brute force, forecasts of a user's table."""
 
+import json
 import math
 from pathlib import Path
 
@@ -266,3 +267,21 @@ def test_a_horizon_longer_than_the_data(run):
     task = make_task(recipe_of(run / "mine.csv", task={"horizons": [200]}))
     with pytest.raises(ValueError, match=r"longest series has 70 steps, fewer than the shortest of task.horizons"):
         task.stream("test", batch_size=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head", [{}, {"level": "last"}, {"output": {"name": "student_t"}}], ids=str)
+def test_on_a_gpu_recorded_steps_are_the_plain_ones(tmp_path, head):
+    waves().to_csv(tmp_path / "mine.csv", index=False)
+    losses = []
+    for graph in (False, True):
+        layer = {
+            "model": {"backbone": {"width": 32}, "head": {"name": "series", "highway": 96, "dropout": 0.2, **head}},
+            "train": {"device": "cuda", "graph": graph, "steps": 20, "log_every": 1, "eval_every": 10},
+        }
+        run = tmp_path / f"graph={graph}"
+        train(build(Recipe, recipe_of(tmp_path / "mine.csv"), layer), run)
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses.append([row[name] for row in rows for name in ("train/loss", "valid/mse") if name in row])
+        assert len(losses[-1]) == 22
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
