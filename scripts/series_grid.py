@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="such as 0,1,2")
     parser.add_argument("--jobs", type=int, default=1, help="processes; one GPU takes 8 and more of these models")
     parser.add_argument("--out", type=Path, help="a .jsonl file that rows are added to; those that it has are skipped")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
     axes = [[f"{field}={value}" for value in values.split(",")] for field, values in map(split_word, args.axis)]
     settings = [list(words) for words in itertools.product(*axes)] + [words.split() for words in args.tries]
