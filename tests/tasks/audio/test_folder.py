@@ -4,7 +4,6 @@ import logging
 
 import numpy as np
 import pytest
-import soundfile
 
 from tasks.audio.folder import BadRecording, read_sound
 from tasks.audio.waves import to_float, write_wav
@@ -23,7 +22,7 @@ def folder(path, **fields):
 
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
 @pytest.mark.parametrize("channels", [1, 2, 5])
-def test_any_width_and_channel_count(tmp_path, subtype, channels):
+def test_any_width_and_channel_count(tmp_path, subtype, channels, soundfile):
     path = tmp_path / "a.wav"
     weights = np.linspace(0.5, 1.5, channels) if channels > 1 else np.ones(1)  # the channels' mean is the tone
     soundfile.write(path, tone()[:, None] * weights, 8000, subtype=subtype)
@@ -34,7 +33,7 @@ def test_any_width_and_channel_count(tmp_path, subtype, channels):
 
 @pytest.mark.parametrize("rate", [4000, 11025, 44100, 48000])
 @pytest.mark.parametrize("ending", [".wav", ".flac"])
-def test_any_rate(tmp_path, rate, ending):
+def test_any_rate(tmp_path, rate, ending, soundfile):
     soundfile.write(tmp_path / f"a{ending}", tone(rate), rate)
     sound = to_float(read_sound(tmp_path / f"a{ending}", 8000))
     assert abs(len(sound) - 4000) <= 1
@@ -43,7 +42,7 @@ def test_any_rate(tmp_path, rate, ending):
     assert len(read_sound(tmp_path / f"a{ending}", 8000, most=0.25)) == pytest.approx(2000, abs=1)
 
 
-def test_what_cannot_be_read_is_named(tmp_path):
+def test_what_cannot_be_read_is_named(tmp_path, soundfile):
     write_wav(tmp_path / "whole.wav", np.ones(4000, np.int16), 8000)
     data = (tmp_path / "whole.wav").read_bytes()
     cases = {
@@ -64,7 +63,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
 
 
 @pytest.fixture
-def words(tmp_path):
+def words(tmp_path, soundfile):
     """Two classes in split folders, and bad files among the good ones."""
     for split, count in (("train", 4), ("valid", 1), ("test", 2)):
         for name, pitch in (("no", 300), ("yes", 700)):
@@ -98,7 +97,7 @@ def test_bad_files_are_skipped_counted_and_listed(words, caplog):
     assert len(folder(words, silent=True, least=0.0).load("train")) == 10
 
 
-def test_recordings_without_split_folders(tmp_path):
+def test_recordings_without_split_folders(tmp_path, soundfile):
     (tmp_path / "a").mkdir()
     for number in range(60):
         soundfile.write(tmp_path / "a" / f"{number}.wav", tone(seconds=0.06), 8000)
@@ -108,7 +107,7 @@ def test_recordings_without_split_folders(tmp_path):
     assert min(sizes) > 3
 
 
-def test_folders_that_do_not_fit(tmp_path):
+def test_folders_that_do_not_fit(tmp_path, soundfile):
     with pytest.raises(ValueError, match=r"needs task\.dataset\.path"):
         folder("")
     with pytest.raises(FileNotFoundError, match="is no folder"):
