@@ -102,12 +102,17 @@ def test_odd_rates_take_no_odd_memory(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         asked = []
-        patch.setattr("torchaudio.functional.resample", lambda x, old, new: asked.append((old, new)) or resample(x, old, new))
+        patch.setattr(
+            "torchaudio.functional.resample", lambda x, old, new: asked.append((old, new)) or resample(x, old, new)
+        )
         made = resampled(tone(44101).astype(np.float32), 44101, 8000)
         for found, wanted in ((44100, 8000), (11025, 16000), (22050, 48000), (8000, 44100), (44100, 192000)):
             resampled(tone(found).astype(np.float32), found, wanted)
     assert max(max(pair) for pair in asked) <= 1000
-    assert all(old * wanted == new * found for (old, new), found, wanted in [(asked[1], 44100, 8000), (asked[5], 44100, 192000)])
+    assert all(
+        old * wanted == new * found
+        for (old, new), found, wanted in [(asked[1], 44100, 8000), (asked[5], 44100, 192000)]
+    )
     assert np.abs(made[200:3800] - tone()[200:3800]).max() < 0.01
 
 

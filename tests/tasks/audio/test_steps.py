@@ -281,9 +281,7 @@ def test_on_a_gpu_a_stream_of_replays_is_the_sound_at_once(kind, guidance, tmp_p
     count = pipe.task.elements(1.0)
     for codec in [pipe.task.codec] if pipe.task.codec is not None else []:
         codec.to("cuda")
-    whole = pipe.task.artefacts(
-        given, generate(pipe.model, given, max_new=count, sampling=sampling, seed=2).cpu()
-    )
+    whole = pipe.task.artefacts(given, generate(pipe.model, given, max_new=count, sampling=sampling, seed=2).cpu())
     steps = generate(pipe.model, given, max_new=count, sampling=sampling, seed=2, stream=True, graph=True)
     pieces = list(pipe.task.pieces(given, steps))
     assert len(pieces) > 3
