@@ -59,28 +59,30 @@ def main() -> None:
         pipe.task.codec.to(device)
     short = argparse.Namespace(**{**vars(args), "seconds": 1.0})
     list(arrivals(pipe, short))  # kernels compile and choose their tiles
-    came = list(arrivals(pipe, args))
-    factors = [
-        (sound, (clock - before_clock) / (sound - before))
-        for (before, before_clock), (sound, clock) in zip(came, came[1:], strict=False)
-    ]
-    for at in args.at:
-        near = [factor for sound, factor in factors if abs(sound - at) <= 5]
-        if at > args.seconds + 5 or not near:
-            continue
-        row = {
-            "run": args.run,
-            "second": at,
-            "real_time_factor": statistics.median(near),
-            "worst_piece": max(near),
-            "first_piece_after_s": came[0][1],
-            "state_bytes": remembered(pipe, at, args.rows),
-            "rows": args.rows,
-            "graph": args.graph,
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        }
-        print(json.dumps(row), flush=True)
+    waiting = sorted(at for at in args.at if at <= args.seconds)
+    first, before, before_clock, factors = 0.0, 0.0, 0.0, []
+    for sound, clock in arrivals(pipe, args):
+        if before:
+            factors.append((sound, (clock - before_clock) / (sound - before)))
+        else:
+            first = clock
+        before, before_clock = sound, clock
+        while waiting and factors and sound >= min(waiting[0] + 5, args.seconds):
+            at = waiting.pop(0)
+            near = [factor for sound, factor in factors if abs(sound - at) <= 5]
+            row = {
+                "run": args.run,
+                "second": at,
+                "real_time_factor": statistics.median(near),
+                "worst_piece": max(near),
+                "first_piece_after_s": first,
+                "state_bytes": remembered(pipe, at, args.rows),
+                "rows": args.rows,
+                "graph": args.graph,
+                "threads": torch.get_num_threads(),
+                "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            }
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

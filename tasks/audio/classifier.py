@@ -86,7 +86,7 @@ class Classifier(nn.Module):
     def forward(self, batch: Batch) -> Output:
         """Cross-entropies in nats a sound, and the share of right answers for each attribute."""
         features = self.drop(self._features(batch.inputs))
-        count = torch.tensor(len(features), device=features.device)
+        count = torch.full((), len(features), device=features.device)
         total, metrics = features.new_zeros((), dtype=torch.float32), {}
         for number, layer in enumerate(self.out):
             logits, wanted = layer(features).float(), batch.targets[:, number]

@@ -96,7 +96,7 @@ class CodeHead(Head):
         h = embedding(inputs + self.rows).sum(dim=2)
         if self.labels is not None:
             h = h + self.labels(known["labels"])
-        known["place"] = known["place"] + (inputs.shape[1] if ctx.lengths is None else ctx.lengths)
+        known = {**known, "place": known["place"] + (inputs.shape[1] if ctx.lengths is None else ctx.lengths)}
         return self.drop(h), None if state is None else known
 
     def loss(self, h: Tensor, batch: Batch) -> Output:

@@ -189,7 +189,7 @@ class Codec(nn.Module):
         size = sound.square().mean(dim=1).sqrt() + 1e-2
         time = ((made - sound).abs().mean(dim=1) / size).sum()
         mel = mel_distance(made, sound, self.config.rate).sum()
-        count = torch.tensor(len(sound), device=sound.device)
+        count = torch.full((), len(sound), device=sound.device)
         loss = self.config.time * time + self.config.mel * mel + count * quantised.commitment_mean
         metrics = {
             "time": (time.detach(), count),

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from zoo.files import ClassFolder
 
 log = logging.getLogger(__name__)
 ENDINGS = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64"})
-SILENCE = 1e-4  # a recording that never goes above it is taken for silent
+SILENCE = 1e-4  # a recording that moves by no more than twice this is taken for silent, at whatever offset
+LEAST_RATE, MOST_RATE = 1000, 768000  # Hz; what lies beyond is a damaged header
+FINEST = 1000  # the largest term of a ratio of rates
+ENDLESS = 0x7FFFF000  # from this size on a writer did not know the length: it wrote to a pipe
 
 
 class Folder:
@@ -137,7 +141,7 @@ def checked(sound: np.ndarray, config: Any) -> np.ndarray:
     """Raises BadRecording."""
     if len(sound) < max(1, round(config.least * config.rate)):
         raise BadRecording(f"lasts {len(sound) / config.rate:.3f} s, less than task.dataset.least = {config.least}")
-    if not config.silent and np.abs(sound.astype(np.int32)).max() <= SILENCE * 32768:
+    if not config.silent and int(sound.max()) - int(sound.min()) <= 2 * SILENCE * 32768:
         raise BadRecording("is silent; task.dataset.silent=true takes it")
     return sound
 
@@ -155,35 +159,41 @@ def read_sound(path: Path, rate: int, most: float = 0.0) -> np.ndarray:
             sound = file.read(wanted, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
         raise BadRecording(f"is no recording that can be read: {error}") from error
-    if len(sound) < wanted or (promised := promised_frames(path)) > frames:
-        missing = wanted - len(sound) if len(sound) < wanted else promised - frames
-        raise BadRecording(f"is truncated: {missing} samples are missing")
+    if len(sound) < wanted:
+        raise BadRecording(f"is truncated: {wanted - len(sound)} samples are missing")
+    if missing := missing_bytes(path):
+        raise BadRecording(f"is truncated: {missing} bytes are missing")
+    if not LEAST_RATE <= found <= MOST_RATE:
+        raise BadRecording(f"has a rate of {found} Hz; {LEAST_RATE} to {MOST_RATE} are read")
     if not np.isfinite(sound).all():
         raise BadRecording("holds values that are not finite")
     return to_pcm(resampled(sound.mean(axis=1), found, rate))
 
 
-def promised_frames(path: Path) -> int:
-    """How many frames the header of a plain wav file promises, for soundfile takes fewer without a word; 0: unknown."""
+def missing_bytes(path: Path) -> int:
+    """How many bytes of sound the header of a wav or aiff file promises and the file does not hold, for soundfile takes
+    fewer without a word; 0 where the header does not know."""
+    held = path.stat().st_size
     with path.open("rb") as file:
-        data = file.read(4096)
-    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
-        return 0
-    at, block = 12, 0
-    while at + 8 <= len(data):
-        kind, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
-        if kind == b"fmt ":
-            block = int.from_bytes(data[at + 20 : at + 22], "little")
-        if kind == b"data":
-            return size // block if block and size < 0xFFFFFF00 else 0  # a stream does not know its length
-        at += 8 + size + size % 2
+        order = {b"RIFF": "little", b"FORM": "big"}.get(file.read(4))
+        file.seek(12)
+        while order and len(head := file.read(8)) == 8:
+            size, begin = int.from_bytes(head[4:], order), file.tell()  # type: ignore[arg-type]
+            if head[:4] in (b"data", b"SSND"):
+                return 0 if size >= ENDLESS else max(0, begin + size - held)
+            file.seek(begin + size + size % 2)
     return 0
 
 
 def resampled(sound: np.ndarray, found: int, wanted: int) -> np.ndarray:
-    """(T,) float32 at `found` Hz -> at `wanted`, by torchaudio's windowed sinc."""
+    """(T,) float32 at `found` Hz -> at `wanted`, by torchaudio's windowed sinc.
+
+    Its filters take memory by the product of the reduced rates, so that of an odd one (44,101 to 8,000) the nearest
+    fraction with terms of at most FINEST stands for it. Ratios of usual rates are exact.
+    """
     if found == wanted or not len(sound):
         return sound
     from torchaudio.functional import resample
 
-    return resample(torch.from_numpy(sound), found, wanted).numpy()
+    ratio = Fraction(wanted, found).limit_denominator(max(1, min(FINEST, FINEST * found // wanted)))
+    return resample(torch.from_numpy(sound), ratio.denominator, ratio.numerator).numpy()

@@ -24,7 +24,7 @@ class Labels(nn.Module):
 
     def none(self, rows: int, device: Any) -> Tensor:
         """(B, A): no label is known."""
-        return torch.tensor(self.classes, dtype=torch.int64, device=device).expand(rows, -1).contiguous()
+        return torch.stack([torch.full((rows,), count, device=device) for count in self.classes], dim=1)
 
     def forward(self, labels: Tensor) -> Tensor:
         if self.training and self.dropout:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from zoo.model import ModelConfig
 
 # width, depth, heads; parameters of the backbone as the name says, roughly. Heads of 64, which the Hopper kernels take,
-# but in the smallest
+# but in the two smallest, where they would be two or one
 SIZES = {
     "100k": {"width": 64, "depth": 2, "heads": 2},
     "1m": {"width": 128, "depth": 4, "heads": 4},

@@ -14,7 +14,7 @@ from tasks.audio.scores import KEYS
 from tasks.audio.waves import write_wav
 from zoo import config as configs
 from zoo.config import Choice
-from zoo.data import Shuffled, SourceStream, epoch_rng
+from zoo.data import IGNORED, Shuffled, SourceStream, epoch_rng
 from zoo.generation import Sampling, generate
 from zoo.model import Batch, Context, Model, ModelConfig
 from zoo.registry import datasets
@@ -72,20 +72,33 @@ class Pieces:
         return self.layout(roll[start : start + self.frames], GOES_ON if start else START)
 
 
-def packed(rows: list[np.ndarray], targets: Any) -> Batch:
-    """Pieces one after another in one row; `targets` makes a row's targets of what follows each input."""
-    inputs = torch.from_numpy(np.concatenate([row[:-1] for row in rows]))
-    wanted = torch.from_numpy(np.concatenate([targets(row[1:]) for row in rows]))
-    ends = np.cumsum([0, *(len(row) - 1 for row in rows)]).astype(np.int32)
-    return Batch(inputs[None], wanted[None], ctx=Context(cu_seqlens=torch.from_numpy(ends)))
+def few_lengths(count: int) -> int:
+    """The next of eight lengths between a power of two and its double: what has one of few shapes can be recorded."""
+    step = max(1, (1 << count.bit_length()) >> 4)
+    return -(-count // step) * step
+
+
+def packed(rows: list[np.ndarray], targets: Any, filling: int) -> Batch:
+    """Pieces one after another in one row, then a document of `filling` that is not scored, perhaps an empty one;
+    `targets` makes a row's targets of what follows each input."""
+    inputs = np.concatenate([row[:-1] for row in rows])
+    wanted = np.concatenate([targets(row[1:]) for row in rows])
+    ends = np.cumsum([0, *(len(row) - 1 for row in rows)])
+    spare = few_lengths(len(inputs)) - len(inputs)
+    inputs, wanted = (
+        torch.from_numpy(np.concatenate((part, np.full((spare, *part.shape[1:]), value, part.dtype))))
+        for part, value in ((inputs, filling), (wanted, IGNORED))
+    )
+    bounds = torch.from_numpy(np.append(ends, len(inputs)).astype(np.int32))
+    return Batch(inputs[None], wanted[None], ctx=Context(cu_seqlens=bounds))
 
 
 def collate_notes(rows: list[np.ndarray]) -> Batch:
-    return packed(rows, lambda following: following)
+    return packed(rows, lambda following: following, END)
 
 
 def collate_keys(rows: list[np.ndarray]) -> Batch:
-    return packed(rows, lambda following: following[:, :KEYS])
+    return packed(rows, lambda following: following[:, :KEYS].astype(np.int8), 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

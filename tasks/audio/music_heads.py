@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks.audio.scores import KEYS
+from zoo.data import IGNORED
 from zoo.generation import Sampling, sample_logits
 from zoo.layers import init_normal
 from zoo.model import Batch, Context, Head, Output
@@ -170,11 +171,12 @@ class KeysHead(Head):
 
     def loss(self, h: Tensor, batch: Batch) -> Output:
         """Nats, summed over keys and frames; counted in frames. `first`: of pieces' first frames, counted in pieces."""
-        wanted = batch.targets.float()
+        real = (batch.targets != IGNORED).all(dim=-1)
+        wanted = batch.targets.clamp(min=0).float()
         nats = F.binary_cross_entropy_with_logits(self.out(h).float(), wanted, reduction="none").sum(dim=-1)
+        nats = torch.where(real, nats, 0)
         begun = (batch.inputs[..., KEYS:] > 0).any(dim=-1)
-        frames = torch.tensor(nats.numel(), device=nats.device)
-        return Output(nats.sum(), frames, {"first": (torch.where(begun, nats.detach(), 0).sum(), begun.sum())})
+        return Output(nats.sum(), real.sum(), {"first": (torch.where(begun, nats.detach(), 0).sum(), begun.sum())})
 
     def logits(self, h_last: Tensor, state: Any) -> Tensor:
         """(B, C) -> (B, 88), of each key alone."""

@@ -50,7 +50,7 @@ class Pattern:
 
     def active(self, step: Tensor) -> Tensor:
         """Steps (…) int64 -> (…, K) bool, which streams have a code there, in an endless sequence."""
-        since = step.unsqueeze(-1) - torch.tensor(self.offsets, device=step.device)
+        since = torch.stack([step - offset for offset in self.offsets], dim=-1)
         return (since >= 0) & (since % self.stride == 0)
 
     def scatter(self, codes: Tensor, empty: int, lengths: Tensor | None = None) -> Tensor:

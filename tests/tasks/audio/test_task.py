@@ -29,7 +29,7 @@ RATE = 2000
 
 
 @pytest.fixture(scope="module")
-def sounds(tmp_path_factory):
+def sounds(tmp_path_factory, soundfile):
     """Two classes of tones with noise, 2 kHz, a quarter of a second and more."""
     root = tmp_path_factory.mktemp("sounds")
     rng = np.random.default_rng(0)
