@@ -9,7 +9,7 @@ from tests.kernels.interpreter import repair
 from tests.ops.cases import poison_new_tensors
 from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
-from tests.ops.run_nsa import run
+from tests.ops.run_nsa import run, spans
 from zoo import ops
 from zoo.kernels import nsa_compressed, nsa_inverse, nsa_selected
 from zoo.ops import backend, nsa, reference_nsa
@@ -23,12 +23,11 @@ def small_tiles(monkeypatch):
     tiles = {"forward": (32, 16, 4, 1), "choose": (16, 16, 4, 1), "dq": (16, 16, 4, 1), "dkdv": (32, 16, 4, 1)}
     monkeypatch.setattr(nsa_compressed, "choose_tile", lambda kernel, q, rows: tiles[kernel])
     monkeypatch.setattr(nsa_compressed, "PROGRAMS", 6)
-    tiles |= {"partial": (32, 4, 1), "grads": (32, 4, 1), "merge": (16, 16, 4, 1)}
+    tiles |= {"partial": (32, 4, 1), "grads": (32, 4, 1), "near": (16, 16, 4, 1)}
     monkeypatch.setattr(nsa_selected, "choose_tile", lambda kernel, q: tiles[kernel])
     monkeypatch.setattr(nsa_inverse, "ITEM_ROWS", {"partial": 24, "grads": 40})
     monkeypatch.setattr(nsa_inverse, "CHUNK_TOKENS", 8)
-    monkeypatch.setattr(nsa_inverse, "SORT", (4, 4, 4))
-    monkeypatch.setattr(nsa_inverse, "FEW_PAIRS", 0)
+    monkeypatch.setattr(nsa_selected, "FEW_PAIRS", 0)
     monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", 1 << 30)
 
 
@@ -65,7 +64,7 @@ def test_pieces(scratch, monkeypatch):
 
 
 def test_a_program_per_pair(monkeypatch):
-    monkeypatch.setattr(nsa_inverse, "FEW_PAIRS", 1 << 20)
+    monkeypatch.setattr(nsa_selected, "FEW_PAIRS", 1 << 20)
     found = errors(NSACase("few", 18, group=2, batch=2))
     assert max(found.values()) <= 1e-4, found
 
@@ -145,9 +144,9 @@ def test_the_inverse_index_is_a_stable_sort(kernel, cu_seqlens):
     ordered, expected = key.sort(stable=True)
     pairs = int(wanted.sum())
     assert torch.equal(items.order[:pairs], expected[:pairs].int())
-    spans = [(int(a), int(b), int(c)) for a, b, c in zip(items.first, items.last, items.block, strict=True) if a < b]
-    assert [i for a, b, _ in spans for i in range(a, b)] == list(range(pairs))
-    assert all((ordered[a:b] == c).all() for a, b, c in spans)
+    found = [(int(a), int(b), int(c)) for a, b, c in zip(*spans(items), strict=True)]
+    assert [i for a, b, _ in found for i in range(a, b)] == list(range(pairs))
+    assert all((ordered[a:b] == c).all() for a, b, c in found)
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, (0, 5, 6, 27, 37)])

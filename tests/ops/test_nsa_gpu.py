@@ -12,7 +12,7 @@ import torch
 from tests.ops.cases import poison_new_tensors
 from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
-from tests.ops.run_nsa import run
+from tests.ops.run_nsa import run, spans
 from zoo import ops
 from zoo.kernels import nsa_inverse
 from zoo.ops import backend, nsa, reference_nsa
@@ -159,12 +159,11 @@ def test_the_inverse_index_is_a_stable_sort(shape, kernel):
         ordered, expected = key.sort(stable=True)
         pairs = int(wanted.sum())
         assert torch.equal(items.order[:pairs], expected[:pairs].int())
-        full = items.first < items.last
-        first, last, of = items.first[full].long(), items.last[full].long(), items.block[full]
+        first, last, of = spans(items)
         assert int((last - first).sum()) == pairs
         assert torch.equal(first[1:], last[:-1])
-        assert torch.equal(ordered[first], of.long())
-        assert torch.equal(ordered[last - 1], of.long())
+        assert torch.equal(ordered[first], of)
+        assert torch.equal(ordered[last - 1], of)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
