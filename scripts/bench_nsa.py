@@ -66,7 +66,7 @@ def pair(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
     means = (ops.pool_blocks(x, BLOCK) for x in (k, v))
     gist, _, index = ops.compressed_attention(q, *means, block=BLOCK, top=TOP)
     detail = ops.selected_attention(q, k, v, index, block=BLOCK)
-    return torch.addcmul(gist * gates[..., :1], detail, gates[..., 1:2])
+    return ops.mix_branches(gates, gist, detail, None)
 
 
 def fla_nsa(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def stages(x: dict[str, Tensor]) -> Row:
     row.time("its index", lambda: lambda: [nsa_inverse.inverse(piece, "partial") for piece in pieces])
     row.time("its index backward", lambda: lambda: [nsa_inverse.inverse(piece, "grads") for piece in pieces])
     row.forward_and_backward("window", partial(ops.window_attention, window=WINDOW), [q, k, v, decay], [], dout)
-    row.time("mix", lambda: partial(ops.mix_branches, x["gates"], q, q, q))
+    row.forward_and_backward("mix", ops.mix_branches, [x["gates"], q, q.clone(), dout], [], dout)
     return row
 
 

@@ -11,7 +11,7 @@ from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
 from tests.ops.run_nsa import run, spans
 from zoo import ops
-from zoo.kernels import nsa_compressed, nsa_inverse, nsa_selected
+from zoo.kernels import nsa_compressed, nsa_inverse, nsa_mix, nsa_selected
 from zoo.ops import backend, nsa, reference_nsa
 
 repair()
@@ -203,6 +203,22 @@ def test_table_tiles_equal_the_loops(monkeypatch):
     monkeypatch.undo()
     found = errors(NSACase("table", 70, group=2, dim=16))
     assert max(found.values()) <= 1e-4, found
+
+
+@pytest.mark.parametrize("there", [(0, 1, 2), (0, 1), (2,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_sum_of_branches_equals_the_reference(dtype, there, monkeypatch):
+    monkeypatch.setattr(nsa_mix, "ELEMENTS", 64)
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 5, 3, 12)
+    gates = torch.rand(2, 5, 3, 3, generator=generator)
+    branches = [torch.randn(shape, generator=generator).to(dtype) if i in there else None for i in range(3)]
+    dout = torch.randn(shape, generator=generator).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 4e-3}
+    expected = reference_nsa.mix_forward(gates, branches)
+    torch.testing.assert_close(nsa_mix.mix_forward(gates, branches), expected, **tolerance)
+    grads, truth = (f.mix_backward(dout, gates, branches) for f in (nsa_mix, reference_nsa))
+    torch.testing.assert_close(grads, truth, **tolerance)
 
 
 def test_float16():

@@ -33,6 +33,14 @@ anywhere, the same inputs give the same bits. A call with few queries (decoding)
 """
 
 from zoo.kernels.nsa_compressed import compressed_backward, compressed_forward
+from zoo.kernels.nsa_mix import mix_backward, mix_forward
 from zoo.kernels.nsa_selected import selected_backward, selected_forward
 
-__all__ = ["compressed_backward", "compressed_forward", "selected_backward", "selected_forward"]
+__all__ = [
+    "compressed_backward",
+    "compressed_forward",
+    "mix_backward",
+    "mix_forward",
+    "selected_backward",
+    "selected_forward",
+]

@@ -29,7 +29,7 @@ from zoo.kernels.tiles import architecture, load_tile
 from zoo.kernels.window import LN2, LOG2E, _on_device, _rows_contiguous, _strides
 
 FEW_PAIRS = 2048  # up to so many, a program per pair: nothing to sort, and no block is read by many
-SUM_ROWS = 16
+SUM_BYTES = 32 << 10  # of scratch rows that a program of _merge or _sum_pairs holds: 16 loads of 16 bytes a thread
 INTEGERS = ["T", "N", "each", "blocks", "chunks", "slots"]
 # (rows, warps, stages), of near (rows, keys, warps, stages), by bytes of a head's row in units of two
 SM90 = {
@@ -72,10 +72,11 @@ def selected_forward(
             else:
                 partial = _partial_outputs(piece, inverse(piece, "partial"), part_q, part_k, part_v, scale)
                 _near_outputs(piece, part_q, part_k, part_v, part_out, part_lse, scale)
-            _merge[triton.cdiv(part_lse.numel(), SUM_ROWS),](
+            sums = _summed_rows(piece, q)
+            _merge[triton.cdiv(part_lse.numel(), sums["BLOCK_R"]),](
                 *partial, piece.index, piece.place, part_out, part_lse, *_strides(part_out), *_strides(part_lse),
-                part_lse.numel(), part_q.shape[1], **piece.switches(), BLOCK_TOP=triton.next_power_of_2(piece.top),
-                BLOCK_R=SUM_ROWS, NEAR=piece.pairs > FEW_PAIRS, num_warps=4,
+                part_lse.numel(), part_q.shape[1], **piece.switches(), **sums, NEAR=piece.pairs > FEW_PAIRS,
+                num_warps=4,
             )  # fmt: skip
     return out, lse
 
@@ -156,11 +157,18 @@ def selected_backward(
                 **piece.switches(), BLOCK_K=piece.padded_block(), num_warps=4,
             )  # fmt: skip
             part_dq = piece.queries(dq)
-            _sum_pairs[triton.cdiv(part_lse.numel(), SUM_ROWS),](
+            sums = _summed_rows(piece, q)
+            _sum_pairs[triton.cdiv(part_lse.numel(), sums["BLOCK_R"]),](
                 partial, piece.index, piece.place, part_dq, *_strides(part_dq), part_lse.numel(), part_q.shape[1],
-                **piece.switches(), BLOCK_R=SUM_ROWS, num_warps=4,
+                **piece.switches(), **sums, num_warps=4,
             )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _summed_rows(piece: Piece, q: Tensor) -> dict[str, int]:
+    padded = triton.next_power_of_2(piece.top)
+    row_bytes = triton.next_power_of_2(piece.dim) * q.element_size()
+    return {"BLOCK_TOP": padded, "BLOCK_R": max(1, SUM_BYTES // (padded * row_bytes))}
 
 
 # --------------------------------------------------------------------------------------------------------- the kernels
@@ -247,6 +255,12 @@ def _weigh(top, total, acc, s, v):
     return new_top, total * shrink + tl.sum(p, 1), acc
 
 
+@triton.jit
+def _chose(chosen, block):
+    """1 where a row of `chosen` holds the row's block, 0 elsewhere and where there is no such block."""
+    return tl.max(((chosen == block[:, None]) & (chosen >= 0)).to(tl.int32), 1)
+
+
 @triton.jit(do_not_specialize=INTEGERS)
 def _near(
     q_ptr, k_ptr, v_ptr, index_ptr, place_ptr, first_key_ptr, out_ptr, lse_ptr,
@@ -271,9 +285,10 @@ def _near(
     chosen = tl.load(
         index_ptr + choice[:, None] * TOP + i[None, :], mask=inside[:, None] & (i < TOP)[None, :], other=-1
     )
-    with_first = tl.max((chosen == 0).to(tl.int32), 1) > 0
-    with_previous = tl.max(((chosen >= 0) & (chosen == own[:, None] - 1)).to(tl.int32), 1) > 0
-    with_own = tl.max(((chosen >= 0) & (chosen == own[:, None])).to(tl.int32), 1) > 0
+    # What a row sees: keys from low on before high, and before first_high.
+    first_high = first_key + tl.minimum(place + 1, _chose(chosen, own * 0) * BLOCK)
+    low = first_key + (own - _chose(chosen, own - 1)) * BLOCK
+    high = tl.where(_chose(chosen, own) > 0, first_key + place + 1, first_key + own * BLOCK)
     q_ptr += batch * stride_qb + kv_head * GROUP * stride_qh
     k_ptr += batch * stride_kb + kv_head * stride_kh
     v_ptr += batch * stride_vb + kv_head * stride_vh
@@ -293,12 +308,9 @@ def _near(
         k = load_tile(k_ptr, k0, 0, end, stride_kt, BLOCK_K, D, BLOCK_D)
         v = load_tile(v_ptr, k0, 0, end, stride_vt, BLOCK_K, D, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-        at = key[None, :] - first_key[:, None]
-        block = at // BLOCK
-        mine = (block == own[:, None]) & with_own[:, None]
-        mine = mine | ((block == own[:, None] - 1) & with_previous[:, None])
-        mine = mine | ((block == 0) & with_first[:, None])
-        seen = mine & (at >= 0) & (at <= place[:, None]) & (key < end)[None, :]
+        seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+        seen = seen | ((key[None, :] >= first_key[:, None]) & (key[None, :] < first_high[:, None]))
+        seen = seen & (key < end)[None, :]
         top, total, acc = _weigh(top, total, acc, tl.where(seen, s, -float("inf")), v)
     there = total > 0
     out = acc * (1 / tl.where(there, total, 1.0))[:, None]
@@ -310,12 +322,31 @@ def _near(
 
 
 @triton.jit
-def _rows_of_heads(rows, T, G: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr):
-    """This program's rows of (B,T,H): (row, whether it is one, batch, t, head, token through the batch, its choice,
-    member of the group)."""
+def _rows_of_heads(
+    index_ptr, place_ptr, rows, T, G: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_TOP: tl.constexpr, BLOCK_R: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """This program's rows of (B,T,H): (whether it is one, batch, t, head), and of each row (BLOCK_R, BLOCK_TOP) the
+    places of its pairs in scratch and whether they are any."""
     row = tl.cast(tl.program_id(0), tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    head, token = row % (G * GROUP), row // (G * GROUP)
-    return row < rows, token // T, token % T, head, token, token * G + head // GROUP, head % GROUP
+    inside, head, token = row < rows, row % (G * GROUP), row // (G * GROUP)
+    own = tl.load(place_ptr + token, mask=inside, other=0) // BLOCK
+    i = tl.arange(0, BLOCK_TOP)[None, :]
+    pair = (token * G + head // GROUP)[:, None] * TOP + i
+    chosen = tl.load(index_ptr + pair, mask=inside[:, None] & (i < TOP), other=-1)
+    at = pair * GROUP + (head % GROUP)[:, None]
+    return inside, token // T, token % T, head, at, is_wanted(chosen, own[:, None], FAR)
+
+
+@triton.jit
+def _scratch_rows(partial_ptr, at, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(BLOCK_R, BLOCK_TOP, BLOCK_D) in float32. Triton lays the threads along the last dimension, then along the first:
+    each has all that it sums up, 16 loads that are under way at once, and exchanges nothing."""
+    column = tl.arange(0, BLOCK_D)[None, None, :]
+    mask = there[:, :, None]
+    if D != BLOCK_D:
+        mask = mask & (column < D)
+    return tl.load(partial_ptr + at[:, :, None] * D + column, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["rows", "T"])
@@ -325,43 +356,32 @@ def _merge(
     G: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_TOP: tl.constexpr, BLOCK_R: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
-    """With NEAR out and lse hold what `_near` left, and the near blocks are no pairs. The weights come first, from the
-    log-sum-exps alone: of the partial outputs as many are then under way as there are registers."""
-    inside, batch, t, head, token, choice, member = _rows_of_heads(rows, T, G, GROUP, BLOCK_R)
-    own = tl.load(place_ptr + token, mask=inside, other=0) // BLOCK
-    i = tl.arange(0, BLOCK_TOP)
-    chosen = tl.load(
-        index_ptr + choice[:, None] * TOP + i[None, :], mask=inside[:, None] & (i < TOP)[None, :], other=-1
+    """With NEAR out and lse hold what `_near` left, and the near blocks are no pairs."""
+    inside, batch, t, head, at, there = _rows_of_heads(
+        index_ptr, place_ptr, rows, T, G, TOP, GROUP, BLOCK, BLOCK_TOP, BLOCK_R, NEAR
     )
-    at = (choice[:, None] * TOP + i[None, :]) * GROUP + member[:, None]
-    lse = tl.load(partial_lse_ptr + at, mask=is_wanted(chosen, own[:, None], NEAR), other=-float("inf"))
-    top = tl.max(lse, 1)
-    lse_at = lse_ptr + batch * stride_lb + t * stride_lt + head * stride_lh
     corner = batch * stride_ob + head * stride_oh
+    lse_at = lse_ptr + batch * stride_lb + t * stride_lt + head * stride_lh
     if NEAR:
         near_lse = tl.load(lse_at, mask=inside, other=-float("inf"))
+        near = load_rows(out_ptr, t, corner, stride_ot, 1, inside, D, BLOCK_D).to(tl.float32)
+    lse = tl.load(partial_lse_ptr + at, mask=there, other=-float("inf"))
+    partial = _scratch_rows(partial_ptr, at, there, D, BLOCK_D)
+    top = tl.max(lse, 1)
+    if NEAR:
         top = tl.maximum(top, near_lse)
     pivot = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.sum(tl.exp2(lse - pivot[:, None]), 1)
+    weight = tl.exp2(lse - pivot[:, None])
+    total = tl.sum(weight, 1)
+    acc = tl.sum(partial * weight[:, :, None], 1)
     if NEAR:
         near_weight = tl.exp2(near_lse - pivot)
         total += near_weight
+        acc += near * near_weight[:, None]
     seen = total > 0
-    shrink = 1 / tl.where(seen, total, 1.0)
-    if NEAR:
-        near = load_rows(out_ptr, t, corner, stride_ot, 1, inside, D, BLOCK_D)
-        acc = near.to(tl.float32) * (near_weight * shrink)[:, None]
-    else:
-        acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    for i in tl.static_range(TOP):
-        chosen = tl.load(index_ptr + choice * TOP + i, mask=inside, other=-1)
-        there = is_wanted(chosen, own, NEAR)
-        pair = choice * TOP + i
-        lse = tl.load(partial_lse_ptr + pair * GROUP + member, mask=there, other=-float("inf"))
-        partial = load_rows(partial_ptr, pair, member, GROUP * D, D, there, D, BLOCK_D)
-        acc += partial.to(tl.float32) * (tl.exp2(lse - pivot) * shrink)[:, None]
-    store_rows(out_ptr, acc, t, corner, stride_ot, 1, inside, D, BLOCK_D)
-    tl.store(lse_at, tl.where(seen, (pivot + tl.log2(tl.where(seen, total, 1.0))) * LN2, -float("inf")), mask=inside)
+    total = tl.where(seen, total, 1.0)
+    store_rows(out_ptr, acc * (1 / total)[:, None], t, corner, stride_ot, 1, inside, D, BLOCK_D)
+    tl.store(lse_at, tl.where(seen, (pivot + tl.log2(total)) * LN2, -float("inf")), mask=inside)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -410,8 +430,8 @@ def _grads(
         ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :]) * scale
         ds = ds.to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
-        dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
-        store_rows(partial_ptr, dq, pair, member, GROUP * D, D, inside, D, BLOCK_D)
+        dq = tl.dot(tl.trans(k), ds, input_precision="ieee")  # its rows are few: a warpgroup's product wants 64
+        store_rows(partial_ptr, tl.trans(dq), pair, member, GROUP * D, D, inside, D, BLOCK_D)
         pair = next_pair
     mine = tl.cast(tl.program_id(0), tl.int64) * BLOCK * D
     store_rows(item_dk_ptr + mine, dk, column, column * 0, D, 0, column < BLOCK, D, BLOCK_D)
@@ -462,12 +482,10 @@ def _sum_items(
 def _sum_pairs(
     partial_ptr, index_ptr, place_ptr, dq_ptr, stride_b, stride_t, stride_h, rows, T,
     G: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_TOP: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    inside, batch, t, head, token, choice, member = _rows_of_heads(rows, T, G, GROUP, BLOCK_R)
-    own = tl.load(place_ptr + token, mask=inside, other=0) // BLOCK
-    dq = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    for i in tl.static_range(TOP):
-        there = is_wanted(tl.load(index_ptr + choice * TOP + i, mask=inside, other=-1), own, False)
-        dq += load_rows(partial_ptr, choice * TOP + i, member, GROUP * D, D, there, D, BLOCK_D).to(tl.float32)
+    inside, batch, t, head, at, there = _rows_of_heads(
+        index_ptr, place_ptr, rows, T, G, TOP, GROUP, BLOCK, BLOCK_TOP, BLOCK_R, False
+    )
+    dq = tl.sum(_scratch_rows(partial_ptr, at, there, D, BLOCK_D), 1)
     store_rows(dq_ptr, dq, t, batch * stride_b + head * stride_h, stride_t, 1, inside, D, BLOCK_D)
