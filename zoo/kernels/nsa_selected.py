@@ -29,13 +29,14 @@ from zoo.kernels.tiles import architecture, load_tile
 from zoo.kernels.window import LN2, LOG2E, _on_device, _rows_contiguous, _strides
 
 FEW_PAIRS = 2048  # up to so many, a program per pair: nothing to sort, and no block is read by many
+NO_ITEMS = (None,) * 4 + (0,) * 4  # as Items.arguments()
 SUM_BYTES = 32 << 10  # of scratch rows that a program of _merge or _sum_pairs holds: 16 loads of 16 bytes a thread
 INTEGERS = ["T", "N", "each", "blocks", "chunks", "slots"]
 # (rows, warps, stages), of near (rows, keys, warps, stages), by bytes of a head's row in units of two
 SM90 = {
     "near": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2), 512: (16, 16, 4, 1)},
-    "partial": {64: (128, 4, 3), 128: (64, 4, 2), 256: (64, 8, 2), 512: (16, 4, 1)},
-    "grads": {64: (64, 4, 2), 128: (32, 4, 2), 256: (32, 8, 1), 512: (16, 4, 1)},
+    "partial": {64: (128, 4, 3), 128: (64, 4, 3), 256: (64, 8, 2), 512: (16, 4, 1)},
+    "grads": {64: (64, 4, 2), 128: (32, 4, 3), 256: (32, 8, 1), 512: (16, 4, 1)},
 }
 OTHER = {
     "near": {64: (64, 32, 4, 2), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1), 512: (16, 16, 4, 1)},
@@ -57,9 +58,8 @@ def selected_forward(
     q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, places: Any, block: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out like q and natural-log lse (B,T,H) float32."""
-    batch, length, heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((batch, length, heads), dtype=torch.float32)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
@@ -67,16 +67,14 @@ def selected_forward(
         for piece in pieces(q, k, block_index, places, block):
             part_q, part_k, part_v = piece.queries(q), piece.keys(k), piece.keys(v)
             part_out, part_lse = piece.queries(out), piece.queries(lse)
-            if piece.pairs <= FEW_PAIRS:
-                partial = _partial_outputs(piece, None, part_q, part_k, part_v, scale)
-            else:
-                partial = _partial_outputs(piece, inverse(piece, "partial"), part_q, part_k, part_v, scale)
+            items = None if piece.pairs <= FEW_PAIRS else inverse(piece, "partial")
+            partial = _partial_outputs(piece, items, part_q, part_k, part_v, scale)
+            if items is not None:
                 _near_outputs(piece, part_q, part_k, part_v, part_out, part_lse, scale)
             sums = _summed_rows(piece, q)
             _merge[triton.cdiv(part_lse.numel(), sums["BLOCK_R"]),](
                 *partial, piece.index, piece.place, part_out, part_lse, *_strides(part_out), *_strides(part_lse),
-                part_lse.numel(), part_q.shape[1], **piece.switches(), **sums, NEAR=piece.pairs > FEW_PAIRS,
-                num_warps=4,
+                part_lse.numel(), part_q.shape[1], **piece.switches(), **sums, NEAR=items is not None, num_warps=4,
             )  # fmt: skip
     return out, lse
 
@@ -89,13 +87,8 @@ def _partial_outputs(
     lse = q.new_empty((piece.pairs, piece.group), dtype=torch.float32)
     rows, warps, stages = choose_tile("partial", q)
     if items is None:
-        count, arguments, rows = (
-            piece.pairs,
-            (None,) * 4 + (0,) * 4,
-            min(rows, max(16, triton.next_power_of_2(piece.group))),
-        )
-    else:
-        count, arguments = items.count, items.arguments()
+        rows = min(rows, max(16, triton.next_power_of_2(piece.group)))
+    count, arguments = (piece.pairs, NO_ITEMS) if items is None else (items.count, items.arguments())
     _partial[count,](
         q, k, v, *arguments, piece.index, piece.place, piece.first_key, piece.first_block, partial, lse, *_strides(q),
         *_strides(k), *_strides(v), **piece.sizes(), scale=scale, **piece.switches(), BLOCK_K=piece.padded_block(),
@@ -228,10 +221,21 @@ def _partial(
         p = tl.exp2(s - top[:, None])
         total = tl.sum(p, 1)
         out = tl.dot(p.to(v.dtype), v, input_precision="ieee") * (1 / total)[:, None]
-        store_rows(partial_ptr, out, pair, member, GROUP * D, D, inside, D, BLOCK_D)
         at = tl.cast(pair, tl.int64) * GROUP + member
+        _store_scratch(partial_ptr, out, at, inside, D, BLOCK_D)
         tl.store(partial_lse_ptr + at, top + tl.log2(total), mask=inside)
         pair = next_pair
+
+
+@triton.jit
+def _store_scratch(partial_ptr, tile, at, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """To rows `at`; in the L2 cache they make room first, for the queries, which are read again."""
+    column = tl.arange(0, BLOCK_D)
+    mask = inside[:, None]
+    if D != BLOCK_D:
+        mask = mask & (column < D)[None, :]
+    to = partial_ptr + at[:, None] * D + column[None, :]
+    tl.store(to, tile.to(partial_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -346,7 +350,8 @@ def _scratch_rows(partial_ptr, at, there, D: tl.constexpr, BLOCK_D: tl.constexpr
     mask = there[:, :, None]
     if D != BLOCK_D:
         mask = mask & (column < D)
-    return tl.load(partial_ptr + at[:, :, None] * D + column, mask=mask, other=0.0).to(tl.float32)
+    partial = tl.load(partial_ptr + at[:, :, None] * D + column, mask=mask, other=0.0, eviction_policy="evict_first")
+    return partial.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["rows", "T"])
@@ -431,7 +436,7 @@ def _grads(
         ds = ds.to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
         dq = tl.dot(tl.trans(k), ds, input_precision="ieee")  # its rows are few: a warpgroup's product wants 64
-        store_rows(partial_ptr, tl.trans(dq), pair, member, GROUP * D, D, inside, D, BLOCK_D)
+        _store_scratch(partial_ptr, tl.trans(dq), tl.cast(pair, tl.int64) * GROUP + member, inside, D, BLOCK_D)
         pair = next_pair
     mine = tl.cast(tl.program_id(0), tl.int64) * BLOCK * D
     store_rows(item_dk_ptr + mine, dk, column, column * 0, D, 0, column < BLOCK, D, BLOCK_D)
