@@ -182,6 +182,29 @@ def test_any_near_block_may_be_missing(shape):
     assert relative_error(lse[seen], true_lse[seen]) <= 1e-2
 
 
+@pytest.mark.parametrize("there", [(0, 1, 2), (0, 1), (2,)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_the_sum_of_branches_equals_float64(dim, dtype, limit, there):
+    torch.manual_seed(0)
+    gates = torch.rand(2, 777, 6, 3, device="cuda").to(dtype)
+    branches = [torch.randn(2, 777, 6, dim, device="cuda").to(dtype) if i in there else None for i in range(3)]
+    dout = torch.randn(2, 777, 6, dim, device="cuda").to(dtype)
+    wide = [None if x is None else x.double() for x in branches]
+    kernels = backend.choose("nsa", gates.device, dtype, dim)
+    out = kernels.mix_forward(gates, branches)
+    assert out.dtype == dtype
+    found = [out, *kernels.mix_backward(dout, gates, branches)]
+    truth = [
+        reference_nsa.mix_forward(gates.double(), wide),
+        *reference_nsa.mix_backward(dout.double(), gates.double(), wide),
+    ]
+    errors = [relative_error(a, b) for a, b in zip(found, truth, strict=True)]
+    assert max(errors) <= limit, errors
+    again = [kernels.mix_forward(gates, branches), *kernels.mix_backward(dout, gates, branches)]
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
 BIG = NSACase("big", 3000, group=4, kv_heads=2, dim=64, block=64, top=8, window=128)
 PACKED = NSACase("packed", 3000, group=16, dim=64, block=32, top=8, window=100, cu_seqlens=(0, 1, 1300, 1300, 3000))
 
