@@ -159,6 +159,7 @@ def item_of(
     first = tl.load(bounds_ptr + block, mask=there, other=0)
     first += (item - tl.load(begin_ptr + block, mask=there, other=0)) * each
     last = tl.minimum(first + each, tl.load(bounds_ptr + block + 1, mask=there, other=0))
+    last = tl.where(there, last, first)
     token = tl.load(order_ptr + first, mask=first < last, other=0).to(tl.int32) // (G * TOP)  # through the batch
     before = (block % slots - tl.load(first_block_ptr + token)) * BLOCK
     head = block // slots // chunks

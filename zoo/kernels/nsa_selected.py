@@ -305,9 +305,9 @@ def _near(
     previous = start + max(tl.load(place_ptr + earliest) // BLOCK - 1, 0) * BLOCK
     beyond = min(tl.load(first_key_ptr + latest) + tl.load(place_ptr + latest) + 1, N)
     apart = tl.where(previous > start, tl.cdiv(BLOCK, BLOCK_K), 0)  # tiles of the first range
-    for tile in range(0, apart + tl.cdiv(beyond - previous, BLOCK_K)):
-        k0 = tl.where(tile < apart, start + tile * BLOCK_K, previous + (tile - apart) * BLOCK_K)
-        end = tl.where(tile < apart, min(start + BLOCK, N), beyond)
+    for step in range(0, apart + tl.cdiv(beyond - previous, BLOCK_K)):
+        k0 = tl.where(step < apart, start + step * BLOCK_K, previous + (step - apart) * BLOCK_K)
+        end = tl.where(step < apart, min(start + BLOCK, N), beyond)
         key = k0 + tl.arange(0, BLOCK_K)
         k = load_tile(k_ptr, k0, 0, end, stride_kt, BLOCK_K, D, BLOCK_D)
         v = load_tile(v_ptr, k0, 0, end, stride_vt, BLOCK_K, D, BLOCK_D)
