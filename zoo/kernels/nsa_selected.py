@@ -205,10 +205,10 @@ def _partial(
     k = load_tile(k_ptr + batch * stride_kb + kv_head * stride_kh, key0, 0, end, stride_kt, BLOCK_K, D, BLOCK_D)
     v = load_tile(v_ptr + batch * stride_vb + kv_head * stride_vh, key0, 0, end, stride_vt, BLOCK_K, D, BLOCK_D)
     column = tl.arange(0, BLOCK_K)
-    row = first * GROUP + tl.arange(0, BLOCK_R)
+    row = (first * GROUP + tl.arange(0, BLOCK_R)).to(tl.uint32)
     pair = _pairs(order_ptr, row, last * GROUP, GROUP, SINGLE)
     for r0 in range(first * GROUP, last * GROUP, BLOCK_R):
-        row = r0 + tl.arange(0, BLOCK_R)
+        row = (r0 + tl.arange(0, BLOCK_R)).to(tl.uint32)
         inside, member = row < last * GROUP, row % GROUP
         token = pair // (G * TOP) - batch.to(tl.int32) * T
         q = load_rows(q_ptr, token, member, stride_qt, stride_qh, inside, D, BLOCK_D)
@@ -240,11 +240,11 @@ def _store_scratch(partial_ptr, tile, at, inside, D: tl.constexpr, BLOCK_D: tl.c
 
 @triton.jit
 def _pairs(order_ptr, row, last, GROUP: tl.constexpr, SINGLE: tl.constexpr):
-    """Of rows of an item before `last`."""
+    """Of rows of an item before `last`. Like rows unsigned, so that their divisions are shifts."""
     if SINGLE:
         pair = row // GROUP
     else:
-        pair = tl.load(order_ptr + row // GROUP, mask=row < last, other=0).to(tl.int32)
+        pair = tl.load(order_ptr + row // GROUP, mask=row < last, other=0).to(tl.uint32)
     return pair
 
 
@@ -414,10 +414,10 @@ def _grads(
     column = tl.arange(0, BLOCK_K)
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    row = first * GROUP + tl.arange(0, BLOCK_R)
+    row = (first * GROUP + tl.arange(0, BLOCK_R)).to(tl.uint32)
     pair = _pairs(order_ptr, row, last * GROUP, GROUP, False)
     for r0 in range(first * GROUP, last * GROUP, BLOCK_R):
-        row = r0 + tl.arange(0, BLOCK_R)
+        row = (r0 + tl.arange(0, BLOCK_R)).to(tl.uint32)
         inside, member = row < last * GROUP, row % GROUP
         token = pair // (G * TOP)
         place = tl.load(place_ptr + token, mask=inside, other=0)

@@ -348,7 +348,7 @@ def mix_forward(gates: Tensor, branches: Sequence[Tensor | None]) -> Tensor:
     (out, gate), *others = there
     out = out * gate.to(kind)
     for x, gate in others:
-        out = torch.addcmul(out, x, gate.to(kind))
+        out = torch.addcmul(out, x.to(kind), gate.to(kind))
     return out
 
 
