@@ -162,7 +162,11 @@ def test_near_blocks_that_nobody_or_somebody_chose(cu_seqlens):
     torch.testing.assert_close(actual, expected)
 
 
-def test_queries_without_blocks_and_the_lse_gradient():
+@pytest.mark.parametrize("rows", [16, 32])
+def test_queries_without_blocks_and_the_lse_gradient(rows, monkeypatch):
+    monkeypatch.setattr(
+        nsa_selected, "choose_tile", lambda kernel, q: (rows, 16, 4, 1) if kernel == "near" else (rows, 4, 1)
+    )
     x = NSACase("holes", 30, group=2, kv_heads=2).tensors(torch.float32)
     index = torch.full((1, 30, 2, 3), -1, dtype=torch.int32)
     index[:, 5:, 0, 1] = 1

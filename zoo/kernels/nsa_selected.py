@@ -435,8 +435,11 @@ def _grads(
         ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :]) * scale
         ds = ds.to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
-        dq = tl.dot(tl.trans(k), ds, input_precision="ieee")  # its rows are few: a warpgroup's product wants 64
-        _store_scratch(partial_ptr, tl.trans(dq), tl.cast(pair, tl.int64) * GROUP + member, inside, D, BLOCK_D)
+        if BLOCK_R == 32:  # too few for a warpgroup's product, which wants 64: the other way round
+            dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision="ieee"))
+        else:  # 16 are taken where shared memory is too short for what that takes
+            dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
+        _store_scratch(partial_ptr, dq, tl.cast(pair, tl.int64) * GROUP + member, inside, D, BLOCK_D)
         pair = next_pair
     mine = tl.cast(tl.program_id(0), tl.int64) * BLOCK * D
     store_rows(item_dk_ptr + mine, dk, column, column * 0, D, 0, column < BLOCK, D, BLOCK_D)
