@@ -2,12 +2,12 @@
 
     python scripts/bench_nsa.py                          all of it, once the GPU tests of NSA have passed
     python scripts/bench_nsa.py --only speed --groups 16 --tokens 65536
-    python scripts/bench_nsa.py --only tune --groups 16 --tokens 16384 --kernels merge choose
+    python scripts/bench_nsa.py --only tune --groups 16 --tokens 16384 --kernels near choose
 
 speed      compression + selection and the whole op, forward and backward, their stages, and the peers that import
 crossover  the whole op against dense causal attention, one CUDA graph each
 decode     a step after 64k tokens, one CUDA graph: time, bytes of keys and values, against full attention
-tune       each kernel over candidate tiles, and the settings of the inverse index; not part of "all"
+tune       each kernel over candidate tiles, and the settings of the selected branch; not part of "all"
 
 Prints medians in ms; with $OUT set every row, complete, goes to $OUT/bench_nsa.json as soon as it is there. A row whose
 measurement fails says so and the others go on. 64 query heads, head_dim 128, block 64, top 16, window 512, bfloat16.
@@ -66,7 +66,7 @@ def pair(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
     means = (ops.pool_blocks(x, BLOCK) for x in (k, v))
     gist, _, index = ops.compressed_attention(q, *means, block=BLOCK, top=TOP)
     detail = ops.selected_attention(q, k, v, index, block=BLOCK)
-    return torch.addcmul(gist * gates[..., :1], detail, gates[..., 1:2])
+    return ops.mix_branches(gates, gist, detail, None)
 
 
 def fla_nsa(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def stages(x: dict[str, Tensor]) -> Row:
     row.time("its index", lambda: lambda: [nsa_inverse.inverse(piece, "partial") for piece in pieces])
     row.time("its index backward", lambda: lambda: [nsa_inverse.inverse(piece, "grads") for piece in pieces])
     row.forward_and_backward("window", partial(ops.window_attention, window=WINDOW), [q, k, v, decay], [], dout)
-    row.time("mix", lambda: partial(ops.mix_branches, x["gates"], q, q, q))
+    row.forward_and_backward("mix", ops.mix_branches, [x["gates"], q, q.clone(), dout], [], dout)
     return row
 
 
@@ -323,19 +323,19 @@ TILES: dict[str, list[tuple[int, ...]]] = {
     ],
     "dq": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 32, 4, 3)],
     "dkdv": [(32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 3), (32, 128, 8, 2)],
-    "partial": [(128, 8, 3), (128, 8, 2), (64, 4, 3), (64, 4, 2), (64, 4, 4), (128, 4, 2), (64, 8, 3)],
-    "merge": [
-        (64, 64, 4, 2), (64, 64, 4, 1), (64, 64, 8, 2), (64, 32, 4, 2), (128, 64, 8, 2), (128, 64, 8, 1),
-        (32, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2),
+    "near": [
+        (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 1), (128, 64, 8, 1),
+        (64, 32, 4, 3), (128, 128, 8, 1),
     ],
-    "grads": [(64, 8, 3), (64, 8, 2), (32, 4, 2), (32, 4, 3), (32, 8, 2)],
+    "partial": [(64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 4, 1), (64, 8, 2), (128, 8, 2), (128, 4, 2)],
+    "grads": [(32, 4, 3), (32, 4, 2), (32, 4, 1), (64, 8, 2), (64, 8, 1), (32, 8, 3), (16, 4, 3)],
 }  # fmt: skip
 COMPRESSED = ("forward", "choose", "dq", "dkdv")
 SETTINGS: dict[str, list[Any]] = {
     "ITEM_ROWS": [{"partial": rows, "grads": rows} for rows in (1024, 2048, 4096, 8192, 16384)],
-    "SORT": [(64, 32, 4), (64, 64, 4), (32, 64, 4), (32, 32, 4), (128, 32, 8), (128, 16, 4)],
+    "SUM_BYTES": [16 << 10, 32 << 10, 64 << 10],
     "CHUNKS": [{"partial": chunks, "grads": chunks} for chunks in (1, 2, 4, 8, 16, 32, 64)],
-    "SCRATCH_BYTES": [256 << 20, 1 << 30, 2 << 30, 8 << 30],
+    "SCRATCH_BYTES": [256 << 20, 1 << 30, 2 << 30, 5 << 30, 20 << 30],
 }
 
 
@@ -363,7 +363,7 @@ def passes(tokens: int, group: int) -> dict[str, Call]:
     return {
         "forward": lambda: nsa_compressed.compressed_forward(q, *means, compressed, none, scale),
         "choose": lambda: nsa_compressed.compressed_forward(q, *means, compressed, geometry, scale),
-        "dq": back, "dkdv": back, "partial": walk, "merge": walk, "grads": walk_back,
+        "dq": back, "dkdv": back, "near": walk, "partial": walk, "grads": walk_back,
     }  # fmt: skip
 
 
@@ -383,12 +383,18 @@ def with_tile(kernel: str, tile: tuple[int, ...], call: Call) -> Any:
 
 
 def with_setting(name: str, value: Any, call: Call) -> Any:
-    usual = getattr(nsa_inverse, name)
-    setattr(nsa_inverse, name, value)
+    module, usual = setting(name)
+    setattr(module, name, value)
     try:
         return call()
     finally:
-        setattr(nsa_inverse, name, usual)
+        setattr(module, name, usual)
+
+
+def setting(name: str) -> tuple[Any, Any]:
+    """(the module that holds it, its value)."""
+    module: Any = nsa_inverse if hasattr(nsa_inverse, name) else nsa_selected
+    return module, getattr(module, name)
 
 
 def tune(report: Report, tokens: int, group: int, kernels: list[str]) -> None:
@@ -413,7 +419,7 @@ def tune(report: Report, tokens: int, group: int, kernels: list[str]) -> None:
             report.add("tune", row)
             short = next(iter(value.values())) if isinstance(value, dict) else value
             lines.append(f"{short}: {row['forward']} / {row['backward']}")
-        say(f"  {name}, now {getattr(nsa_inverse, name)}; {'; '.join(lines)}")
+        say(f"  {name}, now {setting(name)[1]}; {'; '.join(lines)}")
 
 
 # ------------------------------------------------------------------------------------------------- compiling beforehand

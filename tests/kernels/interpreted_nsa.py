@@ -9,9 +9,9 @@ from tests.kernels.interpreter import repair
 from tests.ops.cases import poison_new_tensors
 from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
-from tests.ops.run_nsa import run
+from tests.ops.run_nsa import run, spans
 from zoo import ops
-from zoo.kernels import nsa_compressed, nsa_inverse, nsa_selected
+from zoo.kernels import nsa_compressed, nsa_inverse, nsa_mix, nsa_selected
 from zoo.ops import backend, nsa, reference_nsa
 
 repair()
@@ -23,12 +23,11 @@ def small_tiles(monkeypatch):
     tiles = {"forward": (32, 16, 4, 1), "choose": (16, 16, 4, 1), "dq": (16, 16, 4, 1), "dkdv": (32, 16, 4, 1)}
     monkeypatch.setattr(nsa_compressed, "choose_tile", lambda kernel, q, rows: tiles[kernel])
     monkeypatch.setattr(nsa_compressed, "PROGRAMS", 6)
-    tiles |= {"partial": (32, 4, 1), "grads": (32, 4, 1), "merge": (16, 16, 4, 1)}
+    tiles |= {"partial": (32, 4, 1), "grads": (32, 4, 1), "near": (16, 16, 4, 1)}
     monkeypatch.setattr(nsa_selected, "choose_tile", lambda kernel, q: tiles[kernel])
     monkeypatch.setattr(nsa_inverse, "ITEM_ROWS", {"partial": 24, "grads": 40})
     monkeypatch.setattr(nsa_inverse, "CHUNK_TOKENS", 8)
-    monkeypatch.setattr(nsa_inverse, "SORT", (4, 4, 4))
-    monkeypatch.setattr(nsa_inverse, "FEW_PAIRS", 0)
+    monkeypatch.setattr(nsa_selected, "FEW_PAIRS", 0)
     monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", 1 << 30)
 
 
@@ -65,7 +64,7 @@ def test_pieces(scratch, monkeypatch):
 
 
 def test_a_program_per_pair(monkeypatch):
-    monkeypatch.setattr(nsa_inverse, "FEW_PAIRS", 1 << 20)
+    monkeypatch.setattr(nsa_selected, "FEW_PAIRS", 1 << 20)
     found = errors(NSACase("few", 18, group=2, batch=2))
     assert max(found.values()) <= 1e-4, found
 
@@ -145,9 +144,9 @@ def test_the_inverse_index_is_a_stable_sort(kernel, cu_seqlens):
     ordered, expected = key.sort(stable=True)
     pairs = int(wanted.sum())
     assert torch.equal(items.order[:pairs], expected[:pairs].int())
-    spans = [(int(a), int(b), int(c)) for a, b, c in zip(items.first, items.last, items.block, strict=True) if a < b]
-    assert [i for a, b, _ in spans for i in range(a, b)] == list(range(pairs))
-    assert all((ordered[a:b] == c).all() for a, b, c in spans)
+    found = [(int(a), int(b), int(c)) for a, b, c in zip(*spans(items), strict=True)]
+    assert [i for a, b, _ in found for i in range(a, b)] == list(range(pairs))
+    assert all((ordered[a:b] == c).all() for a, b, c in found)
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, (0, 5, 6, 27, 37)])
@@ -163,7 +162,11 @@ def test_near_blocks_that_nobody_or_somebody_chose(cu_seqlens):
     torch.testing.assert_close(actual, expected)
 
 
-def test_queries_without_blocks_and_the_lse_gradient():
+@pytest.mark.parametrize("rows", [16, 32])
+def test_queries_without_blocks_and_the_lse_gradient(rows, monkeypatch):
+    monkeypatch.setattr(
+        nsa_selected, "choose_tile", lambda kernel, q: (rows, 16, 4, 1) if kernel == "near" else (rows, 4, 1)
+    )
     x = NSACase("holes", 30, group=2, kv_heads=2).tensors(torch.float32)
     index = torch.full((1, 30, 2, 3), -1, dtype=torch.int32)
     index[:, 5:, 0, 1] = 1
@@ -204,6 +207,22 @@ def test_table_tiles_equal_the_loops(monkeypatch):
     monkeypatch.undo()
     found = errors(NSACase("table", 70, group=2, dim=16))
     assert max(found.values()) <= 1e-4, found
+
+
+@pytest.mark.parametrize("there", [(0, 1, 2), (0, 1), (2,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_sum_of_branches_equals_the_reference(dtype, there, monkeypatch):
+    monkeypatch.setattr(nsa_mix, "ELEMENTS", 64)
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 5, 3, 12)
+    gates = torch.rand(2, 5, 3, 3, generator=generator)
+    branches = [torch.randn(shape, generator=generator).to(dtype) if i in there else None for i in range(3)]
+    dout = torch.randn(shape, generator=generator).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 4e-3}
+    expected = reference_nsa.mix_forward(gates, branches)
+    torch.testing.assert_close(nsa_mix.mix_forward(gates, branches), expected, **tolerance)
+    grads, truth = (f.mix_backward(dout, gates, branches) for f in (nsa_mix, reference_nsa))
+    torch.testing.assert_close(grads, truth, **tolerance)
 
 
 def test_float16():

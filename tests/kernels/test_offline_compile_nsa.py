@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zoo.kernels import nsa_compressed, nsa_inverse, nsa_selected
+from zoo.kernels import nsa_compressed, nsa_inverse, nsa_mix, nsa_selected
 from zoo.kernels.tiles import SHARED_BYTES
 
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90}
@@ -17,8 +17,8 @@ WIDE = {
     "lse_ptr", "dlse_ptr", "row_lse_ptr", "delta_ptr", "partial_lse_ptr", "item_dk_ptr", "item_dv_ptr",
 }  # fmt: skip
 INDEX = {
-    "place_ptr", "first_ptr", "index_ptr", "begin_ptr", "end_ptr", "order_ptr", "block_ptr", "item_first_ptr",
-    "item_last_ptr", "first_key_ptr", "first_block_ptr", "start_ptr",
+    "place_ptr", "first_ptr", "index_ptr", "begin_ptr", "end_ptr", "bounds_ptr", "block_ptr", "first_key_ptr",
+    "first_block_ptr", "key_ptr",
 }  # fmt: skip
 
 
@@ -28,7 +28,8 @@ def build(kernel, architecture, element, constants, warps, stages, wide=frozense
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            kind = "i32" if name in INDEX else "fp32" if name in WIDE | set(wide) else element
+            kind = "fp32" if name in WIDE | set(wide) else element
+            kind = "i64" if name == "order_ptr" else "i32" if name in INDEX else kind
             signature[name] = f"*{kind}"
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
@@ -58,23 +59,20 @@ def build_compressed(name, architecture, dim, group=16, element="bf16", tile=Non
     return build(kernel, architecture, element, constants, warps, stages, wide)
 
 
-def build_selected(name, architecture, dim, group=16, element="bf16", tile=None):
+def build_selected(name, architecture, dim, group=16, element="bf16", tile=None, block=64, single=False):
     table = nsa_selected.SM90 if architecture == "sm90" else nsa_selected.OTHER
-    rows, warps, stages = tile or table[name][max(64, dim * (2 if element == "fp32" else 1))]
+    rows, *keys, warps, stages = tile or table[name][max(64, dim * (2 if element == "fp32" else 1))]
     constants = {
-        "TOP": 16, "GROUP": group, "D": dim, "BLOCK_D": dim, "BLOCK": 64, "BLOCK_K": 64, "BLOCK_R": rows,
+        "G": 4, "TOP": 16, "GROUP": group, "D": dim, "BLOCK_D": dim, "BLOCK": block, "BLOCK_K": keys[0] if keys else 64,
+        "BLOCK_R": rows,
     }  # fmt: skip
-    return build(getattr(nsa_selected, f"_{name}"), architecture, element, constants, warps, stages)
-
-
-def build_merge(architecture, dim, group=16, element="bf16", tile=None, block=64, together=True):
-    table = nsa_selected.SM90 if architecture == "sm90" else nsa_selected.OTHER
-    rows, keys, warps, stages = tile or table["merge"][max(64, dim * (2 if element == "fp32" else 1))]
-    constants = {
-        "TOP": 16, "GROUP": group, "D": dim, "BLOCK_D": dim, "BLOCK": block, "BLOCK_K": keys, "BLOCK_R": rows,
-        "TOGETHER": together,
-    }  # fmt: skip
-    return build(nsa_selected._merge, architecture, element, constants, warps, stages, {"lse_ptr"})
+    if name == "near":
+        constants |= {"BLOCK_TOP": 16}
+    if name == "partial":
+        constants |= {"SINGLE": single} | ({"order_ptr": None, "bounds_ptr": None} if single else {})
+        constants |= {"begin_ptr": None, "block_ptr": None} if single else {}
+    kernel = getattr(nsa_selected, f"_{name}")
+    return build(kernel, architecture, element, constants, warps, stages, {"lse_ptr"} if name == "near" else set())
 
 
 ROWS = [("sm90", 128, "bf16")]
@@ -92,18 +90,17 @@ def test_every_row_compiles_and_fits(architecture, dim, element):
     for name in ("forward", "choose", "dq", "dkdv"):
         built = build_compressed(name, architecture, dim, element=element)
         assert built.metadata.shared <= SHARED_BYTES[architecture], name
-    for name in ("partial", "grads"):
+    for name in ("near", "partial", "grads"):
         built = build_selected(name, architecture, dim, element=element)
         assert built.metadata.shared <= SHARED_BYTES[architecture], name
-    assert build_merge(architecture, dim, element=element).metadata.shared <= SHARED_BYTES[architecture]
 
 
 @pytest.mark.parametrize("group", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_other_groups_compile(group):
     for name in ("forward", "choose"):
         assert build_compressed(name, "sm90", 64, group).metadata.shared <= SHARED_BYTES["sm90"]
-    assert build_merge("sm90", 64, group, block=32).metadata.shared <= SHARED_BYTES["sm90"]
-    assert build_selected("partial", "sm90", 64, group).metadata.shared <= SHARED_BYTES["sm90"]
+    for name in ("near", "partial"):
+        assert build_selected(name, "sm90", 64, group, block=32).metadata.shared <= SHARED_BYTES["sm90"]
 
 
 @pytest.mark.parametrize("group", [1, 16])
@@ -127,14 +124,20 @@ def test_overlapping_blocks_compile():
 
 
 def test_the_small_kernels_compile():
-    tokens, places, warps = nsa_inverse.SORT
-    for together, put in ((True, False), (True, True), (False, True)):
-        sort = {"TOP": 16, "BLOCK": 64, "BLOCK_T": tokens, "BLOCK_S": places, "TOGETHER": together, "PUT": put}
-        build(nsa_inverse._sort, "sm90", "bf16", sort, warps, 3)
-    build_merge("sm90", 128, together=False)
-    rows = {"TOP": 16, "GROUP": 16, "D": 128, "BLOCK_D": 128, "BLOCK_R": nsa_selected.SUM_ROWS}
+    for far in (True, False):
+        keys = {"G": 4, "TOP": 16, "BLOCK": 64, "FAR": far, "BLOCK_P": nsa_inverse.KEYS}
+        build(nsa_inverse._keys, "sm90", "bf16", keys, 4, 3)
+    for tile in (None, (16, 4, 2)):
+        build_selected("partial", "sm90", 128, tile=tile, single=True)
+    sizes = {"G": 4, "TOP": 16, "GROUP": 16, "D": 128, "BLOCK_D": 128, "BLOCK": 64}
+    rows = sizes | {"BLOCK_TOP": 16, "BLOCK_R": 8}
+    for near in (True, False):
+        build(nsa_selected._merge, "sm90", "bf16", rows | {"NEAR": near}, 4, 3, {"lse_ptr"})
     build(nsa_selected._sum_pairs, "sm90", "bf16", rows, 4, 3)
-    block = {"TOP": 16, "GROUP": 16, "D": 128, "BLOCK_D": 128, "BLOCK": 64, "BLOCK_K": 64}
-    build(nsa_selected._sum_items, "sm90", "bf16", block, 4, 3, {"dk_ptr", "dv_ptr"})
+    build(nsa_selected._sum_items, "sm90", "bf16", sizes | {"BLOCK_K": 64}, 4, 3, {"dk_ptr", "dv_ptr"})
+    for absent in (["third"], []):
+        mix = {"D": 128, "BLOCK_D": 128, "BLOCK_R": 32} | {f"{name}_ptr": None for name in absent}
+        build(nsa_mix._mix, "sm90", "bf16", mix, 4, 3)
+        build(nsa_mix._mix_backward, "sm90", "bf16", mix | {f"d{name}_ptr": None for name in absent}, 4, 3)
     numbers = {"D": 128, "BLOCK_D": 128, "BLOCK_R": nsa_compressed.DELTA_ROWS, "WITH_DLSE": False, "dlse_ptr": None}
     build(nsa_compressed._row_numbers, "sm90", "bf16", numbers, 4, 3)

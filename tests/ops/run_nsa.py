@@ -1,4 +1,6 @@
-"""Runs an NSACase of tests/ops/definition_nsa.py through the public function."""
+"""Runs an NSACase of tests/ops/definition_nsa.py through the public function; reads the inverse index."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,3 +17,11 @@ def run(case: NSACase, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     out = nsa_attention(**inputs, **case.options, cu_seqlens=index)
     grads = torch.autograd.grad((out * tensors["dout"]).sum(), list(inputs.values()))
     return {"out": out.detach()} | {f"d{name}": x for name, x in zip(inputs, grads, strict=True)}
+
+
+def spans(items: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Of nsa_inverse.Items: (first, last, block) of each item in the order, as `item_of` computes them."""
+    item = torch.nonzero(items.block < items.blocks).flatten()
+    block = items.block[item].long()
+    first = items.bounds[block] + (item - items.begin[block]) * items.each
+    return first, torch.minimum(first + items.each, items.bounds[block + 1]), block

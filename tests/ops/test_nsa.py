@@ -207,6 +207,30 @@ def test_errors_name_the_argument(fields, named):
         ops.nsa_attention(**arguments | fields)
 
 
+@pytest.mark.parametrize("there", [(0, 1, 2), (0, 1), (2,), (1, 2)])
+def test_the_sum_of_branches_and_its_gradients(there):
+    torch.manual_seed(0)
+    gates = torch.rand(2, 5, 3, 3, dtype=torch.float64).requires_grad_()
+    branches = [torch.randn(2, 5, 3, 4, dtype=torch.float64).requires_grad_() if i in there else None for i in range(3)]
+    out = ops.mix_branches(gates, *branches)
+    expected = sum(x * gates[..., i : i + 1] for i, x in enumerate(branches) if x is not None)
+    leaves = [gates, *(x for x in branches if x is not None)]
+    dout = torch.randn_like(out)
+    torch.testing.assert_close(out, expected)
+    for a, b in zip(torch.autograd.grad(out, leaves, dout), torch.autograd.grad(expected, leaves, dout), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_branches_that_do_not_fit_are_named():
+    gates, x = torch.rand(1, 5, 2, 3), torch.rand(1, 5, 2, 4)
+    with pytest.raises(ValueError, match="no branch"):
+        ops.mix_branches(gates, None, None, None)
+    with pytest.raises(ValueError, match="alike"):
+        ops.mix_branches(gates, x, x[:, :4], None)
+    with pytest.raises(ValueError, match="branch_gates"):
+        ops.mix_branches(gates[..., :2], x, x, x)
+
+
 def test_operators_pass_torchs_own_checks():
     x = NSACase("opcheck", 20, group=2).tensors(torch.float32)
     q, k, v = (x[name].requires_grad_() for name in "qkv")
@@ -216,6 +240,8 @@ def test_operators_pass_torchs_own_checks():
     index = torch.zeros(1, 20, 1, 4, dtype=torch.int32) - 1
     index[..., 0] = 0
     torch.library.opcheck(nsa._selected_attention, (q, k, v, index, 4, 0.3, None, None), test_utils=tests)
+    gates = x["branch_gates"].requires_grad_()
+    torch.library.opcheck(nsa._mix_branches, (gates, q, None, q.detach() * 2), test_utils=tests)
 
 
 def test_compiles_without_a_break_and_for_other_lengths():

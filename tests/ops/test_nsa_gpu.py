@@ -12,7 +12,7 @@ import torch
 from tests.ops.cases import poison_new_tensors
 from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
-from tests.ops.run_nsa import run
+from tests.ops.run_nsa import run, spans
 from zoo import ops
 from zoo.kernels import nsa_inverse
 from zoo.ops import backend, nsa, reference_nsa
@@ -159,12 +159,11 @@ def test_the_inverse_index_is_a_stable_sort(shape, kernel):
         ordered, expected = key.sort(stable=True)
         pairs = int(wanted.sum())
         assert torch.equal(items.order[:pairs], expected[:pairs].int())
-        full = items.first < items.last
-        first, last, of = items.first[full].long(), items.last[full].long(), items.block[full]
+        first, last, of = spans(items)
         assert int((last - first).sum()) == pairs
         assert torch.equal(first[1:], last[:-1])
-        assert torch.equal(ordered[first], of.long())
-        assert torch.equal(ordered[last - 1], of.long())
+        assert torch.equal(ordered[first], of)
+        assert torch.equal(ordered[last - 1], of)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -181,6 +180,29 @@ def test_any_near_block_may_be_missing(shape):
     assert torch.equal(seen, lse > -torch.inf)
     assert relative_error(out, true_out) <= 1e-2
     assert relative_error(lse[seen], true_lse[seen]) <= 1e-2
+
+
+@pytest.mark.parametrize("there", [(0, 1, 2), (0, 1), (2,)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_the_sum_of_branches_equals_float64(dim, dtype, limit, there):
+    torch.manual_seed(0)
+    gates = torch.rand(2, 777, 6, 3, device="cuda").to(dtype)
+    branches = [torch.randn(2, 777, 6, dim, device="cuda").to(dtype) if i in there else None for i in range(3)]
+    dout = torch.randn(2, 777, 6, dim, device="cuda").to(dtype)
+    wide = [None if x is None else x.double() for x in branches]
+    kernels = backend.choose("nsa", gates.device, dtype, dim)
+    out = kernels.mix_forward(gates, branches)
+    assert out.dtype == dtype
+    found = [out, *kernels.mix_backward(dout, gates, branches)]
+    truth = [
+        reference_nsa.mix_forward(gates.double(), wide),
+        *reference_nsa.mix_backward(dout.double(), gates.double(), wide),
+    ]
+    errors = [relative_error(a, b) for a, b in zip(found, truth, strict=True)]
+    assert max(errors) <= limit, errors
+    again = [kernels.mix_forward(gates, branches), *kernels.mix_backward(dout, gates, branches)]
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
 BIG = NSACase("big", 3000, group=4, kv_heads=2, dim=64, block=64, top=8, window=128)

@@ -1,8 +1,8 @@
 """Native Sparse Attention in Triton: compressed attention with the choice of blocks, and attention over chosen blocks.
 
-The kernels are in nsa_compressed.py, nsa_selected.py and nsa_inverse.py; this module is the back end that `zoo.ops.nsa`
-loads, and says what bounds them. Figures are estimates that the design follows, not measurements: one H200 (790 TFLOP/s
-dense bf16, 4.8 TB/s memory), B1, T 65536, 64 query heads, 4 key/value heads, D 128, block 64, top 16.
+The kernels are in nsa_compressed.py, nsa_selected.py, nsa_inverse.py and nsa_mix.py; this module is the back end that
+`zoo.ops.nsa` loads, and says what bounds them. Figures are estimates that the design follows, not measurements: one
+H200 (790 TFLOP/s dense bf16, 4.8 TB/s memory), B1, T 65536, 64 query heads, 4 key/value heads, D 128, block 64, top 16.
 
 Compressed branch: 2.1e9 visible pairs. Forward three products (scores twice: the probabilities that the choice needs
 are known only once the normaliser is), 1.65 TFLOP; backward seven, 3.8 TFLOP. Tensor cores bound it. Rows of a tile are
@@ -21,18 +21,27 @@ group size. The softmax inside a block is complete: nothing is carried from tile
 way for dK and dV; it leaves its share of dQ in the same scratch, so it takes five products, not seven, and reads no
 block twice.
 
-Of those blocks three are the first, the previous and the own one, the same for neighbouring queries: the second kernel
-reads them as dense attention does, 64 rows and three blocks at a time, and begins its merge with them. Only top - 3
-blocks go through scratch. The items run chunk by chunk of tokens, so that their query rows stay in L2: what memory has
-to move is the partial rows, written once and read once.
+Of those blocks three are the first, the previous and the own one, the same for neighbouring queries: a kernel of its
+own reads them as dense attention does, a tile of rows and three blocks at a time, and leaves one more partial output.
+Only top - 3 blocks go through scratch. The items run chunk by chunk of tokens, so that their query rows stay in L2:
+what memory has to move is the partial rows, written once and read once, by programs that keep as many loads under way
+as they have registers for. An item's next query rows are gathered while its present ones are computed with.
 
 The price is scratch memory for the partial rows, SCRATCH_BYTES at a time: the call is cut into runs of heads and
-tokens. The inverse index is a stable counting sort, every place computed before anything is written: no atomics
-anywhere, the same inputs give the same bits. A call with few queries (decoding) skips the index: one program per
-(token, block) pair, then the same merge.
+tokens. The inverse index is a stable radix sort (torch's) of the pairs' blocks: no atomics anywhere, the same inputs
+give the same bits. A call with few queries (decoding) skips the index: one program per (token, block) pair, then the
+same merge.
 """
 
 from zoo.kernels.nsa_compressed import compressed_backward, compressed_forward
+from zoo.kernels.nsa_mix import mix_backward, mix_forward
 from zoo.kernels.nsa_selected import selected_backward, selected_forward
 
-__all__ = ["compressed_backward", "compressed_forward", "selected_backward", "selected_forward"]
+__all__ = [
+    "compressed_backward",
+    "compressed_forward",
+    "mix_backward",
+    "mix_forward",
+    "selected_backward",
+    "selected_forward",
+]

@@ -1,7 +1,7 @@
 """From the queries' blocks to the blocks' queries: the index that zoo/kernels/nsa_selected.py walks.
 
     pieces   a call cut so that its scratch fits
-    inverse  a piece's pairs sorted by block (a stable counting sort, _sort, run twice), cut into items
+    inverse  a piece's pairs sorted by block (torch's stable radix sort of the keys that _keys writes), cut into items
 
 A pair is a (row, token, kv head, place in block_index), numbered in that order. An item is at most so many pairs of one
 block, of tokens of one chunk: items run chunk by chunk, so that the query rows that they gather are still in L2.
@@ -16,13 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SCRATCH_BYTES = 2 << 30  # for partial rows; above it a call runs in several pieces
-FEW_PAIRS = 2048  # up to so many, a program per pair: nothing to sort, and no block is read by many
+SCRATCH_BYTES = 5 << 30  # for partial rows; above it a call runs in several pieces
 ITEM_ROWS = {"partial": 4096, "grads": 8192}  # of an item at most: its block is read once for all of them
 CHUNKS = {"partial": 16, "grads": 4}  # of a piece's tokens at most
 CHUNK_TOKENS = 256  # at least
-SORT = (64, 32, 4)  # tokens, places of blocks, warps
-INTEGERS = ["T", "slots", "chunks", "each"]
+KEYS = 1024  # of a program
+INTEGERS = ["pairs", "chunk", "chunks", "T", "slots", "blocks"]
 
 
 @dataclass
@@ -45,6 +44,10 @@ class Piece:
     def pairs(self) -> int:
         return self.index.numel()
 
+    @property
+    def top(self) -> int:
+        return self.index.shape[3]
+
     def queries(self, x: Tensor) -> Tensor:
         """This piece of (B,T,H,...)."""
         return x[:, self.tokens, self.heads.start * self.group : self.heads.stop * self.group]
@@ -52,16 +55,17 @@ class Piece:
     def keys(self, x: Tensor) -> Tensor:
         return x[:, :, self.heads]
 
-    def sizes(self, scale: float) -> dict[str, int | float]:
-        _, tokens, kv_heads, _ = self.index.shape
-        return {"T": tokens, "N": self.keys_total, "G": kv_heads, "slots": self.slots, "scale": scale}
+    def sizes(self) -> dict[str, int]:
+        return {"T": self.index.shape[1], "N": self.keys_total}
 
     def switches(self) -> dict[str, int]:
-        return self.row_switches() | {"BLOCK": self.block, "BLOCK_K": max(16, triton.next_power_of_2(self.block))}
+        return {
+            "G": self.index.shape[2], "TOP": self.top, "GROUP": self.group, "D": self.dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(self.dim)), "BLOCK": self.block,
+        }  # fmt: skip
 
-    def row_switches(self) -> dict[str, int]:
-        block_d = max(16, triton.next_power_of_2(self.dim))
-        return {"TOP": self.index.shape[3], "GROUP": self.group, "D": self.dim, "BLOCK_D": block_d}
+    def padded_block(self) -> int:
+        return max(16, triton.next_power_of_2(self.block))
 
 
 def pieces(q: Tensor, k: Tensor, block_index: Tensor, places: Any, block: int) -> Iterator[Piece]:
@@ -70,8 +74,8 @@ def pieces(q: Tensor, k: Tensor, block_index: Tensor, places: Any, block: int) -
     kv_heads, top = block_index.shape[2:]
     group = heads // kv_heads
     token_bytes = batch * top * group * (dim * q.dtype.itemsize + 4)
-    fitting = max(1, min(length, SCRATCH_BYTES // token_bytes))
-    heads_each = max(1, SCRATCH_BYTES // (token_bytes * length)) if fitting == length else 1
+    fitting = _even_share(length, SCRATCH_BYTES // token_bytes)
+    heads_each = _even_share(kv_heads, SCRATCH_BYTES // (token_bytes * length))
     # Documents: the places after the last token's are never used.
     slots = triton.cdiv(k.shape[1], block) if places.documents == 0 else length // block + places.documents
     for g in range(0, kv_heads, heads_each):
@@ -83,111 +87,98 @@ def pieces(q: Tensor, k: Tensor, block_index: Tensor, places: Any, block: int) -
             )  # fmt: skip
 
 
+def _even_share(total: int, most: int) -> int:
+    """Of `total` cut into as few parts of at most `most` as there can be."""
+    return triton.cdiv(total, triton.cdiv(total, max(1, most)))
+
+
 @dataclass
 class Items:
-    order: Tensor  # pairs, sorted by block; those of one block by token
-    block: Tensor  # (count,) int32 ((row * G + kv head) * chunks + chunk) * slots + place
-    first: Tensor  # (count,) int32 range in `order`, empty: nothing to do
-    last: Tensor
-    begin: Tensor  # (blocks + 1,) int32 the items of each block
+    """The blocks are counted ((row * G + kv head) * chunks + chunk) * slots + place."""
+
+    order: Tensor  # (pairs,) int64, sorted by block, those of one block by token; at its end what nobody needs
+    bounds: Tensor  # (blocks + 1,) int32 where each block's pairs begin in `order`
+    begin: Tensor  # (blocks + 1,) int32 where its items begin
+    block: Tensor  # (count,) int32 of each item; `blocks` where there are fewer
+    each: int  # pairs of an item at most: item i of a block begins i * each pairs after it
     count: int
-    blocks: int  # each counted once a chunk
+    blocks: int
     chunks: int
-    single: bool  # every item is one pair
-    together: bool  # no pairs for the first, previous and own blocks
+    slots: int
+
+    def arguments(self) -> tuple[Tensor | int, ...]:
+        """Of `item_of`."""
+        return self.order, self.bounds, self.begin, self.block, self.each, self.blocks, self.chunks, self.slots
 
 
 def inverse(piece: Piece, kernel: str) -> Items:
-    index, device = piece.index, piece.index.device
-    batch, length, kv_heads, top = index.shape
-    if kernel == "partial" and piece.pairs <= FEW_PAIRS:
-        own = torch.div(piece.place, piece.block, rounding_mode="floor")[:, :, None, None]
-        row = torch.arange(batch * kv_heads, device=device, dtype=torch.int32).view(batch, 1, kv_heads, 1) * piece.slots
-        block = (row + piece.first_block[:, :, None, None] + index).flatten()
-        pair = torch.arange(piece.pairs, device=device, dtype=torch.int32)
-        last = pair + ((index >= 0) & (index <= own)).flatten().int()  # an empty item where there is no block
-        return Items(pair, block, pair, last, pair, piece.pairs, batch * kv_heads * piece.slots, 1, True, False)
-    tokens, places, warps = SORT
+    """For "partial" without the pairs of the first, previous and own blocks."""
+    batch, length, kv_heads, top = piece.index.shape
     chunk = max(CHUNK_TOKENS, triton.cdiv(length, CHUNKS[kernel]))
     chunks = triton.cdiv(length, chunk)
-    blocks, together = batch * kv_heads * chunks * piece.slots, kernel == "partial"
-    number = torch.empty(blocks, dtype=torch.int32, device=device)
-    order = torch.empty(piece.pairs, dtype=torch.int32, device=device)
-
-    def sort(start: Tensor, put: bool) -> None:
-        _sort[batch * kv_heads * chunks, triton.cdiv(piece.slots, places)](
-            index, piece.place, piece.first_block, start, order, chunk, chunks, length, kv_heads, piece.slots,
-            TOP=top, BLOCK=piece.block, BLOCK_T=tokens, BLOCK_S=places, TOGETHER=together, PUT=put, num_warps=warps,
-        )  # fmt: skip
-
-    sort(number, False)
-    bounds = _edges(number)
-    sort(bounds, True)
-    each = max(1, ITEM_ROWS[kernel] // piece.group)
-    begin = _edges(torch.div(number + each - 1, each, rounding_mode="floor"))
+    blocks, each = batch * kv_heads * chunks * piece.slots, max(1, ITEM_ROWS[kernel] // piece.group)
+    key = piece.index.new_empty(piece.pairs, dtype=torch.int16 if blocks < 1 << 15 else torch.int32)
+    _keys[triton.cdiv(piece.pairs, KEYS),](
+        piece.index, piece.place, piece.first_block, key, piece.pairs, chunk, chunks, length, piece.slots, blocks,
+        G=kv_heads, TOP=top, BLOCK=piece.block, FAR=kernel == "partial", BLOCK_P=KEYS, num_warps=4,
+    )  # fmt: skip
+    key, order = torch.sort(key, stable=True)
+    bounds = torch.searchsorted(key, torch.arange(blocks + 1, dtype=key.dtype, device=key.device), out_int32=True)
+    begin = bounds.new_zeros(blocks + 1)
+    number = torch.div(bounds.diff() + (each - 1), each, rounding_mode="floor")
+    torch.cumsum(number, 0, dtype=torch.int32, out=begin[1:])
     count = min(blocks, piece.pairs) + piece.pairs // each  # at least the items there are
-    item = torch.arange(count, device=device, dtype=torch.int32)
+    item = torch.arange(count, device=key.device, dtype=torch.int32)
     block = torch.searchsorted(begin[1:], item, right=True, out_int32=True)
-    here = block.clamp(max=blocks - 1).long()
-    first = bounds[here] + (item - begin[here]) * each
-    last = torch.minimum(first + each, bounds[here + 1])
-    return Items(order, block, first, last, begin, count, blocks, chunks, False, together)
-
-
-def _edges(number: Tensor) -> Tensor:
-    """Where each of `number` begins, and the end of the last."""
-    edges = number.new_zeros(number.numel() + 1)
-    torch.cumsum(number, 0, dtype=torch.int32, out=edges[1:])
-    return edges
+    return Items(order, bounds, begin, block, each, count, blocks, chunks, piece.slots)
 
 
 # --------------------------------------------------------------------------------------------------------- the kernels
 
 
 @triton.jit
-def is_near(chosen, own):
-    """Whether it is the first, the previous or the own block."""
-    return (chosen == 0) | (chosen == own) | (chosen == own - 1)
+def is_wanted(chosen, own, FAR: tl.constexpr):
+    """Whether it is a block that the query sees, with FAR other than the first, the previous and the own one."""
+    if FAR:
+        wanted = (chosen > 0) & (chosen < own - 1)
+    else:
+        wanted = (chosen >= 0) & (chosen <= own)
+    return wanted
+
+
+@triton.jit
+def item_of(
+    order_ptr, bounds_ptr, begin_ptr, block_ptr, each, blocks, chunks, slots, first_key_ptr, first_block_ptr,
+    G: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """This program's item: (range of its pairs in the order, possibly empty, row of the batch, kv head, its block's
+    first key, and that key's place in its document)."""
+    item = tl.program_id(0)
+    block = tl.load(block_ptr + item)
+    there = block < blocks
+    first = tl.load(bounds_ptr + block, mask=there, other=0)
+    first += (item - tl.load(begin_ptr + block, mask=there, other=0)) * each
+    last = tl.minimum(first + each, tl.load(bounds_ptr + block + 1, mask=there, other=0))
+    last = tl.where(there, last, first)
+    token = tl.load(order_ptr + first, mask=first < last, other=0).to(tl.int32) // (G * TOP)  # through the batch
+    before = (block % slots - tl.load(first_block_ptr + token)) * BLOCK
+    head = block // slots // chunks
+    key0 = tl.load(first_key_ptr + token) + before
+    return first, last, tl.cast(head // G, tl.int64), tl.cast(head % G, tl.int64), key0, before
 
 
 @triton.jit(do_not_specialize=INTEGERS)
-def _sort(
-    index_ptr, place_ptr, first_block_ptr, start_ptr, order_ptr, each, chunks, T, G, slots,
-    TOP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, TOGETHER: tl.constexpr,
-    PUT: tl.constexpr,
+def _keys(
+    index_ptr, place_ptr, first_block_ptr, key_ptr, pairs, chunk, chunks, T, slots, blocks,
+    G: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr, FAR: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Counts the pairs of BLOCK_S places of blocks among `each` tokens of one key/value head; with PUT writes them to
-    `order`, those of a block from its start on, by token. A token chooses a block at most once."""
-    group = tl.program_id(0)
-    batch, kv_head, begin = group // chunks // G, group // chunks % G, group % chunks * each
-    end = min(begin + each, T)
-    lowest = tl.program_id(1) * BLOCK_S
-    slot = lowest + tl.arange(0, BLOCK_S)
-    if PUT:
-        reached = tl.load(start_ptr + group * slots + slot, mask=slot < slots, other=0)
-    else:
-        reached = tl.zeros([BLOCK_S], tl.int32)
-    for t0 in range(begin, end, BLOCK_T):
-        latest = batch * T + min(t0 + BLOCK_T, end) - 1
-        if tl.load(first_block_ptr + latest) + tl.load(place_ptr + latest) // BLOCK >= lowest:  # else none sees them
-            token = t0 + tl.arange(0, BLOCK_T)
-            inside = token < end
-            token += batch * T
-            own = tl.load(place_ptr + token, mask=inside, other=0) // BLOCK
-            first = tl.load(first_block_ptr + token, mask=inside, other=0)
-            pair = (token * G + kv_head) * TOP
-            found = tl.full([BLOCK_T, BLOCK_S], -1, tl.int32)  # the pair
-            for i in tl.static_range(0, TOP):
-                chosen = tl.load(index_ptr + pair + i, mask=inside, other=-1)
-                wanted = (chosen >= 0) & (chosen <= own)
-                if TOGETHER:
-                    wanted = wanted & (is_near(chosen, own) == 0)
-                at = tl.where(wanted, first + chosen, -1)
-                found = tl.where(at[:, None] == slot[None, :], (pair + i)[:, None], found)
-            there = (found >= 0).to(tl.int32)
-            if PUT:
-                before = reached[None, :] + tl.cumsum(there, 0) - 1
-                tl.store(order_ptr + before, found, mask=found >= 0)
-            reached += tl.sum(there, 0)
-    if not PUT:
-        tl.store(start_ptr + group * slots + slot, reached, mask=slot < slots)
+    """The block of each pair; `blocks`, which sorts last, for a pair that is none."""
+    pair = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = pair < pairs
+    token = pair // (G * TOP)
+    chosen = tl.load(index_ptr + pair, mask=inside, other=-1)
+    place = tl.load(place_ptr + token, mask=inside, other=0)
+    slot = tl.load(first_block_ptr + token, mask=inside, other=0) + chosen
+    block = ((token // T * G + pair // TOP % G) * chunks + token % T // chunk) * slots + slot
+    key = tl.where(is_wanted(chosen, place // BLOCK, FAR), block, blocks)
+    tl.store(key_ptr + pair, key.to(key_ptr.dtype.element_ty), mask=inside)

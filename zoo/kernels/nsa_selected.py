@@ -1,7 +1,8 @@
 """Attention over the blocks that each query chose, forward and backward, block by block (zoo/kernels/nsa.py).
 
+    _near       a tile of queries against their first, previous and own block
     _partial    an item's queries against its block: a complete softmax each, as a partial output and log-sum-exp
-    _merge      a query's first, previous and own block, and onto that its partial outputs by their log-sum-exp
+    _merge      a query's near output and its partial ones by their log-sum-exp
     _grads      an item's part of dK and dV, and each query's part of dQ
     _sum_items  the parts of dK and dV of a block's items, in order
     _sum_pairs  the parts of dQ of a query
@@ -23,20 +24,22 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.nsa_compressed import load_rows, program, row_numbers, store_rows
-from zoo.kernels.nsa_inverse import Items, Piece, inverse, is_near, pieces
+from zoo.kernels.nsa_inverse import Items, Piece, inverse, is_wanted, item_of, pieces
 from zoo.kernels.tiles import architecture, load_tile
 from zoo.kernels.window import LN2, LOG2E, _on_device, _rows_contiguous, _strides
 
-SUM_ROWS = 16
-INTEGERS = ["T", "N", "slots", "chunks"]
-# (rows, warps, stages), of merge (rows, keys, warps, stages), by bytes of a head's row in units of two
+FEW_PAIRS = 2048  # up to so many, a program per pair: nothing to sort, and no block is read by many
+NO_ITEMS = (None,) * 4 + (0,) * 4  # as Items.arguments()
+SUM_BYTES = 32 << 10  # of scratch rows that a program of _merge or _sum_pairs holds: 16 loads of 16 bytes a thread
+INTEGERS = ["T", "N", "each", "blocks", "chunks", "slots"]
+# (rows, warps, stages), of near (rows, keys, warps, stages), by bytes of a head's row in units of two
 SM90 = {
-    "merge": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 2), 512: (16, 16, 4, 1)},
-    "partial": {64: (128, 4, 3), 128: (128, 8, 3), 256: (64, 8, 2), 512: (16, 4, 1)},
-    "grads": {64: (64, 4, 2), 128: (64, 8, 3), 256: (32, 8, 1), 512: (16, 4, 1)},
+    "near": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2), 512: (16, 16, 4, 1)},
+    "partial": {64: (128, 4, 3), 128: (64, 4, 3), 256: (64, 8, 2), 512: (16, 4, 1)},
+    "grads": {64: (64, 4, 2), 128: (32, 4, 3), 256: (32, 8, 1), 512: (16, 4, 1)},
 }
 OTHER = {
-    "merge": {64: (64, 32, 4, 2), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1), 512: (16, 16, 4, 1)},
+    "near": {64: (64, 32, 4, 2), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1), 512: (16, 16, 4, 1)},
     "partial": {64: (64, 4, 2), 128: (64, 4, 2), 256: (32, 4, 1), 512: (16, 4, 1)},
     "grads": {64: (64, 4, 1), 128: (32, 4, 1), 256: (16, 4, 1), 512: (16, 4, 1)},
 }
@@ -55,36 +58,54 @@ def selected_forward(
     q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, places: Any, block: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out like q and natural-log lse (B,T,H) float32."""
-    batch, length, heads, dim = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((batch, length, heads), dtype=torch.float32)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
-    rows, warps, stages = choose_tile("partial", q)
     with _on_device(q):
         for piece in pieces(q, k, block_index, places, block):
             part_q, part_k, part_v = piece.queries(q), piece.keys(k), piece.keys(v)
-            items = inverse(piece, "partial")
-            partial = q.new_empty((piece.pairs, piece.group, dim))
-            partial_lse = q.new_empty((piece.pairs, piece.group), dtype=torch.float32)
-            _partial[items.count,](
-                part_q, part_k, part_v, items.order, items.block, items.first, items.last, piece.place,
-                piece.first_key, piece.first_block, partial, partial_lse, *_strides(part_q), *_strides(part_k),
-                *_strides(part_v), items.chunks, **piece.sizes(scale), **piece.switches(),
-                BLOCK_R=_fit(rows, items, piece), num_warps=warps, num_stages=stages,
-            )  # fmt: skip
             part_out, part_lse = piece.queries(out), piece.queries(lse)
-            tile_rows, tile_keys, tile_warps, tile_stages = choose_tile("merge", q)
-            programs = triton.cdiv(part_q.shape[1] * piece.group, tile_rows) * part_q.shape[0] * part_k.shape[2]
-            _merge[programs,](
-                part_q, part_k, part_v, partial, partial_lse, piece.index, piece.place, piece.first_key, part_out,
-                part_lse, *_strides(part_q), *_strides(part_k), *_strides(part_v), *_strides(part_out),
-                *_strides(part_lse), part_q.shape[1], part_k.shape[1], part_k.shape[2], scale, **piece.row_switches(),
-                BLOCK=block, BLOCK_K=tile_keys, BLOCK_R=tile_rows, TOGETHER=items.together,
-                num_warps=tile_warps, num_stages=tile_stages,
+            items = None if piece.pairs <= FEW_PAIRS else inverse(piece, "partial")
+            partial = _partial_outputs(piece, items, part_q, part_k, part_v, scale)
+            if items is not None:
+                _near_outputs(piece, part_q, part_k, part_v, part_out, part_lse, scale)
+            sums = _summed_rows(piece, q)
+            _merge[triton.cdiv(part_lse.numel(), sums["BLOCK_R"]),](
+                *partial, piece.index, piece.place, part_out, part_lse, *_strides(part_out), *_strides(part_lse),
+                part_lse.numel(), part_q.shape[1], **piece.switches(), **sums, NEAR=items is not None, num_warps=4,
             )  # fmt: skip
     return out, lse
+
+
+def _partial_outputs(
+    piece: Piece, items: Items | None, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(pairs, R, D), and (pairs, R) their log-sum-exp in log2, of the pairs in `items`, or all in a program each."""
+    partial = q.new_empty((piece.pairs, piece.group, piece.dim))
+    lse = q.new_empty((piece.pairs, piece.group), dtype=torch.float32)
+    rows, warps, stages = choose_tile("partial", q)
+    if items is None:
+        rows = min(rows, max(16, triton.next_power_of_2(piece.group)))
+    count, arguments = (piece.pairs, NO_ITEMS) if items is None else (items.count, items.arguments())
+    _partial[count,](
+        q, k, v, *arguments, piece.index, piece.place, piece.first_key, piece.first_block, partial, lse, *_strides(q),
+        *_strides(k), *_strides(v), **piece.sizes(), scale=scale, **piece.switches(), BLOCK_K=piece.padded_block(),
+        BLOCK_R=rows, SINGLE=items is None, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return partial, lse
+
+
+def _near_outputs(piece: Piece, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
+    """Writes to out, and to lse in log2."""
+    rows, keys, warps, stages = choose_tile("near", q)
+    programs = triton.cdiv(q.shape[1] * piece.group, rows) * q.shape[0] * k.shape[2]
+    _near[programs,](
+        q, k, v, piece.index, piece.place, piece.first_key, out, lse, *_strides(q), *_strides(k), *_strides(v),
+        *_strides(out), *_strides(lse), **piece.sizes(), scale=scale, **piece.switches(),
+        BLOCK_TOP=triton.next_power_of_2(piece.top), BLOCK_K=keys, BLOCK_R=rows, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
 
 
 def selected_backward(
@@ -117,98 +138,114 @@ def selected_backward(
             partial = q.new_empty((piece.pairs, piece.group, dim))
             item_dk, item_dv = (q.new_empty((items.count, block, dim), dtype=torch.float32) for _ in range(2))
             _grads[items.count,](
-                part_q, part_k, part_v, part_dout, part_lse, part_delta, items.order, items.block, items.first,
-                items.last, piece.place, piece.first_key, piece.first_block, partial, item_dk, item_dv,
-                *_strides(part_q), *_strides(part_k), *_strides(part_v), *_strides(part_dout), *_strides(part_lse),
-                items.chunks, **piece.sizes(scale), **piece.switches(),
-                BLOCK_R=_fit(rows, items, piece), num_warps=warps, num_stages=stages,
+                part_q, part_k, part_v, part_dout, part_lse, part_delta, *items.arguments(), piece.place,
+                piece.first_key, piece.first_block, partial, item_dk, item_dv, *_strides(part_q), *_strides(part_k),
+                *_strides(part_v), *_strides(part_dout), *_strides(part_lse), **piece.sizes(), scale=scale,
+                **piece.switches(), BLOCK_K=piece.padded_block(), BLOCK_R=rows, num_warps=warps, num_stages=stages,
             )  # fmt: skip
             part_dk, part_dv = piece.keys(dk), piece.keys(dv)
             _sum_items[items.blocks // items.chunks,](
-                items.order, items.first, items.last, items.begin, piece.place, piece.first_key, piece.first_block,
-                item_dk, item_dv, part_dk, part_dv, *_strides(part_dk), items.chunks, **piece.sizes(scale),
-                **piece.switches(), num_warps=4,
+                items.order, items.bounds, items.begin, piece.place, piece.first_key, piece.first_block, item_dk,
+                item_dv, part_dk, part_dv, *_strides(part_dk), items.chunks, items.slots, piece.keys_total,
+                **piece.switches(), BLOCK_K=piece.padded_block(), num_warps=4,
             )  # fmt: skip
             part_dq = piece.queries(dq)
-            _sum_pairs[triton.cdiv(part_lse.numel(), SUM_ROWS),](
+            sums = _summed_rows(piece, q)
+            _sum_pairs[triton.cdiv(part_lse.numel(), sums["BLOCK_R"]),](
                 partial, piece.index, piece.place, part_dq, *_strides(part_dq), part_lse.numel(), part_q.shape[1],
-                part_k.shape[2], block, **piece.row_switches(), BLOCK_R=SUM_ROWS, num_warps=4,
+                **piece.switches(), **sums, num_warps=4,
             )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _fit(rows: int, items: Items, piece: Piece) -> int:
-    """Rows of a tile: no more than an item has."""
-    return min(rows, max(16, triton.next_power_of_2(piece.group))) if items.single else rows
+def _summed_rows(piece: Piece, q: Tensor) -> dict[str, int]:
+    padded = triton.next_power_of_2(piece.top)
+    row_bytes = triton.next_power_of_2(piece.dim) * q.element_size()
+    return {"BLOCK_TOP": padded, "BLOCK_R": max(1, SUM_BYTES // (padded * row_bytes))}
 
 
 # --------------------------------------------------------------------------------------------------------- the kernels
 
 
 @triton.jit
-def _open(
-    item_first, order_ptr, block_ptr, first_key_ptr, first_block_ptr, chunks, G, slots, TOP: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _single(
+    index_ptr, place_ptr, first_key_ptr, T, G: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Of this program's item: (row of the batch, kv head, place of its block, that block's first key)."""
-    block = tl.load(block_ptr + tl.program_id(0))
-    slot = block % slots
-    token = tl.load(order_ptr + item_first) // (G * TOP)  # counted through the batch
-    key0 = tl.load(first_key_ptr + token) + (slot - tl.load(first_block_ptr + token)) * BLOCK
-    head = block // slots // chunks
-    return tl.cast(head // G, tl.int64), tl.cast(head % G, tl.int64), slot, key0
-
-
-@triton.jit
-def _item_rows(
-    row, inside, order_ptr, place_ptr, first_block_ptr, batch, slot, T, G,
-    GROUP: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """(pair, token, member, how many of the block's keys it sees) of rows of an item."""
-    pair = tl.load(order_ptr + row // GROUP, mask=inside, other=0)
+    """As `item_of`, where the item is the pair of this program's number."""
+    pair = tl.program_id(0)
     token = pair // (G * TOP)
-    place = tl.load(place_ptr + token, mask=inside, other=0)
-    first = tl.load(first_block_ptr + token, mask=inside, other=0)
-    seen = tl.where(inside, place + 1 - (slot - first) * BLOCK, BLOCK)
-    return pair, token - batch.to(tl.int32) * T, row % GROUP, tl.minimum(seen, BLOCK)
+    chosen = tl.load(index_ptr + pair)
+    wanted = is_wanted(chosen, tl.load(place_ptr + token) // BLOCK, False)
+    before = tl.where(wanted, chosen, 0) * BLOCK
+    batch, kv_head = tl.cast(token // T, tl.int64), tl.cast(pair // TOP % G, tl.int64)
+    return pair, pair + wanted.to(tl.int32), batch, kv_head, tl.load(first_key_ptr + token) + before, before
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _partial(
-    q_ptr, k_ptr, v_ptr, order_ptr, block_ptr, item_first_ptr, item_last_ptr, place_ptr, first_key_ptr,
-    first_block_ptr, partial_ptr, partial_lse_ptr,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    chunks, T, N, G, slots, scale,
-    TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, order_ptr, bounds_ptr, begin_ptr, block_ptr, each, blocks, chunks, slots,
+    index_ptr, place_ptr, first_key_ptr, first_block_ptr, partial_ptr, partial_lse_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, T, N, scale,
+    G: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    first, last = tl.load(item_first_ptr + tl.program_id(0)), tl.load(item_last_ptr + tl.program_id(0))
+    if SINGLE:
+        first, last, batch, kv_head, key0, before = _single(index_ptr, place_ptr, first_key_ptr, T, G, TOP, BLOCK)
+        seen = tl.minimum(tl.load(place_ptr + first // (G * TOP)) + 1 - before, BLOCK)
+    else:
+        first, last, batch, kv_head, key0, _ = item_of(
+            order_ptr, bounds_ptr, begin_ptr, block_ptr, each, blocks, chunks, slots, first_key_ptr, first_block_ptr,
+            G, TOP, BLOCK,
+        )  # fmt: skip
+        seen = BLOCK  # none is anybody's own
     if first >= last:
         return
-    batch, kv_head, slot, key0 = _open(
-        first, order_ptr, block_ptr, first_key_ptr, first_block_ptr, chunks, G, slots, TOP, BLOCK
-    )
     q_ptr += batch * stride_qb + kv_head * GROUP * stride_qh
-    beyond = min(key0 + BLOCK, N)
-    k = load_tile(k_ptr + batch * stride_kb + kv_head * stride_kh, key0, 0, beyond, stride_kt, BLOCK_K, D, BLOCK_D)
-    v = load_tile(v_ptr + batch * stride_vb + kv_head * stride_vh, key0, 0, beyond, stride_vt, BLOCK_K, D, BLOCK_D)
+    end = min(key0 + seen, N)
+    k = load_tile(k_ptr + batch * stride_kb + kv_head * stride_kh, key0, 0, end, stride_kt, BLOCK_K, D, BLOCK_D)
+    v = load_tile(v_ptr + batch * stride_vb + kv_head * stride_vh, key0, 0, end, stride_vt, BLOCK_K, D, BLOCK_D)
     column = tl.arange(0, BLOCK_K)
+    row = (first * GROUP + tl.arange(0, BLOCK_R)).to(tl.uint32)
+    pair = _pairs(order_ptr, row, last * GROUP, GROUP, SINGLE)
     for r0 in range(first * GROUP, last * GROUP, BLOCK_R):
-        row = r0 + tl.arange(0, BLOCK_R)
-        inside = row < last * GROUP
-        pair, token, member, seen = _item_rows(
-            row, inside, order_ptr, place_ptr, first_block_ptr, batch, slot, T, G, GROUP, TOP, BLOCK
-        )
+        row = (r0 + tl.arange(0, BLOCK_R)).to(tl.uint32)
+        inside, member = row < last * GROUP, row % GROUP
+        token = pair // (G * TOP) - batch.to(tl.int32) * T
         q = load_rows(q_ptr, token, member, stride_qt, stride_qh, inside, D, BLOCK_D)
+        # The next tile's, so that its queries are a load from known addresses and can be under way by then.
+        next_pair = _pairs(order_ptr, row + BLOCK_R, last * GROUP, GROUP, SINGLE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-        s = tl.where(column[None, :] < seen[:, None], s, -float("inf"))  # every pair sees its block's first key
+        if SINGLE or BLOCK != BLOCK_K:
+            s = tl.where((key0 + column < end)[None, :], s, -float("inf"))
         top = tl.max(s, 1)
         p = tl.exp2(s - top[:, None])
         total = tl.sum(p, 1)
-        out = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
-        store_rows(partial_ptr, out, pair, member, GROUP * D, D, inside, D, BLOCK_D)
+        out = tl.dot(p.to(v.dtype), v, input_precision="ieee") * (1 / total)[:, None]
         at = tl.cast(pair, tl.int64) * GROUP + member
+        _store_scratch(partial_ptr, out, at, inside, D, BLOCK_D)
         tl.store(partial_lse_ptr + at, top + tl.log2(total), mask=inside)
+        pair = next_pair
+
+
+@triton.jit
+def _store_scratch(partial_ptr, tile, at, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """To rows `at`; in the L2 cache they make room first, for the queries, which are read again."""
+    column = tl.arange(0, BLOCK_D)
+    mask = inside[:, None]
+    if D != BLOCK_D:
+        mask = mask & (column < D)[None, :]
+    to = partial_ptr + at[:, None] * D + column[None, :]
+    tl.store(to, tile.to(partial_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def _pairs(order_ptr, row, last, GROUP: tl.constexpr, SINGLE: tl.constexpr):
+    """Of rows of an item before `last`. Like rows unsigned, so that their divisions are shifts."""
+    if SINGLE:
+        pair = row // GROUP
+    else:
+        pair = tl.load(order_ptr + row // GROUP, mask=row < last, other=0).to(tl.uint32)
+    return pair
 
 
 @triton.jit
@@ -222,13 +259,19 @@ def _weigh(top, total, acc, s, v):
     return new_top, total * shrink + tl.sum(p, 1), acc
 
 
+@triton.jit
+def _chose(chosen, block):
+    """1 where a row of `chosen` holds the row's block, 0 elsewhere and where there is no such block."""
+    return tl.max(((chosen == block[:, None]) & (chosen >= 0)).to(tl.int32), 1)
+
+
 @triton.jit(do_not_specialize=INTEGERS)
-def _merge(
-    q_ptr, k_ptr, v_ptr, partial_ptr, partial_lse_ptr, index_ptr, place_ptr, first_key_ptr, out_ptr, lse_ptr,
+def _near(
+    q_ptr, k_ptr, v_ptr, index_ptr, place_ptr, first_key_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh, T, N, G, scale,
-    TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, TOGETHER: tl.constexpr,
+    stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh, T, N, scale,
+    G: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_TOP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Rows of one key/value head. The keys of their near blocks lie in two ranges: the first block of the first row's
     document, and from that row's previous block to the last row's own. A document that begins later, with its first
@@ -239,124 +282,176 @@ def _merge(
     place_ptr += batch * T
     first_key_ptr += batch * T
     place = tl.load(place_ptr + t, mask=inside, other=-1)
+    first_key = tl.load(first_key_ptr + t, mask=inside, other=0)
     own = place // BLOCK
+    i = tl.arange(0, BLOCK_TOP)
     choice = (batch * T + t) * G + kv_head
+    chosen = tl.load(
+        index_ptr + choice[:, None] * TOP + i[None, :], mask=inside[:, None] & (i < TOP)[None, :], other=-1
+    )
+    # What a row sees: keys from low on before high, and before first_high.
+    first_high = first_key + tl.minimum(place + 1, _chose(chosen, own * 0) * BLOCK)
+    low = first_key + (own - _chose(chosen, own - 1)) * BLOCK
+    high = tl.where(_chose(chosen, own) > 0, first_key + place + 1, first_key + own * BLOCK)
+    q_ptr += batch * stride_qb + kv_head * GROUP * stride_qh
+    k_ptr += batch * stride_kb + kv_head * stride_kh
+    v_ptr += batch * stride_vb + kv_head * stride_vh
+    q = load_rows(q_ptr, t, member, stride_qt, stride_qh, inside, D, BLOCK_D)
     top = tl.full([BLOCK_R], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    if TOGETHER:
-        with_first, with_previous, with_own = row < 0, row < 0, row < 0  # none yet
-        for i in range(0, TOP):
-            chosen = tl.load(index_ptr + choice * TOP + i, mask=inside, other=-1)
-            there = (chosen >= 0) & inside
-            with_first = with_first | (there & (chosen == 0))
-            with_previous = with_previous | (there & (chosen == own - 1))
-            with_own = with_own | (there & (chosen == own))
-        q_ptr += batch * stride_qb + kv_head * GROUP * stride_qh
-        k_ptr += batch * stride_kb + kv_head * stride_kh
-        v_ptr += batch * stride_vb + kv_head * stride_vh
-        q = load_rows(q_ptr, t, member, stride_qt, stride_qh, inside, D, BLOCK_D)
-        first_key = tl.load(first_key_ptr + t, mask=inside, other=0)
-        earliest, latest = tile * BLOCK_R // GROUP, min((tile * BLOCK_R + BLOCK_R - 1) // GROUP, T - 1)
-        start = tl.load(first_key_ptr + earliest)
-        previous = start + max(tl.load(place_ptr + earliest) // BLOCK - 1, 0) * BLOCK
-        beyond = min(tl.load(first_key_ptr + latest) + tl.load(place_ptr + latest) + 1, N)
-        apart = tl.where(previous > start, tl.cdiv(BLOCK, BLOCK_K), 0)  # tiles of the first range
-        for i in range(0, apart + tl.cdiv(beyond - previous, BLOCK_K)):
-            k0 = tl.where(i < apart, start + i * BLOCK_K, previous + (i - apart) * BLOCK_K)
-            end = tl.where(i < apart, min(start + BLOCK, N), beyond)
-            key = k0 + tl.arange(0, BLOCK_K)
-            k = load_tile(k_ptr, k0, 0, end, stride_kt, BLOCK_K, D, BLOCK_D)
-            v = load_tile(v_ptr, k0, 0, end, stride_vt, BLOCK_K, D, BLOCK_D)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-            at = key[None, :] - first_key[:, None]
-            block = at // BLOCK
-            mine = (block == own[:, None]) & with_own[:, None]
-            mine = mine | ((block == own[:, None] - 1) & with_previous[:, None])
-            mine = mine | ((block == 0) & with_first[:, None])
-            seen = mine & (at >= 0) & (at <= place[:, None]) & (key < end)[None, :]
-            top, total, acc = _weigh(top, total, acc, tl.where(seen, s, -float("inf")), v)
-    for i in range(0, TOP):
-        chosen = tl.load(index_ptr + choice * TOP + i, mask=inside, other=-1)
-        there = (chosen >= 0) & (chosen <= own)
-        if TOGETHER:
-            there = there & (is_near(chosen, own) == 0)
-        pair = choice * TOP + i
-        lse = tl.load(partial_lse_ptr + pair * GROUP + member, mask=there, other=-float("inf"))
-        partial = load_rows(partial_ptr, pair, member, GROUP * D, D, there, D, BLOCK_D)
-        new_top = tl.maximum(top, lse)
-        pivot = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weight = tl.exp2(lse - pivot)
-        shrink = tl.exp2(top - pivot)
-        total = total * shrink + weight
-        acc = acc * shrink[:, None] + weight[:, None] * partial.to(tl.float32)
-        top = new_top
-    seen = total > 0
-    out = acc / tl.where(seen, total, 1.0)[:, None]
-    lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN2, -float("inf"))
+    earliest, latest = tile * BLOCK_R // GROUP, min((tile * BLOCK_R + BLOCK_R - 1) // GROUP, T - 1)
+    start = tl.load(first_key_ptr + earliest)
+    previous = start + max(tl.load(place_ptr + earliest) // BLOCK - 1, 0) * BLOCK
+    beyond = min(tl.load(first_key_ptr + latest) + tl.load(place_ptr + latest) + 1, N)
+    apart = tl.where(previous > start, tl.cdiv(BLOCK, BLOCK_K), 0)  # tiles of the first range
+    for step in range(0, apart + tl.cdiv(beyond - previous, BLOCK_K)):
+        k0 = tl.where(step < apart, start + step * BLOCK_K, previous + (step - apart) * BLOCK_K)
+        end = tl.where(step < apart, min(start + BLOCK, N), beyond)
+        key = k0 + tl.arange(0, BLOCK_K)
+        k = load_tile(k_ptr, k0, 0, end, stride_kt, BLOCK_K, D, BLOCK_D)
+        v = load_tile(v_ptr, k0, 0, end, stride_vt, BLOCK_K, D, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+        seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
+        seen = seen | ((key[None, :] >= first_key[:, None]) & (key[None, :] < first_high[:, None]))
+        seen = seen & (key < end)[None, :]
+        top, total, acc = _weigh(top, total, acc, tl.where(seen, s, -float("inf")), v)
+    there = total > 0
+    out = acc * (1 / tl.where(there, total, 1.0))[:, None]
+    lse = tl.where(there, top + tl.log2(tl.where(there, total, 1.0)), -float("inf"))
     out_ptr += batch * stride_ob + kv_head * GROUP * stride_oh
     store_rows(out_ptr, out, t, member, stride_ot, stride_oh, inside, D, BLOCK_D)
     at = batch * stride_lb + tl.cast(t, tl.int64) * stride_lt + (kv_head * GROUP + member) * stride_lh
     tl.store(lse_ptr + at, lse, mask=inside)
 
 
+@triton.jit
+def _rows_of_heads(
+    index_ptr, place_ptr, rows, T, G: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_TOP: tl.constexpr, BLOCK_R: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """This program's rows of (B,T,H): (whether it is one, batch, t, head), and of each row (BLOCK_R, BLOCK_TOP) the
+    places of its pairs in scratch and whether they are any."""
+    row = tl.cast(tl.program_id(0), tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside, head, token = row < rows, row % (G * GROUP), row // (G * GROUP)
+    own = tl.load(place_ptr + token, mask=inside, other=0) // BLOCK
+    i = tl.arange(0, BLOCK_TOP)[None, :]
+    pair = (token * G + head // GROUP)[:, None] * TOP + i
+    chosen = tl.load(index_ptr + pair, mask=inside[:, None] & (i < TOP), other=-1)
+    at = pair * GROUP + (head % GROUP)[:, None]
+    return inside, token // T, token % T, head, at, is_wanted(chosen, own[:, None], FAR)
+
+
+@triton.jit
+def _scratch_rows(partial_ptr, at, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(BLOCK_R, BLOCK_TOP, BLOCK_D) in float32. Triton lays the threads along the last dimension, then along the first:
+    each has all that it sums up, 16 loads that are under way at once, and exchanges nothing."""
+    column = tl.arange(0, BLOCK_D)[None, None, :]
+    mask = there[:, :, None]
+    if D != BLOCK_D:
+        mask = mask & (column < D)
+    partial = tl.load(partial_ptr + at[:, :, None] * D + column, mask=mask, other=0.0, eviction_policy="evict_first")
+    return partial.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows", "T"])
+def _merge(
+    partial_ptr, partial_lse_ptr, index_ptr, place_ptr, out_ptr, lse_ptr,
+    stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh, rows, T,
+    G: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_TOP: tl.constexpr, BLOCK_R: tl.constexpr, NEAR: tl.constexpr,
+):  # fmt: skip
+    """With NEAR out and lse hold what `_near` left, and the near blocks are no pairs."""
+    inside, batch, t, head, at, there = _rows_of_heads(
+        index_ptr, place_ptr, rows, T, G, TOP, GROUP, BLOCK, BLOCK_TOP, BLOCK_R, NEAR
+    )
+    corner = batch * stride_ob + head * stride_oh
+    lse_at = lse_ptr + batch * stride_lb + t * stride_lt + head * stride_lh
+    if NEAR:
+        near_lse = tl.load(lse_at, mask=inside, other=-float("inf"))
+        near = load_rows(out_ptr, t, corner, stride_ot, 1, inside, D, BLOCK_D).to(tl.float32)
+    lse = tl.load(partial_lse_ptr + at, mask=there, other=-float("inf"))
+    partial = _scratch_rows(partial_ptr, at, there, D, BLOCK_D)
+    top = tl.max(lse, 1)
+    if NEAR:
+        top = tl.maximum(top, near_lse)
+    pivot = tl.where(top == -float("inf"), 0.0, top)
+    weight = tl.exp2(lse - pivot[:, None])
+    total = tl.sum(weight, 1)
+    acc = tl.sum(partial * weight[:, :, None], 1)
+    if NEAR:
+        near_weight = tl.exp2(near_lse - pivot)
+        total += near_weight
+        acc += near * near_weight[:, None]
+    seen = total > 0
+    total = tl.where(seen, total, 1.0)
+    store_rows(out_ptr, acc * (1 / total)[:, None], t, corner, stride_ot, 1, inside, D, BLOCK_D)
+    tl.store(lse_at, tl.where(seen, (pivot + tl.log2(total)) * LN2, -float("inf")), mask=inside)
+
+
 @triton.jit(do_not_specialize=INTEGERS)
 def _grads(
-    q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, order_ptr, block_ptr, item_first_ptr, item_last_ptr,
-    place_ptr, first_key_ptr, first_block_ptr, partial_ptr, item_dk_ptr, item_dv_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, order_ptr, bounds_ptr, begin_ptr, block_ptr,
+    each, blocks, chunks, slots, place_ptr, first_key_ptr, first_block_ptr, partial_ptr, item_dk_ptr, item_dv_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_db, stride_dt, stride_dh, stride_lb, stride_lt, stride_lh, chunks, T, N, G, slots, scale,
-    TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    stride_db, stride_dt, stride_dh, stride_lb, stride_lt, stride_lh, T, N, scale,
+    G: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Matrices are held transposed, (keys, rows)."""
-    item = tl.cast(tl.program_id(0), tl.int64)
-    first, last = tl.load(item_first_ptr + item), tl.load(item_last_ptr + item)
+    first, last, batch, kv_head, key0, before = item_of(
+        order_ptr, bounds_ptr, begin_ptr, block_ptr, each, blocks, chunks, slots, first_key_ptr, first_block_ptr,
+        G, TOP, BLOCK,
+    )  # fmt: skip
     if first >= last:
         return
-    batch, kv_head, slot, key0 = _open(
-        first, order_ptr, block_ptr, first_key_ptr, first_block_ptr, chunks, G, slots, TOP, BLOCK
-    )
     q_ptr += batch * stride_qb + kv_head * GROUP * stride_qh
     dout_ptr += batch * stride_db + kv_head * GROUP * stride_dh
     numbers = batch * stride_lb + kv_head * GROUP * stride_lh
-    beyond = min(key0 + BLOCK, N)
-    k = load_tile(k_ptr + batch * stride_kb + kv_head * stride_kh, key0, 0, beyond, stride_kt, BLOCK_K, D, BLOCK_D)
-    v = load_tile(v_ptr + batch * stride_vb + kv_head * stride_vh, key0, 0, beyond, stride_vt, BLOCK_K, D, BLOCK_D)
+    end = min(key0 + BLOCK, N)
+    k = load_tile(k_ptr + batch * stride_kb + kv_head * stride_kh, key0, 0, end, stride_kt, BLOCK_K, D, BLOCK_D)
+    v = load_tile(v_ptr + batch * stride_vb + kv_head * stride_vh, key0, 0, end, stride_vt, BLOCK_K, D, BLOCK_D)
     column = tl.arange(0, BLOCK_K)
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    row = (first * GROUP + tl.arange(0, BLOCK_R)).to(tl.uint32)
+    pair = _pairs(order_ptr, row, last * GROUP, GROUP, False)
     for r0 in range(first * GROUP, last * GROUP, BLOCK_R):
-        row = r0 + tl.arange(0, BLOCK_R)
-        inside = row < last * GROUP
-        pair, token, member, seen = _item_rows(
-            row, inside, order_ptr, place_ptr, first_block_ptr, batch, slot, T, G, GROUP, TOP, BLOCK
-        )
+        row = (r0 + tl.arange(0, BLOCK_R)).to(tl.uint32)
+        inside, member = row < last * GROUP, row % GROUP
+        token = pair // (G * TOP)
+        place = tl.load(place_ptr + token, mask=inside, other=0)
+        token -= batch.to(tl.int32) * T
         at = numbers + tl.cast(token, tl.int64) * stride_lt + member * stride_lh
         row_lse = tl.load(row_lse_ptr + at, mask=inside, other=float("inf"))
-        q = load_rows(q_ptr, token, member, stride_qt, stride_qh, inside, D, BLOCK_D)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
-        p = tl.where(column[:, None] < seen[None, :], tl.exp2(s - row_lse[None, :]), 0.0)
-        dout = load_rows(dout_ptr, token, member, stride_dt, stride_dh, inside, D, BLOCK_D)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
+        q = load_rows(q_ptr, token, member, stride_qt, stride_qh, inside, D, BLOCK_D)
+        dout = load_rows(dout_ptr, token, member, stride_dt, stride_dh, inside, D, BLOCK_D)
+        next_pair = _pairs(order_ptr, row + BLOCK_R, last * GROUP, GROUP, False)  # as in _partial
+        s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
+        seen = column[:, None] < tl.minimum(place + 1 - before, BLOCK)[None, :]
+        p = tl.where(seen, tl.exp2(s - row_lse[None, :]), 0.0)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :]) * scale
         ds = ds.to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
-        dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
-        store_rows(partial_ptr, dq, pair, member, GROUP * D, D, inside, D, BLOCK_D)
-    mine = item * BLOCK * D
+        if BLOCK_R == 32:  # too few for a warpgroup's product, which wants 64: the other way round
+            dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision="ieee"))
+        else:  # 16 are taken where shared memory is too short for what that takes
+            dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
+        _store_scratch(partial_ptr, dq, tl.cast(pair, tl.int64) * GROUP + member, inside, D, BLOCK_D)
+        pair = next_pair
+    mine = tl.cast(tl.program_id(0), tl.int64) * BLOCK * D
     store_rows(item_dk_ptr + mine, dk, column, column * 0, D, 0, column < BLOCK, D, BLOCK_D)
     store_rows(item_dv_ptr + mine, dv, column, column * 0, D, 0, column < BLOCK, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=["chunks", "slots", "N"])
 def _sum_items(
-    order_ptr, item_first_ptr, item_last_ptr, begin_ptr, place_ptr, first_key_ptr, first_block_ptr,
-    item_dk_ptr, item_dv_ptr, dk_ptr, dv_ptr,
-    stride_b, stride_n, stride_h, chunks, T, N, G, slots, scale,
-    TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    order_ptr, bounds_ptr, begin_ptr, place_ptr, first_key_ptr, first_block_ptr, item_dk_ptr, item_dv_ptr,
+    dk_ptr, dv_ptr, stride_b, stride_n, stride_h, chunks, slots, N,
+    G: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Adds a block's items to what earlier pieces left in dk and dv (B,N,G,D) float32. One program per block.
 
@@ -365,17 +460,17 @@ def _sum_items(
     """
     batch, kv_head, slot = tl.program_id(0) // slots // G, tl.program_id(0) // slots % G, tl.program_id(0) % slots
     block = tl.program_id(0) // slots * chunks * slots + slot  # in the first chunk
-    begin, end = -1, -1
+    first, last = -1, -1
     for chunk in range(0, chunks):
-        earliest, beyond = tl.load(begin_ptr + block + chunk * slots), tl.load(begin_ptr + block + chunk * slots + 1)
-        begin = tl.where((begin < 0) & (earliest < beyond), earliest, begin)
-        end = tl.where(earliest < beyond, beyond, end)
-    if end < 0:
+        earliest, beyond = tl.load(bounds_ptr + block + chunk * slots), tl.load(bounds_ptr + block + chunk * slots + 1)
+        first = tl.where((first < 0) & (earliest < beyond), earliest, first)
+        last = tl.where(earliest < beyond, beyond, last)
+    if last < 0:
         return
-    token = tl.load(order_ptr + tl.load(item_first_ptr + begin)) // (G * TOP)
+    token = tl.load(order_ptr + first).to(tl.int32) // (G * TOP)
     before = (slot - tl.load(first_block_ptr + token)) * BLOCK
     key0 = tl.load(first_key_ptr + token) + before
-    latest = tl.load(order_ptr + tl.load(item_last_ptr + end - 1) - 1) // (G * TOP)  # pairs are sorted by token
+    latest = tl.load(order_ptr + last - 1).to(tl.int32) // (G * TOP)  # pairs of a block are sorted by token
     seen = tl.minimum(tl.load(place_ptr + latest) + 1 - before, BLOCK)
     column = tl.arange(0, BLOCK_K)
     inside = (column < seen) & (key0 + column < N)
@@ -391,18 +486,14 @@ def _sum_items(
     store_rows(dv_ptr + corner, dv, key0 + column, column * 0, stride_n, 0, inside, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "T"])
 def _sum_pairs(
-    partial_ptr, index_ptr, place_ptr, dq_ptr, stride_b, stride_t, stride_h, rows, T, G, block,
-    TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    partial_ptr, index_ptr, place_ptr, dq_ptr, stride_b, stride_t, stride_h, rows, T,
+    G: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_TOP: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    row = tl.cast(tl.program_id(0), tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside, head, token = row < rows, row % (G * GROUP), row // (G * GROUP)  # of (B,T,H); the token through the batch
-    batch, t, choice, member = token // T, token % T, token * G + head // GROUP, head % GROUP
-    own = tl.load(place_ptr + token, mask=inside, other=0) // block
-    dq = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    for i in range(0, TOP):
-        chosen = tl.load(index_ptr + choice * TOP + i, mask=inside, other=-1)
-        there = (chosen >= 0) & (chosen <= own)
-        dq += load_rows(partial_ptr, choice * TOP + i, member, GROUP * D, D, there, D, BLOCK_D).to(tl.float32)
+    inside, batch, t, head, at, there = _rows_of_heads(
+        index_ptr, place_ptr, rows, T, G, TOP, GROUP, BLOCK, BLOCK_TOP, BLOCK_R, False
+    )
+    dq = tl.sum(_scratch_rows(partial_ptr, at, there, D, BLOCK_D), 1)
     store_rows(dq_ptr, dq, t, batch * stride_b + head * stride_h, stride_t, 1, inside, D, BLOCK_D)

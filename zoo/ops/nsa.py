@@ -82,11 +82,21 @@ def runs_dense(keys: int, block: int, top: int) -> bool:
     return keys <= top * block and (CROSSOVER is None or keys <= CROSSOVER)
 
 
-def mix_branches(branch_gates: Tensor, compressed: Tensor, selected: Tensor, near: Tensor) -> Tensor:
-    """Sum of the branches (B,T,H,D) weighted by branch_gates (B,T,H,3), in the branches' dtype."""
-    gates = branch_gates.to(compressed.dtype).unsqueeze(-1)
-    mixed = torch.addcmul(compressed * gates[:, :, :, 0], selected, gates[:, :, :, 1])
-    return torch.addcmul(mixed, near, gates[:, :, :, 2])
+def mix_branches(
+    branch_gates: Tensor, compressed: Tensor | None, selected: Tensor | None, near: Tensor | None
+) -> Tensor:
+    """Sum of the branches (B,T,H,D) weighted by branch_gates (B,T,H,3), in the branches' dtype; None: no such branch.
+
+    Differentiable once. Raises ValueError where there is no branch, or shapes don't fit.
+    """
+    branches = [x for x in (compressed, selected, near) if x is not None]
+    if not branches:
+        raise ValueError("there is no branch to mix: compressed, selected and near are None")
+    shape = branches[0].shape
+    if len(shape) != 4 or any(x.shape != shape for x in branches) or branch_gates.shape != (*shape[:3], 3):
+        text = f"{_shapes(*branches)}, branch_gates {_shapes(branch_gates)}"
+        raise ValueError(f"branches must be alike (B, T, H, D), branch_gates (B, T, H, 3), got {text}")
+    return _mix_branches(branch_gates, compressed, selected, near)
 
 
 def compressed_attention(
@@ -361,6 +371,49 @@ def _backward_selected(ctx, dout: Tensor | None, dlse: Tensor | None):
 _selected_attention.register_autograd(_backward_selected, setup_context=_save_selected)
 stack_rows(_selected_attention, packed=6)
 stack_rows(_selected_attention_backward, packed=10)
+
+
+@torch.library.custom_op("zoo::mix_branches", mutates_args=())
+def _mix_branches(gates: Tensor, compressed: Tensor | None, selected: Tensor | None, near: Tensor | None) -> Tensor:
+    branches = (compressed, selected, near)
+    return _kernels(_first(branches)).mix_forward(gates, branches)
+
+
+@_mix_branches.register_fake
+def _(gates, compressed, selected, near):
+    first = _first((compressed, selected, near))
+    return first.new_empty(first.shape)
+
+
+@torch.library.custom_op("zoo::mix_branches_backward", mutates_args=())
+def _mix_branches_backward(
+    dout: Tensor, gates: Tensor, compressed: Tensor | None, selected: Tensor | None, near: Tensor | None
+) -> list[Tensor]:
+    return _kernels(dout).mix_backward(dout, gates, (compressed, selected, near))
+
+
+@_mix_branches_backward.register_fake
+def _(dout, gates, compressed, selected, near):
+    return [x.new_empty(x.shape) for x in (gates, compressed, selected, near) if x is not None]
+
+
+def _save_mix(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_mix(ctx, dout: Tensor):
+    inputs = ctx.saved_tensors
+    grads = iter(_mix_branches_backward(dout, *inputs))
+    return tuple(None if x is None else next(grads) for x in inputs)
+
+
+_mix_branches.register_autograd(_backward_mix, setup_context=_save_mix)
+stack_rows(_mix_branches)
+stack_rows(_mix_branches_backward)
+
+
+def _first(branches: tuple[Tensor | None, ...]) -> Tensor:
+    return next(x for x in branches if x is not None)
 
 
 def _kernels(q: Tensor) -> Any:

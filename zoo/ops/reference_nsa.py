@@ -7,7 +7,7 @@ Shapes: q (B,T,H,D); k, v (B,N,G,D); compressed keys and values (B,M,G,D); block
 heads share one key/value head. Where a query stands is a `Places`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -336,3 +336,28 @@ def _rows(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, wide: tor
     if dlse is not None:
         delta = delta - dlse.to(wide).masked_fill(lse == torch.inf, 0)
     return delta, lse
+
+
+# -------------------------------------------------------------------------------------------------- the sum of branches
+
+
+def mix_forward(gates: Tensor, branches: Sequence[Tensor | None]) -> Tensor:
+    """Of (B,T,H,D) weighted by gates (B,T,H,3), like the first that there is."""
+    there = [(x, gates[..., i, None]) for i, x in enumerate(branches) if x is not None]
+    kind = there[0][0].dtype
+    (out, gate), *others = there
+    out = out * gate.to(kind)
+    for x, gate in others:
+        out = torch.addcmul(out, x.to(kind), gate.to(kind))
+    return out
+
+
+def mix_backward(dout: Tensor, gates: Tensor, branches: Sequence[Tensor | None]) -> list[Tensor]:
+    """dgates, and the gradients of the branches that there are."""
+    dgates = torch.zeros_like(gates)
+    grads = []
+    for i, x in enumerate(branches):
+        if x is not None:
+            dgates[..., i] = (dout * x).sum(-1, dtype=accumulator(x.dtype))
+            grads.append((dout * gates[..., i, None].to(dout.dtype)).to(x.dtype))
+    return [dgates, *grads]
