@@ -85,12 +85,12 @@ def packed(rows: list[np.ndarray], targets: Any, filling: int) -> Batch:
     wanted = np.concatenate([targets(row[1:]) for row in rows])
     ends = np.cumsum([0, *(len(row) - 1 for row in rows)])
     spare = few_lengths(len(inputs)) - len(inputs)
-    inputs, wanted = (
-        torch.from_numpy(np.concatenate((part, np.full((spare, *part.shape[1:]), value, part.dtype))))
-        for part, value in ((inputs, filling), (wanted, IGNORED))
-    )
-    bounds = torch.from_numpy(np.append(ends, len(inputs)).astype(np.int32))
-    return Batch(inputs[None], wanted[None], ctx=Context(cu_seqlens=bounds))
+
+    def filled(part: np.ndarray, value: int) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate((part, np.full((spare, *part.shape[1:]), value, part.dtype))))[None]
+
+    bounds = torch.from_numpy(np.append(ends, len(inputs) + spare).astype(np.int32))
+    return Batch(filled(inputs, filling), filled(wanted, IGNORED), ctx=Context(cu_seqlens=bounds))
 
 
 def collate_notes(rows: list[np.ndarray]) -> Batch:
