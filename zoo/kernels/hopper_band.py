@@ -59,7 +59,6 @@ class Problem:
 
     batches: gl.tensor
     heads: gl.tensor
-    group: gl.tensor  # query heads per key head
     queries: gl.tensor
     keys: gl.tensor
     window: gl.tensor
@@ -70,16 +69,16 @@ class Problem:
     total: gl.tensor  # (B, H, chunks) fp32; read where GATED
     CONSUMERS: gl.constexpr
     D: gl.constexpr
+    GROUP: gl.constexpr  # query heads per key head
     GATED: gl.constexpr
     BOUNDED: gl.constexpr  # 0: no starts; 1: a row of them for each of the batch; 2: for each key head
     A_SHARED: gl.constexpr  # the resident operands stay in shared memory instead of registers
 
     @gluon.constexpr_function
-    def __init__(self, batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
-                 CONSUMERS, D, GATED, BOUNDED, A_SHARED):  # fmt: skip
+    def __init__(self, batches, heads, queries, keys, window, blocks, items, starts, suffix, total,
+                 CONSUMERS, D, GROUP, GATED, BOUNDED, A_SHARED):  # fmt: skip
         self.batches = batches
         self.heads = heads
-        self.group = group
         self.queries = queries
         self.keys = keys
         self.window = window
@@ -90,6 +89,7 @@ class Problem:
         self.total = total
         self.CONSUMERS = gl.constexpr(CONSUMERS)
         self.D = gl.constexpr(D)
+        self.GROUP = gl.constexpr(GROUP)
         self.GATED = gl.constexpr(GATED)
         self.BOUNDED = gl.constexpr(BOUNDED)
         self.A_SHARED = gl.constexpr(A_SHARED)
@@ -111,7 +111,7 @@ class Problem:
         """Where a head's row of `starts` (or of their mirror, ends) begins."""
         row = batch
         if self.BOUNDED == 2:
-            row = batch * (self.heads // self.group) + head // self.group
+            row = batch * (self.heads // self.GROUP) + head // self.GROUP
         return base + row.to(gl.int64) * self.keys
 
     @gluon.jit

@@ -66,9 +66,9 @@ def dkv_produce(problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows
         batch, kv_head, tile = locate_keys(problem, item)
         oldest = gl.maximum(tile, offset // TILE)
         last_tile = gl.minimum(tile + CONSUMERS - 1, (problem.keys - 1) // TILE)
-        count = gl.maximum(newest_query(problem, ends, batch, kv_head * problem.group, last_tile) - oldest + 1, 1)
-        for member in range(problem.group):
-            head = kv_head * problem.group + member
+        count = gl.maximum(newest_query(problem, ends, batch, kv_head * problem.GROUP, last_tile) - oldest + 1, 1)
+        for member in range(problem.GROUP):
+            head = kv_head * problem.GROUP + member
             carry = gl.to_tensor(0.0)  # the totals of the chunks after the item's first, up to this tile's
             if problem.GATED:
                 _, total = problem.gate_rows(batch, head)
@@ -119,7 +119,7 @@ def load_rows(problem, rows, batch, head, tile, layout: gl.constexpr):
 def locate_keys(problem, item):
     """Batch row, key head, first tile of an item of keys."""
     row = item // problem.blocks
-    kv_heads = problem.heads // problem.group
+    kv_heads = problem.heads // problem.GROUP
     return row // kv_heads, row % kv_heads, item % problem.blocks * problem.CONSUMERS
 
 
@@ -145,9 +145,8 @@ def fetch_suffix(problem, own, batch, head, tile):
 
 
 @gluon.jit
-def dkv_consume(
-    C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, own_tiles, dk_desc, dv_desc, ends, key_side, scale_log2, scale
-):
+def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, own_tiles, dk_desc, dv_desc, ends, key_side,
+                scale_log2, scale):  # fmt: skip
     """Warpgroup C: 64 keys of every item. key_side (B,H,N) fp32, nats, gets the key side of dU, -sum_t dS_tj."""
     D: gl.constexpr = problem.D
     dtype: gl.constexpr = dk_desc.dtype
@@ -166,7 +165,7 @@ def dkv_consume(
     # an item's keys lie in one chunk, the anchor of their bias, which is then their suffix
     gl.static_assert(TILES_PER_CHUNK % problem.CONSUMERS == 0)
     if problem.GATED:
-        fetch_suffix(problem, own_tiles.index(C), batch, kv_head * problem.group, block_tile + C)
+        fetch_suffix(problem, own_tiles.index(C), batch, kv_head * problem.GROUP, block_tile + C)
     for item in range(gl.program_id(0), problem.items, gl.num_programs(0)):
         next_batch, next_kv_head, next_tile = locate_keys(
             problem, gl.minimum(item + gl.num_programs(0), problem.items - 1)
@@ -174,14 +173,14 @@ def dkv_consume(
         tile = block_tile + C
         block_oldest = gl.maximum(block_tile, offset // TILE)
         last_tile = gl.minimum(block_tile + problem.CONSUMERS - 1, (problem.keys - 1) // TILE)
-        block_newest = gl.maximum(newest_query(problem, ends, batch, kv_head * problem.group, last_tile), block_oldest)
+        block_newest = gl.maximum(newest_query(problem, ends, batch, kv_head * problem.GROUP, last_tile), block_oldest)
         oldest = gl.minimum(gl.maximum(tile, block_oldest), block_newest + 1)
         newest = gl.minimum(
-            newest_query(problem, ends, batch, kv_head * problem.group, gl.minimum(tile, last_tile)), block_newest
+            newest_query(problem, ends, batch, kv_head * problem.GROUP, gl.minimum(tile, last_tile)), block_newest
         )
         newest = gl.where(tile <= last_tile, gl.maximum(newest, oldest - 1), oldest - 1)
         key = tile * TILE + gl.arange(0, TILE, layout=row_layout)
-        last = last_queries(problem, ends, batch, kv_head * problem.group, key)
+        last = last_queries(problem, ends, batch, kv_head * problem.GROUP, key)
         if problem.BOUNDED:
             clear = gl.min(last, 0)  # a query tile up to here has no far edge
         else:
@@ -196,16 +195,16 @@ def dkv_consume(
             mbarrier.arrive(channels.held_free.index(C), count=1)
         dk = gl.zeros([TILE, D], gl.float32, o_layout)
         dv = gl.zeros([TILE, D], gl.float32, o_layout)
-        for member in range(problem.group):
-            head = kv_head * problem.group + member
+        for member in range(problem.GROUP):
+            head = kv_head * problem.GROUP + member
             gathered = gl.zeros([TILE, TILE], gl.float32, s_layout)
             gathered = lane_sum(gathered, 64)
             own = gl.zeros([TILE], gl.float32, row_layout)
             if problem.GATED:  # the next head's or item's travels meanwhile
                 async_copy.wait_group(0)
                 own = own_tiles.index(C).load(row_layout)
-                more = member + 1 < problem.group
-                next_head = gl.where(more, head + 1, next_kv_head * problem.group)
+                more = member + 1 < problem.GROUP
+                next_head = gl.where(more, head + 1, next_kv_head * problem.GROUP)
                 fetch_suffix(
                     problem,
                     own_tiles.index(C),
@@ -264,16 +263,16 @@ def dkv_consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
+@gluon.jit(do_not_specialize=["batches", "heads", "queries", "keys", "window", "blocks", "items"])
 def dkv_kernel(
     k_desc, v_desc, q_desc, dout_desc, dk_desc, dv_desc, suffix, total, starts, ends, rows, key_side,
     scale_log2, bias_factor, scale,
-    batches, heads, group, queries, keys, window, blocks, items,
-    CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, BOUNDED: gl.constexpr,
-    A_SHARED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    batches, heads, queries, keys, window, blocks, items,
+    CONSUMERS: gl.constexpr, D: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr,
+    BOUNDED: gl.constexpr, A_SHARED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
-                      CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
+    problem = Problem(batches, heads, queries, keys, window, blocks, items, starts, suffix, total,
+                      CONSUMERS, D, GROUP, GATED, BOUNDED, A_SHARED)  # fmt: skip
     channels = open_channels(k_desc, q_desc, CONSUMERS, STAGES)
     if A_SHARED:
         dk_tiles = channels.held
