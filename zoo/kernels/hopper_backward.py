@@ -9,11 +9,10 @@ hopper_dkv.py. Both recompute P: seven products, one writer per element.
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from zoo.kernels import gate as gates
-from zoo.kernels.hopper_band import LOG2E, Schedule, bounded, copyable, descriptor, programs
+from zoo.kernels.hopper_band import LOG2E, Schedule, bounded, ceil_div, copyable, descriptor, programs
 from zoo.kernels.hopper_dkv import dkv_kernel
 from zoo.kernels.hopper_dq import dq_kernel
 
@@ -54,7 +53,7 @@ def window_backward(
     sizes = (B, H, T, N, min(window or N, N))
 
     plan = dq_schedule or DQ_TABLE[D]
-    blocks = triton.cdiv(triton.cdiv(N, 64) - (N - T) // 64, plan.consumers)
+    blocks = ceil_div(ceil_div(N, 64) - (N - T) // 64, plan.consumers)
     items = blocks * B * H
     dq_kernel[(min(items, programs(q)),)](
         descriptor(q), descriptor(dout), descriptor(k), descriptor(v), descriptor(dq),
@@ -65,7 +64,7 @@ def window_backward(
     )  # fmt: skip
 
     plan = dkv_schedule or DKV_TABLE[D]
-    blocks = triton.cdiv(triton.cdiv(N, 64), plan.consumers)
+    blocks = ceil_div(ceil_div(N, 64), plan.consumers)
     items = blocks * B * G
     dkv_kernel[(min(items, programs(q) * (2 if plan.consumers == 1 else 1)),)](
         descriptor(k), descriptor(v), descriptor(q), descriptor(dout), descriptor(dk), descriptor(dv),

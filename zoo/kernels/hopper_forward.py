@@ -16,7 +16,6 @@ usual online softmax. The result is right for any logits; fp16, whose range is s
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -39,6 +38,7 @@ from zoo.kernels.hopper_band import (
     Schedule,
     bias_columns,
     bounded,
+    ceil_div,
     copyable,
     descriptor,
     lane_sum,
@@ -449,7 +449,7 @@ def window_forward(
     suffix, total = gates.prefix(gate) if gate else (lse, lse)
     starts = lse if spans is None else spans[0].contiguous()
     plan = schedule or TABLE[D]
-    blocks = triton.cdiv(triton.cdiv(N, 64) - (N - T) // 64, plan.consumers)
+    blocks = ceil_div(ceil_div(N, 64) - (N - T) // 64, plan.consumers)
     items = blocks * B * H
     scale_log2 = scale * LOG2E.value
     forward_kernel[(min(items, programs(q)),)](
