@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from zoo import bench
+from zoo import bench, tuning
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 300])
@@ -126,5 +126,5 @@ def test_candidates_are_schedules_and_hold_what_stands():
     }
     for name, table in tables.items():
         for dim, schedule in table.items():
-            assert schedule in [Schedule(*values) for values in bench.CANDIDATES[name][dim]]
-    assert decode.STEPS in [decode.Steps(*values) for values in bench.RING_STEPS]
+            assert schedule in [Schedule(*values) for values in tuning.CANDIDATES[name][dim]]
+    assert decode.STEPS in [decode.Steps(*values) for values in tuning.RING_STEPS]
