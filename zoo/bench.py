@@ -460,7 +460,8 @@ def run(out: Path, rounds: int = 3, peers: list[str] | None = None, shapes: list
     dims = {parse_shape(text).head_dim for text in shapes} or {shape.head_dim for shape in SHAPES}
     warming = [start("warm", name, dim) for name in names for dim in dims]
     try:
-        check_kernels(workers=max(0, min(12, (os.cpu_count() or 1) - 2 * len(warming))) if installed("xdist") else 0)
+        workers = max(2, min(12, (os.cpu_count() or 1) - len(warming))) if installed("xdist") else 0
+        check_kernels(workers=workers)
     finally:
         for process in warming:
             process.wait()
