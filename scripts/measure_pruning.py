@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from zoo import ops
+from zoo.bench import queued_ms
 from zoo.model import Context, Model
 from zoo.ops.prune import TILE, first_tiles
 from zoo.train import autocast, load_run, pick_device
@@ -106,9 +107,7 @@ def errors(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, window: int, prune: f
 
 
 def times(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, window: int, prune: float, rounds: int) -> dict[str, float]:
-    """Milliseconds of both, forward and backward, and of choosing the tiles, which the forward holds."""
-    from triton.testing import do_bench
-
+    """Milliseconds on the device of both, forward and backward, and of choosing the tiles, which the forward holds."""
     leaves = [x.clone().requires_grad_() for x in (q, k, v, decay)]
     calls: dict[str, Any] = {
         "choice": partial(first_tiles, q, k, decay, window=window, scale=q.shape[-1] ** -0.5, prune=prune)
@@ -120,7 +119,7 @@ def times(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, window: int, prune: fl
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            taken[name].append(do_bench(call, warmup=10, rep=40, return_mode="median"))
+            taken[name].append(queued_ms(call)[0])
     return {f"{name}_ms": statistics.median(values) for name, values in taken.items()}
 
 

@@ -1,11 +1,12 @@
 """The bench without a GPU: what it counts, how it sums up, and that it refuses to print what it cannot trust."""
 
 import subprocess
+import time
 
 import pytest
 import torch
 
-from zoo import bench
+from zoo import bench, tuning
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 300])
@@ -43,6 +44,47 @@ def test_medians_and_spread_over_rounds(tmp_path):
     assert len((tmp_path / "bench.csv").read_text().splitlines()) == 8
     bench.plot([forward, backward, decode], tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 5_000
+
+
+def test_ratios_are_those_of_each_round(monkeypatch):
+    """Rounds at different clocks: the peer's times spread, its ratios to ours do not."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    peer = [{**row, "peer": "other", "ms": 2 * row["ms"]} for row in rows() if row["what"] == "forward"]
+    timed = [{**row, "host_ms": 0.1} for row in [*rows(), *peer]]
+    _, forward, backward, decode = bench.table(timed).splitlines()
+    assert forward.startswith("forward B1 H2 T4096 D64 W512: zoo 1.0000 ±15%")
+    assert "122.070 ns" in forward  # 1 ms over 2 x 4096
+    assert "other 2.0000 ±15% 2.00x (2.00-2.00)" in forward
+    assert backward.startswith("backward B1 H2")
+    assert "other" not in backward
+    assert decode.endswith("3.00 TB/s")
+
+
+def test_rows_of_all_lengths_hold_as_many_tokens():
+    for shape in bench.LENGTHS:
+        assert shape.batch * shape.heads * shape.tokens == 4 << 20
+        assert bench.Shape(1, 4, 1 << 20, shape.head_dim, shape.window) in bench.SHAPES
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_count():
+    """A call that keeps the host for 2 ms and the device for microseconds."""
+    x = torch.zeros(1, device="cuda")
+
+    def call():
+        time.sleep(2e-3)
+        x.add_(1)
+
+    device, host = bench.queued_ms(call, least=0.05)
+    assert device < 0.2 < 2 < host
+
+
+@pytest.mark.gpu
+def test_the_device_counts():
+    """A kernel that waits 4 million cycles at 1 to 2.5 GHz."""
+    device, host = bench.queued_ms(lambda: torch.cuda._sleep(4_000_000), least=20)
+    assert 1.6 < device < 4
+    assert host < device
 
 
 def test_no_gpu_no_bench(tmp_path):
@@ -84,5 +126,5 @@ def test_candidates_are_schedules_and_hold_what_stands():
     }
     for name, table in tables.items():
         for dim, schedule in table.items():
-            assert schedule in [Schedule(*values) for values in bench.CANDIDATES[name][dim]]
-    assert decode.STEPS in [decode.Steps(*values) for values in bench.RING_STEPS]
+            assert schedule in [Schedule(*values) for values in tuning.CANDIDATES[name][dim]]
+    assert decode.STEPS in [decode.Steps(*values) for values in tuning.RING_STEPS]

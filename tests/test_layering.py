@@ -35,6 +35,7 @@ ORDER = (
     ("pipelines",),  # opens a run that train has left
     ("evaluate",),
     ("doctor", "bench", "publish"),
+    ("tuning",),
     ("cli",),
 )
 ROW = {part: row for row, parts in enumerate(ORDER) for part in parts}
@@ -43,8 +44,8 @@ BESIDE = {("config", "registry")}
 # Arrows upwards, inside a function alone: create_model opens weights (pretrained=True, backbone_from=), which build
 # models.
 DEFERRED = {("model", "weights"), ("model", "frozen")}
-# ops choose the back end and nobody passes them by; a bench measures the parts one by one
-IMPORTERS = {"kernels": ("ops", "bench")}
+# ops choose the back end and nobody passes them by; benches measure the parts one by one
+IMPORTERS = {"kernels": ("ops", "bench", "tuning")}
 PEERS = {"fla", "flash-attn"}  # what a bench measures beside us, where it is installed
 KNOWS_MIXERS_BY_NAME = {"train", "evaluate", "generation"}  # they see zoo.mixers.base, no concrete mixer
 TASKS_STOP_AT = ROW["task"]
@@ -210,7 +211,7 @@ PLANTED = {
     "a kernel from a mixer": (
         "zoo/mixers/swa.py",
         "from zoo.kernels import window",
-        "only ops and bench may import kernels",
+        "only ops and bench and tuning may import kernels",
     ),
     "a concrete mixer": ("zoo/train/loop.py", "from zoo.mixers.swa import ops", "no concrete mixer"),
     "all concrete mixers": ("zoo/generation.py", "from zoo import mixers", "no concrete mixer"),

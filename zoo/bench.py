@@ -1,16 +1,22 @@
 """`zoo bench kernels`: our attention beside its peers, on the same inputs in the same process, forward and backward.
 
 A speed is printed only after the kernels' own tests passed in the same call. Every round is a process of its own, since
-a kernel's speed differs between starts; what is printed is the median over rounds with their spread. Speeds count exact
-visible pairs (4 D FLOPs each forward, 2.5 times that backward) and, beside it, the pairs of the 64 x 64 tiles computed.
+a kernel's speed differs between starts; what is printed is the median over rounds with their spread. A time is the
+device's: calls wait behind a kernel that only waits, until all of them are queued (`queued_ms`), or are replayed as a
+CUDA graph where they are short (`graph_ms`), ours and the peers' alike; what the host takes to start one stands beside
+it. Speeds count exact visible pairs (4 D FLOPs each forward, 2.5 times that backward) and, beside it, the pairs of the
+64 x 64 tiles computed.
 Peers that cannot be imported, or do not do a shape, are left out by name.
 """
 
 import csv
+import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,7 +33,9 @@ from zoo.mixers.base import visible_pairs
 from zoo.ops import backend
 
 TILE = 64
-MILLISECONDS = 100  # of repeats behind each median
+MILLISECONDS = 50  # of repeats behind each median
+CYCLES = 2e9  # a second of the device's clock, at least
+CALM = 0.3  # seconds of work before the first figure of a process: it has been up to 60% high without
 Call = Callable[[], Any]
 
 
@@ -69,6 +77,11 @@ SHAPES = (
     Shape(1, 16, 65536, 128, 1024),
     Shape(1, 4, 1 << 20, 64, 512),
     Shape(1, 4, 1 << 20, 128, 512),
+)
+
+# A million tokens in rows of other lengths: what a token costs must not depend on it.
+LENGTHS = tuple(
+    Shape((1 << 20) // tokens, 4, tokens, dim, 512) for dim in (64, 128) for tokens in (1 << 14, 1 << 16, 1 << 18)
 )
 
 
@@ -215,10 +228,39 @@ PEERS = (
 # Measuring
 
 
-def time_ms(call: Call) -> float:
-    from triton.testing import do_bench
+def queued_ms(call: Call, least: float = MILLISECONDS, tries: int = 4) -> tuple[float, float]:
+    """(device, host): median milliseconds from one call's end to the next one's on the device, and what it takes the
+    host to start one. A kernel that only waits holds the calls back until all are queued: nobody waits for Python.
 
-    return float(do_bench(call, warmup=25, rep=MILLISECONDS, return_mode="median"))
+    Where the host cannot get ahead in `tries` attempts (a peer that waits for the device in its call), the device's
+    time holds its waits. Inputs should be larger than the L2 cache: it is not emptied between calls."""
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    host = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    calls = max(4, min(24, round(least / 1e3 / (time.perf_counter() - begin))))
+    wait = 2 * host * calls + 2e-3  # seconds
+    spans: list[float] = []
+    hosts: list[float] = []
+    while sum(spans) < least:
+        torch.cuda._sleep(int(wait * CYCLES))
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+        marks[0].record()
+        begin = time.perf_counter()
+        for mark in marks[1:]:
+            call()
+            mark.record()
+        hosts.append((time.perf_counter() - begin) / calls)
+        late = marks[0].query()
+        torch.cuda.synchronize()
+        if late and tries > 0:
+            tries, wait = tries - 1, 2 * wait
+            continue
+        spans += [one.elapsed_time(other) for one, other in pairwise(marks)]
+    return statistics.median(spans), 1e3 * statistics.median(hosts)
 
 
 def graph_ms(calls: Sequence[Call], least: int = 16, replays: int = 20) -> float:
@@ -235,7 +277,10 @@ def graph_ms(calls: Sequence[Call], least: int = 16, replays: int = 20) -> float
         for _ in range(rounds):
             for call in calls:
                 call()
+    begin = time.perf_counter()
     graph.replay()
+    torch.cuda.synchronize()
+    replays = max(3, min(replays, round(MILLISECONDS / 1e3 / (time.perf_counter() - begin))))
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     marks[0].record()
     for mark in marks[1:]:
@@ -251,40 +296,39 @@ def measure_attention(shape: Shape, peer: Peer) -> Iterable[dict[str, Any]]:
     call, leaves, dout = peer.make(Inputs.random(shape))
     pairs = visible_pairs(shape.tokens, None if peer.name.endswith("full") else shape.window)
     with torch.no_grad():
-        forward = time_ms(call)
+        forward = queued_ms(call)
     out = call()
-    backward = time_ms(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
-    for what, ms, factor in (("forward", forward, 1.0), ("backward", backward, 2.5)):
+    backward = queued_ms(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
+    for what, (ms, host), factor in (("forward", forward, 1.0), ("backward", backward, 2.5)):
         rate = factor / ms / 1e9
         yield {
-            **{"peer": peer.name, "gated": peer.gated, "what": what, "ms": ms, **asdict(shape)},
+            **{"peer": peer.name, "gated": peer.gated, "what": what, "ms": ms, "host_ms": host, **asdict(shape)},
             "tflops_exact": shape.flops(pairs) * rate,
             "tflops_tiles": shape.tiled * rate if not peer.name.endswith("full") else None,
         }
 
 
-def measure_gate() -> Iterable[dict[str, Any]]:
-    """Pre-activations to what the kernels eat, B 1, H 16, T 65,536; against torch.compile of the formula."""
+def measure_gate(sets: int = 12) -> Iterable[dict[str, Any]]:
+    """Pre-activations to what the kernels eat, B 1, H 16, T 65,536; against torch.compile of the formula. In a CUDA
+    graph over `sets` of inputs, which with the results are more than the L2 cache holds."""
     from zoo.kernels import gate
 
-    z, u = (torch.randn(1, 65536, 16, device="cuda") for _ in range(2))
-    formula = torch.compile(lambda z, u: ops.log_decay(z, u).cumsum(1))
-    calls: dict[str, Call] = {
-        "zoo": lambda: gate.prefix((z, u)),
-        "compiled formula": lambda: formula(z, u),
-        "eager formula": lambda: ops.log_decay(z, u).cumsum(1),
+    def formula(z: Tensor, u: Tensor) -> Tensor:
+        return ops.log_decay(z, u).cumsum(1)
+
+    pairs = [tuple(torch.randn(2, 1, 65536, 16, device="cuda").unbind()) for _ in range(sets)]
+    forwards: dict[str, Callable[..., Any]] = {
+        "zoo": lambda z, u: gate.prefix((z, u)),
+        "compiled formula": torch.compile(formula),
+        "eager formula": formula,
     }
     shape = {"batch": 1, "heads": 16, "tokens": 65536}
-    for name, call in calls.items():
-        yield {"peer": name, "what": "gate forward", "ms": time_ms(call), **shape}
-    suffix, _ = gate.prefix((z, u))
-    grad = torch.randn_like(suffix)
-    yield {
-        "peer": "zoo",
-        "what": "gate backward",
-        "ms": time_ms(lambda: gate.prefix_backward(grad, grad, (z, u), None)),
-        **shape,
-    }
+    for name, forward in forwards.items():
+        ms = graph_ms([partial(forward, *pair) for pair in pairs])
+        yield {"peer": name, "what": "gate forward", "ms": ms, **shape}
+    grads = [torch.randn(1, 16, 65536, device="cuda") for _ in pairs]
+    calls = [partial(gate.prefix_backward, grad, grad, pair, None) for grad, pair in zip(grads, pairs, strict=True)]
+    yield {"peer": "zoo", "what": "gate backward", "ms": graph_ms(calls), **shape}
 
 
 @dataclass(frozen=True)
@@ -359,17 +403,40 @@ def parse_shape(text: str) -> Shape:
     return Shape(*numbers)
 
 
-def one_round(peers: list[str], shapes: list[str]) -> list[dict[str, Any]]:
-    """Everything once, in this process; what a peer cannot do is said on stderr."""
-    rows: list[dict[str, Any]] = []
-    for shape in [parse_shape(text) for text in shapes] or SHAPES:
-        for peer in choose_peers(peers):
+def one_round(peers: list[str], shapes: list[str]) -> Iterable[dict[str, Any]]:
+    """Everything once, in this process; what a peer cannot do is said on stderr. Without shapes also LENGTHS, of ours
+    with a gate alone."""
+    plan = [(shape, choose_peers(peers)) for shape in [parse_shape(text) for text in shapes] or SHAPES]
+    if not shapes:
+        plan += [(shape, [PEERS[0]]) for shape in LENGTHS]
+    calm()
+    for shape, chosen in plan:
+        for peer in chosen:
             try:
-                rows += measure_attention(shape, peer)
+                yield from measure_attention(shape, peer)
             except (ImportError, Skip, RuntimeError, NotImplementedError) as error:
                 sys.stderr.write(f"{peer.name}, {shape}: left out, {type(error).__name__} {str(error)[:160]}\n")
             torch.cuda.empty_cache()
-    return [*rows, *measure_gate(), *measure_decode()]
+    yield from measure_gate()
+    yield from measure_decode()
+
+
+def calm() -> None:
+    """Keeps the device busy with our own kernels, so that no figure is the first of its process."""
+    call = ours(True)(Inputs.random(SHAPES[1]))[0]
+    call()
+    torch.cuda.synchronize()
+    until = time.perf_counter() + CALM
+    while time.perf_counter() < until:
+        call()
+        torch.cuda.synchronize()
+
+
+def warm(peer: str, head_dim: int) -> Iterable[dict[str, Any]]:
+    """Compiles what a round will need of one peer, into the caches on disk. No rows."""
+    call, leaves, dout = choose_peers([peer])[0].make(Inputs.random(Shape(1, 16, 4096, head_dim, 512)))
+    torch.autograd.grad(call(), leaves, dout)
+    return ()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,19 +456,38 @@ def run(out: Path, rounds: int = 3, peers: list[str] | None = None, shapes: list
         raise BenchError(f"rounds = {rounds}; it takes 1 or more")
     if not torch.cuda.is_available():
         raise BenchError("zoo bench kernels measures a GPU, and torch finds none here")
-    check_kernels()
+    names = [peer.name for peer in choose_peers(peers)]
+    dims = {parse_shape(text).head_dim for text in shapes} or {shape.head_dim for shape in SHAPES}
+    warming = [start("warm", name, dim) for name in names for dim in dims]
+    try:
+        workers = max(2, min(12, (os.cpu_count() or 1) - len(warming))) if installed("xdist") else 0
+        check_kernels(workers=workers)
+    finally:
+        for process in warming:
+            process.wait()
     out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number in range(rounds):
-        command = [sys.executable, "-m", "zoo.bench", json.dumps([peers, shapes])]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise BenchError(f"round {number + 1} of {rounds} failed with exit code {done.returncode}")
-        rows += [{"round": number, **json.loads(line)} for line in done.stdout.splitlines()]
-    write_csv(rows, out / "bench.csv")
-    summary = summarise(rows)
-    plot(summary, out / "bench.png")
-    return table(summary)
+        process = start("one_round", peers, shapes, stdout=subprocess.PIPE, stderr=None)
+        text, _ = process.communicate()
+        rows += [{"round": number, **json.loads(line)} for line in text.splitlines() if line.startswith("{")]
+        write_csv(rows, out / "bench.csv")  # what is there when a later round fails
+        if process.returncode:
+            raise BenchError(f"round {number + 1} of {rounds} failed with exit code {process.returncode}")
+    plot(summarise(rows), out / "bench.png")
+    return table(rows)
+
+
+def start(function: str, *arguments: Any, **options: Any) -> subprocess.Popen:
+    """One of this module's functions in a process of its own, with FlashAttention-4's cache of what it compiled."""
+    environment = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1", **os.environ}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment, "text": True}
+    command = [sys.executable, "-m", "zoo.bench", json.dumps([function, *arguments])]
+    return subprocess.Popen(command, **{**quiet, **options})
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def check_kernels(name: str = "test_gpu.py", workers: int = 0) -> None:
@@ -421,7 +507,7 @@ def check_kernels(name: str = "test_gpu.py", workers: int = 0) -> None:
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Median and spread over rounds for everything that was measured in each."""
-    measured = {"ms", "tflops_exact", "tflops_tiles", "tb_per_s", "round"}
+    measured = {"ms", "host_ms", "tflops_exact", "tflops_tiles", "tb_per_s", "round"}
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple((k, v) for k, v in row.items() if k not in measured), []).append(row)
@@ -437,102 +523,39 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
-def table(summary: list[dict[str, Any]]) -> str:
-    lines = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16"]
-    for row in summary:
-        place = " ".join(f"{k[0].upper() if k != 'kv_heads' else 'G'}{row[k]}" for k in SIZE_FIELDS if k in row)
-        figures = [f"{row['ms']:.4f} ms"]
-        figures += [f"{row['tflops_exact']:.0f} TFLOP/s"] if "tflops_exact" in row else []
-        figures += [f"({row['tflops_tiles']:.0f} on tiles)"] if "tflops_tiles" in row else []
-        figures += [f"{row['tb_per_s']:.2f} TB/s"] if "tb_per_s" in row else []
-        lines.append(f"{row['what']:<14}{place:<32}{row['peer']:<20}{' '.join(figures)}  ±{50 * row['ms_spread']:.0f}%")
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line for each thing measured: medians over rounds of the peers that did it, and how many times the first one's
+    time they took, with the least and the most of any round."""
+    lines = [
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16; ms ±half the spread (x: times the first "
+        "peer's of the round), TFLOP/s on exact pairs (on tiles), host ms of a call, ns of a token and head"
+    ]
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        place = " ".join(f"{letter}{row[field]}" for field, letter in SIZES.items() if field in row)
+        groups.setdefault(f"{row['what']} {place}", {}).setdefault(row["peer"], []).append(row)
+    for name, by_peer in groups.items():
+        ours = next(iter(by_peer.values()))
+        lines.append(f"{name}: " + "; ".join(figures(peer, of, ours) for peer, of in by_peer.items()))
     return "\n".join(lines)
 
 
-# By table and head dim: the fields of hopper_band.Schedule.
-CANDIDATES = {
-    "TABLE": {
-        64: [(3, 4, False, 160, 32), (3, 3, False, 160, 32), (3, 4, True, 160, 32), (2, 4, False, 224, 56)],
-        128: [(3, 3, True, 160, 32), (2, 3, True, 224, 56), (2, 4, True, 224, 56), (2, 3, False, 224, 56)],
-    },
-    "DQ_TABLE": {
-        64: [(3, 4, True, 160, 32), (3, 3, True, 160, 32), (2, 4, True, 224, 56), (2, 4, False, 224, 56)],
-        128: [(2, 3, True, 224, 56), (2, 2, True, 224, 56)],
-    },
-    "DKV_TABLE": {
-        64: [(2, 4, False, 232, 40), (2, 3, False, 232, 40), (2, 5, False, 232, 40), (2, 4, True, 232, 40)],
-        128: [(2, 3, True, 232, 40), (2, 2, True, 232, 40)],
-    },
-}
-# Fields of decode.Steps: slots of a step, warps, stages, programs to aim for.
-RING_STEPS = [
-    (*step, programs)
-    for step in [(64, 4, 3), (64, 4, 4), (64, 2, 3), (64, 8, 3), (32, 4, 4), (32, 2, 4), (32, 2, 6), (128, 4, 2),
-                 (128, 8, 2), (128, 8, 3)]
-    for programs in (132, 264, 396, 528, 1056)
-]  # fmt: skip
+def figures(peer: str, rows: list[dict[str, Any]], first: list[dict[str, Any]]) -> str:
+    (entry,) = summarise(rows)
+    text = f"{peer} {entry['ms']:.4f} ±{50 * entry['ms_spread']:.0f}%"
+    if rows is not first:
+        base = {row["round"]: row["ms"] for row in first}
+        ratios = sorted(row["ms"] / base[row["round"]] for row in rows if row["round"] in base)
+        if ratios:
+            text += f" {statistics.median(ratios):.2f}x ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+    elif "tflops_exact" in entry:
+        per_token = 1e6 * entry["ms"] / (entry["batch"] * entry["heads"] * entry["tokens"])
+        text += f" {entry['tflops_exact']:.0f} ({entry.get('tflops_tiles') or 0:.0f})"
+        text += f" host {entry['host_ms']:.2f}, {per_token:.3f} ns"
+    return text + (f" {entry['tb_per_s']:.2f} TB/s" if "tb_per_s" in entry else "")
 
 
-def tune(part: str = "all") -> Iterable[str]:
-    """Rows for the tables of the Hopper ("window") and ring ("ring") kernels, the fastest first.
-
-    A difference below 10% is none until it repeats in other processes. Raises BenchError off a Hopper card."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        raise BenchError("the tables are those of a Hopper card (compute capability 9.0), and torch finds none here")
-    check_kernels()
-    if part in ("all", "ring"):
-        yield from tune_ring()
-    if part in ("all", "window"):
-        yield from tune_window()
-
-
-def tune_window() -> Iterable[str]:
-    """Schedules of the Hopper kernels, with their time over windows 512 and 2048."""
-    from zoo.kernels import hopper_backward, hopper_forward
-    from zoo.kernels.hopper_band import Schedule
-
-    for table, by_dim in CANDIDATES.items():
-        for dim, candidates in by_dim.items():
-            timed = []
-            for values in candidates:
-                schedule, total = Schedule(*values), 0.0
-                for width in (512, 2048):
-                    x = Inputs.random(Shape(4, 16, 16384, dim, width))
-                    q, k, v, decay = (tensor.detach() for tensor in (x.q, x.k, x.v, x.log_decay))
-                    options: dict[str, Any] = {"window": width, "scale": dim**-0.5, "spans": None}
-                    if table == "TABLE":
-                        forward = partial(hopper_forward.window_forward, q, k, v, (decay,), **options)
-                        total += time_ms(partial(forward, schedule=schedule))
-                        continue
-                    out, lse = hopper_forward.window_forward(q, k, v, (decay,), **options)
-                    name = "dq_schedule" if table == "DQ_TABLE" else "dkv_schedule"
-                    backward = partial(hopper_backward.window_backward, x.dout, None, q, k, v, out, lse, (decay,))
-                    total += time_ms(partial(backward, **options, **{name: schedule}))
-                timed.append((total, schedule))
-            for total, schedule in sorted(timed, key=lambda pair: pair[0]):
-                yield f"{table}  {dim}: {schedule},  # {total:.3f} ms"
-
-
-def tune_ring(best: int = 5) -> Iterable[str]:
-    """Steps of the ring kernel: the `best` of each of RINGS, then those that lose least to them over all."""
-    from zoo.kernels import decode
-
-    times: dict[Any, list[float]] = {decode.Steps(*values): [] for values in RING_STEPS}
-    for ring in RINGS:
-        sets = ring.inputs()
-        for steps in times:
-            attend = partial(decode.ring_attention, scale=ring.head_dim**-0.5, steps=steps)
-            times[steps].append(graph_ms([partial(attend, *inputs) for inputs in sets]))
-        for steps in sorted(times, key=lambda steps: times[steps][-1])[:best]:  # noqa: B023  sorted at once
-            ms = times[steps][-1]
-            yield f"{ring}  {steps}  # {ms:.4f} ms, {ring.tb_per_s(ms, gated=True):.2f} TB/s"
-    fastest = [min(column) for column in zip(*times.values(), strict=True)]
-    losses = {steps: [ms / least for ms, least in zip(row, fastest, strict=True)] for steps, row in times.items()}
-    for steps in sorted(losses, key=lambda steps: max(losses[steps]))[:best]:
-        yield f"STEPS = {steps}  # {' '.join(f'{loss:.2f}' for loss in losses[steps])} of the fastest"
-
-
-SIZE_FIELDS = ("batch", "heads", "kv_heads", "tokens", "slots", "head_dim", "window")
+SIZES = {"batch": "B", "heads": "H", "kv_heads": "G", "tokens": "T", "slots": "S", "head_dim": "D", "window": "W"}
 
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
@@ -563,5 +586,8 @@ def plot(summary: list[dict[str, Any]], path: Path) -> None:
 
 if __name__ == "__main__":
     backend.choose("window", torch.device("cuda"), torch.bfloat16, 64)
-    for measured in one_round(*json.loads(sys.argv[1])):
+    asked, *given = json.loads(sys.argv[1])
+    functions: dict[str, Callable[..., Iterable[dict[str, Any]]]] = {"one_round": one_round, "warm": warm}
+    for measured in functions[asked](*given):
         sys.stdout.write(json.dumps(measured) + "\n")
+        sys.stdout.flush()

@@ -425,10 +425,10 @@ def run_pull(args: argparse.Namespace) -> int:
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    from zoo import bench
+    from zoo import bench, tuning
 
     if args.tune:
-        for row in bench.tune(args.tune):
+        for row in tuning.tune(args.tune):
             print(row, flush=True)
     else:
         print(bench.run(args.out, args.rounds, args.peers, args.shapes))

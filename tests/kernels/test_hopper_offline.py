@@ -28,11 +28,11 @@ KERNELS = {
 }
 
 
-def build(kernel, schedule, dim, element="bf16", gated=True, bounded=0):
+def build(kernel, schedule, dim, element="bf16", gated=True, bounded=0, group=1):
     layout = gl.NVMMASharedLayout.get_default_for([1, 64, 1, dim], {"bf16": gl.bfloat16, "fp16": gl.float16}[element])
     constants = {
-        "CONSUMERS": schedule.consumers, "D": dim, "STAGES": schedule.stages, "GATED": gated, "BOUNDED": bounded,
-        "A_SHARED": schedule.in_shared, "HOPEFUL": element == "bf16", "WITH_DLSE": True,
+        "CONSUMERS": schedule.consumers, "D": dim, "GROUP": group, "STAGES": schedule.stages, "GATED": gated,
+        "BOUNDED": bounded, "A_SHARED": schedule.in_shared, "HOPEFUL": element == "bf16", "WITH_DLSE": True,
         "CONSUMER_REGISTERS": schedule.consumer_registers, "PRODUCER_REGISTERS": schedule.producer_registers,
     }  # fmt: skip
 
@@ -57,7 +57,7 @@ def build(kernel, schedule, dim, element="bf16", gated=True, bounded=0):
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(
-    "switches", [{}, {"gated": False}, {"bounded": 1}, {"bounded": 2}, {"element": "fp16"}], ids=str
+    "switches", [{}, {"gated": False}, {"bounded": 1}, {"bounded": 2, "group": 4}, {"element": "fp16"}], ids=str
 )
 def test_every_row_compiles_fits_and_stays_asynchronous(name, dim, switches, tmp_path):
     kernel, table = KERNELS[name]

@@ -9,11 +9,10 @@ hopper_dkv.py. Both recompute P: seven products, one writer per element.
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from zoo.kernels import gate as gates
-from zoo.kernels.hopper_band import LOG2E, Schedule, bounded, copyable, descriptor, programs
+from zoo.kernels.hopper_band import LOG2E, Schedule, bounded, ceil_div, copyable, descriptor, programs
 from zoo.kernels.hopper_dkv import dkv_kernel
 from zoo.kernels.hopper_dq import dq_kernel
 
@@ -51,26 +50,26 @@ def window_backward(
     key_side = lse.new_empty((B, H, N)) if gate else None
     starts, ends = (lse, lse) if spans is None else (x.contiguous() for x in spans[:2])
     scales = (scale * LOG2E.value, 1 / (scale * LOG2E.value), scale)
-    sizes = (B, H, H // G, T, N, min(window or N, N))
+    sizes = (B, H, T, N, min(window or N, N))
 
     plan = dq_schedule or DQ_TABLE[D]
-    blocks = triton.cdiv(triton.cdiv(N, 64) - (N - T) // 64, plan.consumers)
+    blocks = ceil_div(ceil_div(N, 64) - (N - T) // 64, plan.consumers)
     items = blocks * B * H
     dq_kernel[(min(items, programs(q)),)](
         descriptor(q), descriptor(dout), descriptor(k), descriptor(v), descriptor(dq),
         dq, out, dout, suffix, total, starts, lse,
         lse if dlse is None else dlse.contiguous(), rows, *scales, *sizes, blocks, items,
-        plan.consumers, D, plan.stages, bool(gate), bounded(spans), plan.in_shared, dlse is not None,
+        plan.consumers, D, H // G, plan.stages, bool(gate), bounded(spans), plan.in_shared, dlse is not None,
         plan.consumer_registers, plan.producer_registers, num_warps=4, maxnreg=plan.registers_at_launch,
     )  # fmt: skip
 
     plan = dkv_schedule or DKV_TABLE[D]
-    blocks = triton.cdiv(triton.cdiv(N, 64), plan.consumers)
+    blocks = ceil_div(ceil_div(N, 64), plan.consumers)
     items = blocks * B * G
     dkv_kernel[(min(items, programs(q) * (2 if plan.consumers == 1 else 1)),)](
         descriptor(k), descriptor(v), descriptor(q), descriptor(dout), descriptor(dk), descriptor(dv),
         suffix, total, starts, ends, rows, key_side if gate else rows, *scales, *sizes, blocks, items,
-        plan.consumers, D, plan.stages, bool(gate), bounded(spans), plan.in_shared,
+        plan.consumers, D, H // G, plan.stages, bool(gate), bounded(spans), plan.in_shared,
         plan.consumer_registers, plan.producer_registers, num_warps=4, maxnreg=plan.registers_at_launch,
     )  # fmt: skip
     if key_side is None:

@@ -9,6 +9,7 @@ in log2 units. The bias of key j for all rows of an item is suffix_j plus the to
 anchor chunk. It is off by a constant per row, which `load_row_bias` tells.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +60,6 @@ class Problem:
 
     batches: gl.tensor
     heads: gl.tensor
-    group: gl.tensor  # query heads per key head
     queries: gl.tensor
     keys: gl.tensor
     window: gl.tensor
@@ -70,16 +70,16 @@ class Problem:
     total: gl.tensor  # (B, H, chunks) fp32; read where GATED
     CONSUMERS: gl.constexpr
     D: gl.constexpr
+    GROUP: gl.constexpr  # query heads per key head
     GATED: gl.constexpr
     BOUNDED: gl.constexpr  # 0: no starts; 1: a row of them for each of the batch; 2: for each key head
     A_SHARED: gl.constexpr  # the resident operands stay in shared memory instead of registers
 
     @gluon.constexpr_function
-    def __init__(self, batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
-                 CONSUMERS, D, GATED, BOUNDED, A_SHARED):  # fmt: skip
+    def __init__(self, batches, heads, queries, keys, window, blocks, items, starts, suffix, total,
+                 CONSUMERS, D, GROUP, GATED, BOUNDED, A_SHARED):  # fmt: skip
         self.batches = batches
         self.heads = heads
-        self.group = group
         self.queries = queries
         self.keys = keys
         self.window = window
@@ -90,6 +90,7 @@ class Problem:
         self.total = total
         self.CONSUMERS = gl.constexpr(CONSUMERS)
         self.D = gl.constexpr(D)
+        self.GROUP = gl.constexpr(GROUP)
         self.GATED = gl.constexpr(GATED)
         self.BOUNDED = gl.constexpr(BOUNDED)
         self.A_SHARED = gl.constexpr(A_SHARED)
@@ -111,7 +112,7 @@ class Problem:
         """Where a head's row of `starts` (or of their mirror, ends) begins."""
         row = batch
         if self.BOUNDED == 2:
-            row = batch * (self.heads // self.group) + head // self.group
+            row = batch * (self.heads // self.GROUP) + head // self.GROUP
         return base + row.to(gl.int64) * self.keys
 
     @gluon.jit
@@ -244,14 +245,23 @@ class Schedule:
 def descriptor(x: torch.Tensor) -> TensorDescriptor:
     """Bulk copies of (1, 64, 1, D) boxes of (B, T, H, D). Reads outside give zeros."""
     block = [1, 64, 1, x.shape[3]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[x.dtype])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _layout(x.dtype, x.shape[3]))
+
+
+@functools.cache
+def _layout(dtype: torch.dtype, dim: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, 64, 1, dim], ELEMENTS[dtype])
 
 
 def copyable(x: torch.Tensor) -> torch.Tensor:
     """x, or a copy where the copy engine can't read it: rows must be contiguous, everything else at 16 bytes."""
     fits = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:3])
     return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """triton.cdiv, which takes the host 3 microseconds more."""
+    return -(-a // b)
 
 
 def programs(x: torch.Tensor) -> int:

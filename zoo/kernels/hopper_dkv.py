@@ -6,6 +6,7 @@ The queries of all heads of a group pass by, so K and V are never repeated. What
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -65,9 +66,9 @@ def dkv_produce(problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows
         batch, kv_head, tile = locate_keys(problem, item)
         oldest = gl.maximum(tile, offset // TILE)
         last_tile = gl.minimum(tile + CONSUMERS - 1, (problem.keys - 1) // TILE)
-        count = gl.maximum(newest_query(problem, ends, batch, kv_head * problem.group, last_tile) - oldest + 1, 1)
-        for member in range(problem.group):
-            head = kv_head * problem.group + member
+        count = gl.maximum(newest_query(problem, ends, batch, kv_head * problem.GROUP, last_tile) - oldest + 1, 1)
+        for member in range(problem.GROUP):
+            head = kv_head * problem.GROUP + member
             carry = gl.to_tensor(0.0)  # the totals of the chunks after the item's first, up to this tile's
             if problem.GATED:
                 _, total = problem.gate_rows(batch, head)
@@ -118,7 +119,7 @@ def load_rows(problem, rows, batch, head, tile, layout: gl.constexpr):
 def locate_keys(problem, item):
     """Batch row, key head, first tile of an item of keys."""
     row = item // problem.blocks
-    kv_heads = problem.heads // problem.group
+    kv_heads = problem.heads // problem.GROUP
     return row // kv_heads, row % kv_heads, item % problem.blocks * problem.CONSUMERS
 
 
@@ -134,26 +135,18 @@ def query_columns(reference, negative_delta, layout: gl.constexpr):
 
 
 @gluon.jit
-def load_keys(C: gl.constexpr, problem, batch, head, block_tile, layout: gl.constexpr):
-    """What `key_bias` needs for one query head, as it lies in memory: nothing is computed, so nobody waits yet."""
-    suffix = gl.zeros([TILE], gl.float32, layout)
-    newer = gl.to_tensor(0.0)
-    if problem.GATED:
-        suffixes, total = problem.gate_rows(batch, head)
-        key = (block_tile + C) * TILE + gl.arange(0, TILE, layout=layout)
-        suffix = gl.load(suffixes + key, mask=key < problem.keys, other=0.0)
-        gl.static_assert((C + TILES_PER_CHUNK - 1) // TILES_PER_CHUNK <= 1)
-        if C > 0:
-            chunk = block_tile // TILES_PER_CHUNK + 1
-            last = gl.minimum(block_tile + C, (problem.keys - 1) // TILE) // TILES_PER_CHUNK
-            newer = gl.load(total + chunk, mask=chunk <= last, other=0.0)
-    return suffix, newer
+def fetch_suffix(problem, own, batch, head, tile):
+    """Copies the suffixes of a tile of keys to shared memory, behind everybody's back: a value held in a register from
+    one item to the next is spilled, and a spill waits for its load. Behind the last key its own once more."""
+    suffixes, _ = problem.gate_rows(batch, head)
+    lane = gl.arange(0, TILE, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    async_copy.async_copy_global_to_shared(own, suffixes + gl.minimum(tile * TILE + lane, problem.keys - 1))
+    async_copy.commit_group()
 
 
 @gluon.jit
-def dkv_consume(
-    C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, key_side, scale_log2, scale
-):
+def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, own_tiles, dk_desc, dv_desc, ends, key_side,
+                scale_log2, scale):  # fmt: skip
     """Warpgroup C: 64 keys of every item. key_side (B,H,N) fp32, nats, gets the key side of dU, -sum_t dS_tj."""
     D: gl.constexpr = problem.D
     dtype: gl.constexpr = dk_desc.dtype
@@ -169,24 +162,29 @@ def dkv_consume(
     ring = start_ring(channels.passing.shape[0])
     parity = gl.to_tensor(0)
     batch, kv_head, block_tile = locate_keys(problem, gl.program_id(0))
-    suffix, newer = load_keys(C, problem, batch, kv_head * problem.group, block_tile, row_layout)
+    # an item's keys lie in one chunk, the anchor of their bias, which is then their suffix
+    gl.static_assert(TILES_PER_CHUNK % problem.CONSUMERS == 0)
+    if problem.GATED:
+        fetch_suffix(problem, own_tiles.index(C), batch, kv_head * problem.GROUP, block_tile + C)
     for item in range(gl.program_id(0), problem.items, gl.num_programs(0)):
-        batch, kv_head, block_tile = locate_keys(problem, item)
         next_batch, next_kv_head, next_tile = locate_keys(
             problem, gl.minimum(item + gl.num_programs(0), problem.items - 1)
         )
         tile = block_tile + C
         block_oldest = gl.maximum(block_tile, offset // TILE)
         last_tile = gl.minimum(block_tile + problem.CONSUMERS - 1, (problem.keys - 1) // TILE)
-        block_newest = gl.maximum(newest_query(problem, ends, batch, kv_head * problem.group, last_tile), block_oldest)
+        block_newest = gl.maximum(newest_query(problem, ends, batch, kv_head * problem.GROUP, last_tile), block_oldest)
         oldest = gl.minimum(gl.maximum(tile, block_oldest), block_newest + 1)
         newest = gl.minimum(
-            newest_query(problem, ends, batch, kv_head * problem.group, gl.minimum(tile, last_tile)), block_newest
+            newest_query(problem, ends, batch, kv_head * problem.GROUP, gl.minimum(tile, last_tile)), block_newest
         )
         newest = gl.where(tile <= last_tile, gl.maximum(newest, oldest - 1), oldest - 1)
         key = tile * TILE + gl.arange(0, TILE, layout=row_layout)
-        last = last_queries(problem, ends, batch, kv_head * problem.group, key)
-        clear = gl.min(last, 0)  # a query tile up to here has no far edge
+        last = last_queries(problem, ends, batch, kv_head * problem.GROUP, key)
+        if problem.BOUNDED:
+            clear = gl.min(last, 0)  # a query tile up to here has no far edge
+        else:
+            clear = gl.minimum(tile * TILE + problem.window, problem.keys) - 1
         reach = gl.maximum(last - key + 1, 0)
 
         mbarrier.wait(channels.held_ready.index(C), parity)
@@ -197,22 +195,22 @@ def dkv_consume(
             mbarrier.arrive(channels.held_free.index(C), count=1)
         dk = gl.zeros([TILE, D], gl.float32, o_layout)
         dv = gl.zeros([TILE, D], gl.float32, o_layout)
-        for member in range(problem.group):
-            head = kv_head * problem.group + member
+        for member in range(problem.GROUP):
+            head = kv_head * problem.GROUP + member
             gathered = gl.zeros([TILE, TILE], gl.float32, s_layout)
             gathered = lane_sum(gathered, 64)
-            # the bias of the keys, anchored at the item's first chunk; the next head's or item's travels meanwhile
-            own = suffix - newer
-            if problem.GATED:
-                more = member + 1 < problem.group
-                next_head = gl.where(more, head + 1, next_kv_head * problem.group)
-                suffix, newer = load_keys(
-                    C,
+            own = gl.zeros([TILE], gl.float32, row_layout)
+            if problem.GATED:  # the next head's or item's travels meanwhile
+                async_copy.wait_group(0)
+                own = own_tiles.index(C).load(row_layout)
+                more = member + 1 < problem.GROUP
+                next_head = gl.where(more, head + 1, next_kv_head * problem.GROUP)
+                fetch_suffix(
                     problem,
+                    own_tiles.index(C),
                     gl.where(more, batch, next_batch),
                     next_head,
-                    gl.where(more, block_tile, next_tile),
-                    row_layout,
+                    gl.where(more, block_tile, next_tile) + C,
                 )
             for _ in range(oldest - block_oldest):
                 ring = channels.pass_on(ring)
@@ -259,19 +257,22 @@ def dkv_consume(
             tma.store_wait(0)
             mbarrier.arrive(channels.held_free.index(C), count=1)
         parity = parity ^ 1
+        batch, kv_head, block_tile = next_batch, next_kv_head, next_tile
+    if problem.GATED:
+        async_copy.wait_group(0)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
+@gluon.jit(do_not_specialize=["batches", "heads", "queries", "keys", "window", "blocks", "items"])
 def dkv_kernel(
     k_desc, v_desc, q_desc, dout_desc, dk_desc, dv_desc, suffix, total, starts, ends, rows, key_side,
     scale_log2, bias_factor, scale,
-    batches, heads, group, queries, keys, window, blocks, items,
-    CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, BOUNDED: gl.constexpr,
-    A_SHARED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    batches, heads, queries, keys, window, blocks, items,
+    CONSUMERS: gl.constexpr, D: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr,
+    BOUNDED: gl.constexpr, A_SHARED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
-                      CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
+    problem = Problem(batches, heads, queries, keys, window, blocks, items, starts, suffix, total,
+                      CONSUMERS, D, GROUP, GATED, BOUNDED, A_SHARED)  # fmt: skip
     channels = open_channels(k_desc, q_desc, CONSUMERS, STAGES)
     if A_SHARED:
         dk_tiles = channels.held
@@ -279,18 +280,19 @@ def dkv_kernel(
     else:
         dk_tiles = gl.allocate_shared_memory(dk_desc.dtype, [CONSUMERS, 1, TILE, 1, D], dk_desc.layout)
         dv_tiles = gl.allocate_shared_memory(dv_desc.dtype, [CONSUMERS, 1, TILE, 1, D], dv_desc.layout)
+    own_tiles = gl.allocate_shared_memory(gl.float32, [CONSUMERS, TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, key_side,
+            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, own_tiles, dk_desc, dv_desc, ends, key_side,
                 scale_log2, scale)),
             (dkv_produce, (problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows, bias_factor)),
         ], [1], [PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 2)
         gl.warp_specialize([
-            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, key_side,
+            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, own_tiles, dk_desc, dv_desc, ends, key_side,
                 scale_log2, scale)),
-            (dkv_consume, (1, problem, channels, dk_tiles, dv_tiles, dk_desc, dv_desc, ends, key_side,
+            (dkv_consume, (1, problem, channels, dk_tiles, dv_tiles, own_tiles, dk_desc, dv_desc, ends, key_side,
                 scale_log2, scale)),
             (dkv_produce, (problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows, bias_factor)),
         ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

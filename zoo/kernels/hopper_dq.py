@@ -40,7 +40,7 @@ def dq_produce(problem, channels, q_desc, dout_desc, k_desc, v_desc, bias_factor
                     load_held(channels, c, q_desc, dout_desc, [batch, first_row + TILE * c, head, 0], parity)
             if i < count:
                 key = newest - i
-                load_passing(channels, ring, k_desc, v_desc, [batch, key * TILE, head // problem.group, 0])
+                load_passing(channels, ring, k_desc, v_desc, [batch, key * TILE, head // problem.GROUP, 0])
                 if problem.GATED:
                     carry += gain
                     bias = (carry + suffix) * bias_factor
@@ -209,16 +209,17 @@ def load_rows(C: gl.constexpr, problem, out, dout, lse, dlse, item, row_layout: 
     return outs, douts, lses, dlses, suffix, newer
 
 
-@gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
+@gluon.jit(do_not_specialize=["batches", "heads", "queries", "keys", "window", "blocks", "items"])
 def dq_kernel(
     q_desc, dout_desc, k_desc, v_desc, dq_desc, dq_ptr, out, dout, suffix, total, starts, lse, dlse, rows,
     scale_log2, bias_factor, scale,
-    batches, heads, group, queries, keys, window, blocks, items,
-    CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, BOUNDED: gl.constexpr,
-    A_SHARED: gl.constexpr, WITH_DLSE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    batches, heads, queries, keys, window, blocks, items,
+    CONSUMERS: gl.constexpr, D: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr,
+    BOUNDED: gl.constexpr, A_SHARED: gl.constexpr, WITH_DLSE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
-                      CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
+    problem = Problem(batches, heads, queries, keys, window, blocks, items, starts, suffix, total,
+                      CONSUMERS, D, GROUP, GATED, BOUNDED, A_SHARED)  # fmt: skip
     channels = open_channels(q_desc, k_desc, CONSUMERS, STAGES)
     dq_tiles = gl.allocate_shared_memory(dq_desc.dtype, [CONSUMERS, 1, TILE, 1, D], dq_desc.layout)
     if CONSUMERS == 2:

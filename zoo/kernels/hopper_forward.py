@@ -16,7 +16,6 @@ usual online softmax. The result is right for any logits; fp16, whose range is s
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -39,6 +38,7 @@ from zoo.kernels.hopper_band import (
     Schedule,
     bias_columns,
     bounded,
+    ceil_div,
     copyable,
     descriptor,
     lane_sum,
@@ -145,7 +145,7 @@ def produce_item(problem, channels, q_desc, k_desc, v_desc, bias_factor, ring, q
     q_bytes: gl.constexpr = q_desc.block_type.nbytes
     kv_bytes: gl.constexpr = 2 * k_desc.block_type.nbytes
     columns_layout: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [1, 1], [1, 0])
-    kv_head = head // problem.group
+    kv_head = head // problem.GROUP
     first_row = tile * TILE - (problem.keys - problem.queries)
     newest = problem.newest(tile + CONSUMERS - 1)
     count = newest - problem.oldest(tile, batch, head) + 1
@@ -367,17 +367,18 @@ def store_lse(problem, channels, lse, position, batch, head):
 # ------------------------------------------------------------------------------------------------ the kernel
 
 
-@gluon.jit(do_not_specialize=["batches", "heads", "group", "queries", "keys", "window", "blocks", "items"])
+@gluon.jit(do_not_specialize=["batches", "heads", "queries", "keys", "window", "blocks", "items"])
 def forward_kernel(
     q_desc, k_desc, v_desc, out_desc, out, suffix, total, starts, lse, scale_log2, bias_factor,
-    batches, heads, group, queries, keys, window, blocks, items,
-    CONSUMERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, BOUNDED: gl.constexpr,
-    A_SHARED: gl.constexpr, HOPEFUL: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    batches, heads, queries, keys, window, blocks, items,
+    CONSUMERS: gl.constexpr, D: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr,
+    BOUNDED: gl.constexpr, A_SHARED: gl.constexpr, HOPEFUL: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    problem = Problem(batches, heads, group, queries, keys, window, blocks, items, starts, suffix, total,
-                      CONSUMERS, D, GATED, BOUNDED, A_SHARED)  # fmt: skip
+    problem = Problem(batches, heads, queries, keys, window, blocks, items, starts, suffix, total,
+                      CONSUMERS, D, GROUP, GATED, BOUNDED, A_SHARED)  # fmt: skip
     channels = Channels(
         gl.allocate_shared_memory(dtype, [CONSUMERS, 1, TILE, 1, D], q_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, 1, TILE, 1, D], k_desc.layout),
@@ -448,13 +449,13 @@ def window_forward(
     suffix, total = gates.prefix(gate) if gate else (lse, lse)
     starts = lse if spans is None else spans[0].contiguous()
     plan = schedule or TABLE[D]
-    blocks = triton.cdiv(triton.cdiv(N, 64) - (N - T) // 64, plan.consumers)
+    blocks = ceil_div(ceil_div(N, 64) - (N - T) // 64, plan.consumers)
     items = blocks * B * H
     scale_log2 = scale * LOG2E.value
     forward_kernel[(min(items, programs(q)),)](
         descriptor(q), descriptor(k), descriptor(v), descriptor(out), out, suffix, total, starts, lse,
-        scale_log2, 1 / scale_log2, B, H, H // G, T, N, min(window or N, N), blocks, items,
-        plan.consumers, D, plan.stages, bool(gate), bounded(spans), plan.in_shared,
+        scale_log2, 1 / scale_log2, B, H, T, N, min(window or N, N), blocks, items,
+        plan.consumers, D, H // G, plan.stages, bool(gate), bounded(spans), plan.in_shared,
         q.dtype == torch.bfloat16 if hopeful is None else hopeful, plan.consumer_registers, plan.producer_registers,
         num_warps=4, maxnreg=plan.registers_at_launch,
     )  # fmt: skip
