@@ -24,7 +24,7 @@ def piecewise_product(x: Tensor, weight: Tensor) -> Tensor:
     y = x.new_empty((*x.shape[:-1], width), dtype=torch.float32)
     if y.numel():
         grid = (triton.cdiv(rows, ROWS), y.numel() // (rows * width))
-        _product[grid](
+        narrow_kernel[grid](
             x, weight, y, rows, inner, width, PIECES=x.dtype != torch.bfloat16, ROWS=ROWS, INNER=INNER, PIECE=PIECE,
             WIDTH=max(16, triton.next_power_of_2(width)), num_warps=4, num_stages=STAGES,
         )  # fmt: skip
@@ -32,7 +32,7 @@ def piecewise_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _product(
+def narrow_kernel(
     x_ptr, weight_ptr, y_ptr, rows, inner, width,
     PIECES: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, PIECE: tl.constexpr,
     WIDTH: tl.constexpr,

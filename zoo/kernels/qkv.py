@@ -41,7 +41,7 @@ def prepare_forward(
         for n in (heads, call.groups, call.groups)
     ]
     if qkv.numel():
-        qkv_forward[call.grid](*call.inputs, *outputs, *call.sizes, **call.switches)
+        qkv_forward_kernel[call.grid](*call.inputs, *outputs, *call.sizes, **call.switches)
     return outputs[0], outputs[1], outputs[2]
 
 
@@ -60,7 +60,7 @@ def prepare_backward(
         partial = torch.empty(size, dtype=torch.float32, device=qkv.device)
     if qkv.numel():
         grads = (x.contiguous() for x in (dq, dk, dv))
-        qkv_backward[call.grid](*call.inputs, *grads, dqkv, dkeep, partial, *call.sizes, **call.switches)
+        qkv_backward_kernel[call.grid](*call.inputs, *grads, dqkv, dkeep, partial, *call.sizes, **call.switches)
     if partial is None or q_weight is None:
         return dqkv, dkeep, None
     return dqkv, dkeep, partial.unflatten(0, (q_weight.shape[0], -1)).flatten(1, 2).sum(dim=1)
@@ -97,7 +97,7 @@ class _Call:
 
 
 @triton.jit(do_not_specialize=["table_rows", "rows_each", "T"])
-def qkv_forward(
+def qkv_forward_kernel(
     qkv_ptr, keep_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, starts_ptr, q_ptr, k_ptr, v_ptr,
     stride_b, stride_t, stride_kb, stride_kt, table_rows, rows_each, T, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr,
@@ -132,7 +132,7 @@ def qkv_forward(
 
 
 @triton.jit(do_not_specialize=["table_rows", "rows_each", "T"])
-def qkv_backward(
+def qkv_backward_kernel(
     qkv_ptr, keep_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, starts_ptr, dq_ptr, dk_ptr, dv_ptr,
     dqkv_ptr, dkeep_ptr, partial_ptr,
     stride_b, stride_t, stride_kb, stride_kt, table_rows, rows_each, T, eps,
