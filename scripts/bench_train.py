@@ -74,14 +74,14 @@ def _inductor_qkv() -> None:
     from zoo.mixers.attention import Attention
     from zoo.mixers.base import Context
 
-    def prepare(self: Any, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+    def prepare(self: Any, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor, Any]:
         from zoo.layers import apply_rotary
 
         q, k, v = self._project(x)
         k, v = self._shift(x, k, v, ctx, None)
         q, k = self._normalise(q, self.q_norm), self._normalise(k, self.k_norm)
         q, k = apply_rotary(q, ctx.rotary), apply_rotary(k, ctx.rotary)  # type: ignore[arg-type]
-        return q.to(v.dtype), k.to(v.dtype), v
+        return q.to(v.dtype), k.to(v.dtype), v, None if self.gate is None else self.gate(x)
 
     Attention._prepare = prepare  # type: ignore[method-assign]
 

@@ -135,6 +135,6 @@ def test_qkv_compile(kind, architecture):
 
 @pytest.mark.parametrize("architecture", ["sm80", "sm90"])
 def test_narrow_products_compile(architecture):
-    shape = {"PIECES": True, "ROWS": narrow.ROWS, "INNER": narrow.INNER, "PIECE": narrow.PIECE, "WIDTH": 32}
-    built = build(narrow.narrow_kernel, architecture, "fp32", shape, stages=narrow.STAGES)
+    shape = {"PIECES": True, "ROWS": narrow.ROWS, "INNER": narrow.INNER, "PIECE": narrow.PIECE, "WIDTH": 64}
+    built = build(narrow.narrow_kernel, architecture, "fp32", shape, narrow.WARPS, narrow.STAGES)
     assert built.metadata.shared <= SHARED_BYTES[architecture]
