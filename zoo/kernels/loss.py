@@ -53,7 +53,7 @@ def cross_entropy_kernel(
         tiles = ()
         if HELD > 0:
             for i in tl.static_range(HELD):
-                tiles = tiles + (_tile(row_ptr, i * BLOCK + place, width),)
+                tiles = tiles + (_tile(row_ptr, i * BLOCK + place, width),)  # type: ignore[assignment]
             for i in tl.static_range(HELD):
                 highest, total = _add(highest, total, tiles[i])
         else:

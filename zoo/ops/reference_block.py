@@ -47,15 +47,14 @@ def prepare_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The gradients of qkv and keep, and those of the weights of q and k, head by head: (S, H + G, D)."""
     parts = _parts(qkv, keep, q_weight, k_weight, cos, sin, heads)
-    dx, dkeep, dweight = zip(
-        *(_part_backward(grad, *part, starts, per_head, eps) for grad, part in zip((dq, dk, dv), parts, strict=True)),
-        strict=True,
-    )
-    both = None if q_weight is None else torch.cat(dweight[:2], dim=1)
-    return torch.cat(dx, dim=2), torch.cat(dkeep[1:], dim=2), both
+    found = [_part_backward(grad, *part, starts, per_head, eps) for grad, part in zip((dq, dk, dv), parts, strict=True)]
+    dqkv = torch.cat([dx for dx, _, _ in found], dim=2)
+    dkeep = torch.cat([dkeep for _, dkeep, _ in found if dkeep is not None], dim=2)
+    dweights = [dweight for _, _, dweight in found if dweight is not None]
+    return dqkv, dkeep, torch.cat(dweights, dim=1) if dweights else None
 
 
-def _parts(qkv, keep, q_weight, k_weight, cos, sin, heads) -> list[tuple[Any, ...]]:  # noqa: ANN001
+def _parts(qkv, keep, q_weight, k_weight, cos, sin, heads) -> list[tuple[Any, Any, Any, Any]]:  # noqa: ANN001
     """What q, k and v each take: the projection, keep, weight and table."""
     kv_heads = (qkv.shape[2] - heads) // 2
     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
