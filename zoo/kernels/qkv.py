@@ -115,19 +115,19 @@ def qkv_forward_kernel(
         _up(
             qkv_ptr + H * D, keep_ptr, k_weight_ptr, cos_ptr, sin_ptr, starts_ptr, k_ptr + batch * T * (G * D),
             program, stack, stride_t, stride_kt, T, eps, G, D, True, NORM, PER_HEAD, ROTATE, CUT, ROWS_KV, HALF, RUN,
-            STAGES,
+            STAGES, ROWS_KV > ROWS_Q,
         )  # fmt: skip
     elif part == 1:
         _up(
             qkv_ptr, keep_ptr, q_weight_ptr, cos_ptr, sin_ptr, starts_ptr, q_ptr + batch * T * (H * D),
             program, stack, stride_t, stride_kt, T, eps, H, D, False, NORM, PER_HEAD, ROTATE, CUT, ROWS_Q, HALF, RUN,
-            STAGES,
+            STAGES, ROWS_Q > ROWS_KV,
         )  # fmt: skip
     else:
         _up(
             qkv_ptr + (H + G) * D, keep_ptr + G, None, cos_ptr, sin_ptr, starts_ptr, v_ptr + batch * T * (G * D),
             program, stack, stride_t, stride_kt, T, eps, G, D, True, False, PER_HEAD, False, CUT, ROWS_KV, HALF, RUN,
-            STAGES,
+            STAGES, ROWS_KV > ROWS_Q,
         )  # fmt: skip
 
 
@@ -156,21 +156,24 @@ def qkv_backward_kernel(
             qkv_ptr + H * D, keep_ptr, k_weight_ptr, cos_ptr, sin_ptr, starts_ptr, dk_ptr + batch * T * (G * D),
             dqkv_ptr + H * D, dkeep_ptr, None if partial_ptr is None else partial_ptr + H * D,
             program, stack, stride_t, stride_kt, T, eps, G, D, (H + 2 * G) * D, 2 * G, True, NORM, PER_HEAD, ROTATE,
-            CUT, ROWS_KV, HALF, RUN, STAGES,
+            CUT, ROWS_KV, HALF, RUN,
+            STAGES, ROWS_KV > ROWS_Q,
         )  # fmt: skip
     elif part == 1:
         _down(
             qkv_ptr, keep_ptr, q_weight_ptr, cos_ptr, sin_ptr, starts_ptr, dq_ptr + batch * T * (H * D),
             dqkv_ptr, dkeep_ptr, partial_ptr,
             program, stack, stride_t, stride_kt, T, eps, H, D, (H + 2 * G) * D, 2 * G, False, NORM, PER_HEAD, ROTATE,
-            CUT, ROWS_Q, HALF, RUN, STAGES,
+            CUT, ROWS_Q, HALF, RUN,
+            STAGES, ROWS_Q > ROWS_KV,
         )  # fmt: skip
     else:
         _down(
             qkv_ptr + (H + G) * D, keep_ptr + G, None, cos_ptr, sin_ptr, starts_ptr, dv_ptr + batch * T * (G * D),
             dqkv_ptr + (H + G) * D, dkeep_ptr + G, None,
             program, stack, stride_t, stride_kt, T, eps, G, D, (H + 2 * G) * D, 2 * G, True, False, PER_HEAD, False,
-            CUT, ROWS_KV, HALF, RUN, STAGES,
+            CUT, ROWS_KV, HALF, RUN,
+            STAGES, ROWS_KV > ROWS_Q,
         )  # fmt: skip
 
 
@@ -228,7 +231,7 @@ def _up(
     x_ptr, keep_ptr, weight_ptr, cos_ptr, sin_ptr, starts_ptr, y_ptr, program, stack, stride_t, stride_kt, T, eps,
     H: tl.constexpr, D: tl.constexpr, SHIFT: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr,
     ROTATE: tl.constexpr, CUT: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, RUN: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, FEWER: tl.constexpr,
 ):  # fmt: skip
     """The forward pass of one part: ROWS runs of tokens, next to each other."""
     HALF_D: tl.constexpr = D // 2
@@ -241,7 +244,10 @@ def _up(
         weight_a, weight_b = _weight(weight_ptr, stack, head, lane, real, H, D, PER_HEAD)
     if SHIFT:
         before_a, before_b = _both(x_ptr, first - 1, (first > 0) & (first <= T), stride_t, at, real, HALF_D)
-    for step in tl.range(0, RUN, num_stages=STAGES):
+    steps = RUN
+    if FEWER:  # programs than the part that made the grid
+        steps = tl.where(program * (ROWS * RUN) < T, steps, 0)
+    for step in tl.range(0, steps, num_stages=STAGES):
         token = first + step
         inside = token < T
         a, b = _both(x_ptr, token, inside, stride_t, at, real, HALF_D)
@@ -271,7 +277,8 @@ def _down(
     x_ptr, keep_ptr, weight_ptr, cos_ptr, sin_ptr, starts_ptr, grad_ptr, dx_ptr, dkeep_ptr, partial_ptr,
     program, stack, stride_t, stride_kt, T, eps, H: tl.constexpr, D: tl.constexpr, OUT: tl.constexpr,
     OUT_KEEP: tl.constexpr, SHIFT: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr, ROTATE: tl.constexpr,
-    CUT: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
+    CUT: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, RUN: tl.constexpr,
+    STAGES: tl.constexpr, FEWER: tl.constexpr,
 ):  # fmt: skip
     """The backward pass of one part: ROWS runs of tokens, next to each other. OUT, OUT_KEEP: strides of dx, dkeep."""
     HALF_D: tl.constexpr = D // 2
@@ -287,7 +294,10 @@ def _down(
     if SHIFT:
         a, b = _both(x_ptr, first + RUN, first + RUN < T, stride_t, at, real, HALF_D)
         passed_a, passed_b = tl.zeros_like(a), tl.zeros_like(b)  # to this token, by the one after it
-    for step in tl.range(0 if SHIFT else 1, RUN + 1, num_stages=STAGES):
+    steps = RUN + 1
+    if FEWER:  # programs than the part that made the grid
+        steps = tl.where(program * (ROWS * RUN) < T, steps, 0)
+    for step in tl.range(0 if SHIFT else 1, steps, num_stages=STAGES):
         token = first + RUN - step
         inside = token < T
         own = inside & (step > 0)  # the token after the run is another program's
