@@ -13,13 +13,14 @@ import re
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--tree", type=Path, default=Path(__file__).resolve().parents[1])
 parser.add_argument("--name", default="this")
-parser.add_argument("--only", choices=["window", "gate"], help="one part; all by default")
+parser.add_argument("--only", choices=["window", "gate", "step"], help="one part; all by default")
 parser.add_argument("--shapes", default="", help="regular expression: of 'T16k D64 W512 gate' and so on, which")
 parser.add_argument("--ms", type=int, default=40, help="of repeats behind each median")
 parser.add_argument("--table", type=Path, help="no timing: medians of such lines, a column each name")
@@ -34,6 +35,7 @@ from triton.testing import do_bench  # noqa: E402
 from zoo import ops  # noqa: E402
 from zoo.kernels import gate, hopper_backward  # noqa: E402
 from zoo.ops import backend  # noqa: E402
+from zoo.ops.loss import chunk_rows  # noqa: E402
 
 SHAPES = [(4, 16, 16384, dim, window) for dim in (64, 128) for window in (512, 1024, 2048)]
 SHAPES += [(1, 4, 1 << 20, dim, 512) for dim in (64, 128)]
@@ -121,6 +123,50 @@ def preprocessing() -> None:
             say(f"  {key}", part)
 
 
+def step() -> None:
+    """The kernels around the products in a training step of 125M, 32,768 tokens each, through the operators: alike in
+    every tree. GB/s of the bytes that must be read or written once."""
+    rows, heads, dim, hidden, vocabulary = 32768, 12, 64, 2048, 50304
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(size, device="cuda", generator=generator).to(dtype)
+
+    def report(what: str, call: Callable[[], object], size: float) -> None:
+        ms = median(call)
+        say(f"step {what}", ms, f"{size / ms / 1e6:.0f} GB/s")
+        for key, part in sorted(on_device(call).items(), key=lambda pair: -pair[1]):
+            say(f"step {what}   {key}", part)
+
+    packed, grad = normal(rows, 2 * hidden), normal(rows, hidden)
+    with torch.no_grad():
+        report("swiglu forward", partial(torch.ops.zoo.swiglu, packed), rows * hidden * 6)
+        report("swiglu backward", partial(torch.ops.zoo.swiglu_backward, grad, packed), rows * hidden * 10)
+    del packed, grad
+
+    qkv, grads = normal(8, rows // 8, 3 * heads, dim), [normal(8, rows // 8, heads, dim) for _ in range(3)]
+    keep = normal(8, rows // 8, 2 * heads, dtype=torch.float32)
+    weights = [torch.ones(1, heads * dim, device="cuda") for _ in range(2)]
+    table = ops.rotary_table(torch.arange(rows // 8, device="cuda").unsqueeze(0), dim, 10000.0)
+    rest = (qkv, keep, *weights, *table, None, heads, False, 1e-6)
+    with torch.no_grad():
+        report("qkv forward", partial(torch.ops.zoo.prepare_qkv, *rest), qkv.numel() * 4)
+        report("qkv backward", partial(torch.ops.zoo.prepare_qkv_backward, *grads, *rest), qkv.numel() * 6)
+    del qkv, grads
+
+    x = normal(rows, heads * dim, dtype=torch.float32)
+    for width in (24, 48):  # gate or shift; both
+        weight = normal(width, heads * dim, dtype=torch.float32)
+        with torch.no_grad():
+            report(f"narrow {width}", partial(torch.ops.zoo.piecewise_linear, x.bfloat16(), x, weight), x.numel() * 4)
+    del x
+
+    chunk = chunk_rows(normal(1, 1), vocabulary)
+    logits, targets = normal(chunk, vocabulary), torch.randint(vocabulary, (chunk,), device="cuda")
+    rows_of_loss = backend.choose("loss", logits.device, logits.dtype, backend.NO_HEADS).cross_entropy_rows
+    report("loss rows", partial(rows_of_loss, logits, targets, -100, True), logits.numel() * 4)
+
+
 if __name__ == "__main__":
     if arguments.table is not None:
         sys.exit(print(table(arguments.table.read_text("utf-8").splitlines(), arguments.parts)))
@@ -129,6 +175,6 @@ if __name__ == "__main__":
     x = torch.randn(8192, 8192, device="cuda").bfloat16()
     ms = median(partial(torch.matmul, x, x))
     say("matmul 8192", ms, f"{2 * 8192**3 / ms / 1e9:.0f} TFLOP/s")
-    for part, run in (("gate", preprocessing), ("window", window)):
+    for part, run in (("gate", preprocessing), ("step", step), ("window", window)):
         if arguments.only in (None, part):
             run()

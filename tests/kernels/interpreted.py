@@ -185,13 +185,16 @@ def test_one_token_over_a_ring(batch, heads, kv_heads, dim, slots, gated):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float16, 1e-3)])
-@pytest.mark.parametrize(("rows", "width"), [(5, 7), (3, 300), (2, 5001)])
-def test_cross_entropy_rows(rows, width, dtype, bound):
-    """Widths that fill a part of a tile, one tile, and two; an unscored row among the others; a column of -inf."""
+@pytest.mark.parametrize(("rows", "width", "held"), [(5, 7, True), (3, 300, True), (2, 9001, True), (2, 9001, False)])
+def test_cross_entropy_rows(rows, width, held, dtype, bound, monkeypatch):
+    """Widths that fill a part of a tile, one tile, and two, held in registers and read again; an unscored row among the
+    others; a column of -inf, and in one row a whole tile."""
     torch.manual_seed(0)
+    monkeypatch.setattr(losses, "HELD", losses.HELD if held else 0)
     logits = (5 * torch.randn(rows, width)).to(dtype)
     logits[:, 0] = float("-inf")
-    targets = torch.randint(1, width, (rows,))
+    logits[0, : width - 809] = float("-inf")
+    targets = torch.randint(max(1, width - 809), width, (rows,))
     targets[1] = -100
     for needs_grad in (False, True):
         ours, theirs = logits.clone(), logits.double()

@@ -45,7 +45,9 @@ LARGE = dataclasses.replace(CASES[0], name="large", heads=12, kv_heads=12, dim=6
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("case", [*CASES, LARGE], ids=str)
 def test_qkv(case, dtype, monkeypatch):
-    """Values and gradients against the steps one by one in float64; every element returned has been written."""
+    """Values and gradients against the steps one by one in float64; every element returned has been written. Runs are
+    short: several to a row."""
+    monkeypatch.setattr(qkv, "RUN", 8)
     tensors, grads = qkv_tensors(case, dtype)
     options = tensors["options"]
     poison_new_tensors(monkeypatch)

@@ -1,16 +1,19 @@
 """Queries, keys and values made ready for attention: token shift, RMS norm and rotary positions in one pass, in Triton.
 
-One kernel for q, k and v alike, with switches that vanish at compile time (SPEC.md 3.1, 3.2):
+One launch for q, k and v, with switches that vanish at compile time (SPEC.md 3.1, 3.2):
 
     m_t = keep_t x_t + (1 - keep_t) x_{t-1}        u_t = m_t / rms(m_t)        y_t = rotate(weight * u_t)
 
-A program owns a run of tokens of one row, all heads; everything between load and store is float32. The backward pass
-computes m and u again from x. Token t's gradient needs that of m_{t+1}: it is computed twice, once for each token of
-the pair, from what the caches hold anyway. Gradients of the norm's weight are summed per program, then by torch: no
-atomics, the same bits every time.
+A row of a tile walks along RUN tokens, a token a step, all heads; what neighbours share, x and the gradient that a
+token passes to the one before it, stays in registers from one step to the next, so everything is read and computed
+once. The tokens to come are under way in shared memory (STAGES). The forward pass walks up; the backward pass walks
+down and computes m and u again from x. It begins with the token after its run, for what that one passes on. Everything
+between load and store is float32. Gradients of the norms' weights are summed per program, then by torch: no atomics,
+the same bits every time.
 
-Shapes: x, y (B, T, H, D), D even; keep (B, T, H) float32, before its sigmoid; weight (S, H * D), or (S, D) for a norm
-of each head, for B / S rows each; cos, sin (B or 1, T, D / 2) float32; starts (T,) bool, where nothing is shifted in.
+Shapes: qkv (B, T, H + 2 G, D), heads contiguous, D even; keep (B, T, 2 G) float32, for k then v, before its sigmoid;
+weights (S, H * D) and (S, G * D), or (S, D) for a norm of each head, for B / S rows each; cos, sin (B or 1, T, D / 2)
+float32; starts (T,) bool, where nothing is shifted in.
 """
 
 from typing import Any
@@ -20,253 +23,331 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ELEMENTS = 1024  # of one half of the heads in a tile: 8 to each of the threads below; more spill in the backward
-WARPS = 4
-RUN = 32  # tokens to a program
+ELEMENTS = 512  # of one half of the heads in a tile, at least
+EACH = 8  # of them to a thread: a 128-bit load of 16-bit elements
+RUN = 32  # tokens to a row of a tile
+STAGES = 4  # of the walk: all but one on their way
 
 
-def part_forward(
-    x: Tensor, keep: Tensor | None, weight: Tensor | None, table: tuple[Tensor, Tensor] | None,
-    starts: Tensor | None, per_head: bool, eps: float,
-) -> Tensor:  # fmt: skip
-    """y, contiguous, of x's dtype."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if y.numel():
-        call = _Call(x, keep, weight, table, starts, per_head, eps)
-        _forward[call.grid](*call.inputs, y, *call.sizes, **call.switches)
-    return y
+def prepare_forward(
+    qkv: Tensor, keep: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None,
+    sin: Tensor | None, starts: Tensor | None, heads: int, per_head: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k, v, contiguous, of qkv's dtype."""
+    call = _Call(qkv, keep, q_weight, k_weight, cos, sin, starts, heads, per_head, eps)
+    batch, tokens, _, dim = qkv.shape
+    outputs = [
+        torch.empty((batch, tokens, n, dim), dtype=qkv.dtype, device=qkv.device)
+        for n in (heads, call.groups, call.groups)
+    ]
+    if qkv.numel():
+        qkv_forward_kernel[call.grid](*call.inputs, *outputs, *call.sizes, **call.switches)
+    return outputs[0], outputs[1], outputs[2]
 
 
-def part_backward(
-    grad: Tensor, x: Tensor, keep: Tensor | None, weight: Tensor | None, table: tuple[Tensor, Tensor] | None,
-    starts: Tensor | None, per_head: bool, eps: float, out: Tensor,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Writes the gradient of x to `out` (B, T, H, D), heads contiguous; returns those of keep and weight."""
-    grad = grad.contiguous()
-    keep_grad = None if keep is None else torch.empty(keep.shape, dtype=keep.dtype, device=keep.device)
-    call = _Call(x, keep, weight, table, starts, per_head, eps)
-    runs, batch = call.grid
-    partial = x.new_empty((batch, runs, *x.shape[2:]), dtype=torch.float32) if weight is not None else None
-    if x.numel():
-        _backward[call.grid](
-            *call.inputs, grad, out, keep_grad, partial, *out.stride()[:2], *call.sizes, **call.switches
-        )
-    if weight is None or partial is None:
-        return keep_grad, None
-    stacked = partial.unflatten(0, (weight.shape[0], -1)).flatten(1, 2)  # (S, programs, H, D)
-    total = stacked.sum(dim=(1, 2)) if per_head else stacked.sum(dim=1).flatten(1)
-    return keep_grad, total.to(weight.dtype)
+def prepare_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, keep: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, starts: Tensor | None, heads: int, per_head: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The gradients of qkv and keep, and those of the weights of q and k, head by head: (S, H + G, D) float32."""
+    call = _Call(qkv, keep, q_weight, k_weight, cos, sin, starts, heads, per_head, eps)
+    batch, dim = qkv.shape[0], qkv.shape[3]
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dkeep = torch.empty(keep.shape, dtype=keep.dtype, device=keep.device)
+    partial = None
+    if q_weight is not None:
+        size = (batch, call.grid[0], heads + call.groups, dim)
+        partial = torch.empty(size, dtype=torch.float32, device=qkv.device)
+    if qkv.numel():
+        grads = (x.contiguous() for x in (dq, dk, dv))
+        qkv_backward_kernel[call.grid](*call.inputs, *grads, dqkv, dkeep, partial, *call.sizes, **call.switches)
+    if partial is None or q_weight is None:
+        return dqkv, dkeep, None
+    return dqkv, dkeep, partial.unflatten(0, (q_weight.shape[0], -1)).flatten(1, 2).sum(dim=1)
 
 
 class _Call:
     """What both directions pass to their kernel."""
 
     def __init__(
-        self, x: Tensor, keep: Tensor | None, weight: Tensor | None, table: tuple[Tensor, Tensor] | None,
-        starts: Tensor | None, per_head: bool, eps: float,
+        self, qkv: Tensor, keep: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None,
+        sin: Tensor | None, starts: Tensor | None, heads: int, per_head: bool, eps: float,
     ):  # fmt: skip
-        batch, tokens, heads, dim = x.shape
-        cos, sin = (None, None) if table is None else (part.contiguous() for part in table)
-        shared = cos is None or cos.shape[0] == 1
-        keep_strides = (0, 0) if keep is None else keep.stride()[:2]
-        stack = 1 if weight is None else weight.shape[0]
-        heads_2, half_2 = triton.next_power_of_2(heads), triton.next_power_of_2(dim // 2)
-        self.grid = (triton.cdiv(tokens, RUN), batch)
-        self.inputs: tuple[Any, ...] = (
-            x, keep, None if weight is None else weight.contiguous(), cos, sin, starts,
-        )  # fmt: skip
+        if qkv.stride(3) != 1 or qkv.stride(2) != qkv.shape[3]:
+            qkv = qkv.contiguous()
+        keep = keep if keep.stride(2) == 1 else keep.contiguous()
+        batch, tokens, packed, dim = qkv.shape
+        self.groups = (packed - heads) // 2
+        half = triton.next_power_of_2(dim // 2)
+        wide, narrow = (triton.next_power_of_2(n) * half for n in (heads, self.groups))
+        tile = max(ELEMENTS, wide, narrow)
+        rows = (tile // wide, tile // narrow)
+        self.grid = (triton.cdiv(tokens, RUN * min(rows)), batch, 3)
+        rest = (None if x is None else x.contiguous() for x in (q_weight, k_weight, cos, sin))
+        self.inputs: tuple[Any, ...] = (qkv, keep, *rest, starts)
         self.sizes: tuple[Any, ...] = (
-            *x.stride()[:2], *keep_strides, 0 if shared else tokens, max(1, batch // stack), tokens, heads, eps,
+            *qkv.stride()[:2], *keep.stride()[:2], tokens if cos is not None and cos.shape[0] > 1 else 0,
+            1 if q_weight is None else batch // q_weight.shape[0], tokens, eps,
         )  # fmt: skip
         self.switches: dict[str, Any] = {
-            "D": dim, "SHIFT": keep is not None, "NORM": weight is not None, "PER_HEAD": per_head,
-            "ROTATE": cos is not None, "CUT": starts is not None,
-            "TOKENS": min(RUN, max(1, ELEMENTS // (heads_2 * half_2))), "HEADS": heads_2, "HALF": half_2, "RUN": RUN,
-            "num_warps": WARPS,
+            "H": heads, "G": self.groups, "D": dim, "NORM": q_weight is not None, "PER_HEAD": per_head,
+            "ROTATE": cos is not None, "CUT": starts is not None, "ROWS_Q": rows[0], "ROWS_KV": rows[1], "HALF": half,
+            "RUN": RUN, "STAGES": STAGES, "num_warps": max(1, min(16, tile // (32 * EACH))),
         }  # fmt: skip
 
 
-@triton.jit
-def _pair(x_ptr, starts_ptr, stride_t, token, at, alive, T, SHIFT: tl.constexpr, CUT: tl.constexpr):
-    """One half of the heads: x of the token itself, and what is shifted in."""
-    own = tl.load(x_ptr + token[:, None, None] * stride_t + at, mask=alive, other=0.0).to(tl.float32)
-    if SHIFT:
-        shifted = token > 0
-        if CUT:
-            shifted = shifted & (tl.load(starts_ptr + token, mask=(token >= 0) & (token < T), other=1) == 0)
-        before = tl.load(
-            x_ptr + (token - 1)[:, None, None] * stride_t + at, mask=alive & shifted[:, None, None], other=0.0
-        ).to(tl.float32)
+@triton.jit(do_not_specialize=["table_rows", "rows_each", "T"])
+def qkv_forward_kernel(
+    qkv_ptr, keep_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, starts_ptr, q_ptr, k_ptr, v_ptr,
+    stride_b, stride_t, stride_kb, stride_kt, table_rows, rows_each, T, eps,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr,
+    ROTATE: tl.constexpr, CUT: tl.constexpr, ROWS_Q: tl.constexpr, ROWS_KV: tl.constexpr, HALF: tl.constexpr,
+    RUN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    program, batch, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    qkv_ptr += batch * stride_b
+    keep_ptr += batch * stride_kb
+    if ROTATE:
+        cos_ptr += batch * table_rows * (D // 2)
+        sin_ptr += batch * table_rows * (D // 2)
+    stack = batch // rows_each
+    if part == 0:  # the longest first
+        _up(
+            qkv_ptr + H * D, keep_ptr, k_weight_ptr, cos_ptr, sin_ptr, starts_ptr, k_ptr + batch * T * (G * D),
+            program, stack, stride_t, stride_kt, T, eps, G, D, True, NORM, PER_HEAD, ROTATE, CUT, ROWS_KV, HALF, RUN,
+            STAGES, ROWS_KV > ROWS_Q,
+        )  # fmt: skip
+    elif part == 1:
+        _up(
+            qkv_ptr, keep_ptr, q_weight_ptr, cos_ptr, sin_ptr, starts_ptr, q_ptr + batch * T * (H * D),
+            program, stack, stride_t, stride_kt, T, eps, H, D, False, NORM, PER_HEAD, ROTATE, CUT, ROWS_Q, HALF, RUN,
+            STAGES, ROWS_Q > ROWS_KV,
+        )  # fmt: skip
     else:
-        before = own
-    return own, before
+        _up(
+            qkv_ptr + (H + G) * D, keep_ptr + G, None, cos_ptr, sin_ptr, starts_ptr, v_ptr + batch * T * (G * D),
+            program, stack, stride_t, stride_kt, T, eps, G, D, True, False, PER_HEAD, False, CUT, ROWS_KV, HALF, RUN,
+            STAGES, ROWS_KV > ROWS_Q,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["table_rows", "rows_each", "T"])
+def qkv_backward_kernel(
+    qkv_ptr, keep_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, starts_ptr, dq_ptr, dk_ptr, dv_ptr,
+    dqkv_ptr, dkeep_ptr, partial_ptr,
+    stride_b, stride_t, stride_kb, stride_kt, table_rows, rows_each, T, eps,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr,
+    ROTATE: tl.constexpr, CUT: tl.constexpr, ROWS_Q: tl.constexpr, ROWS_KV: tl.constexpr, HALF: tl.constexpr,
+    RUN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    program, batch, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    qkv_ptr += batch * stride_b
+    dqkv_ptr += batch * T * ((H + 2 * G) * D)
+    keep_ptr += batch * stride_kb
+    dkeep_ptr += batch * T * (2 * G)
+    if ROTATE:
+        cos_ptr += batch * table_rows * (D // 2)
+        sin_ptr += batch * table_rows * (D // 2)
+    if NORM:
+        partial_ptr += (batch * tl.num_programs(0) + program) * ((H + G) * D)
+    stack = batch // rows_each
+    if part == 0:
+        _down(
+            qkv_ptr + H * D, keep_ptr, k_weight_ptr, cos_ptr, sin_ptr, starts_ptr, dk_ptr + batch * T * (G * D),
+            dqkv_ptr + H * D, dkeep_ptr, None if partial_ptr is None else partial_ptr + H * D,
+            program, stack, stride_t, stride_kt, T, eps, G, D, (H + 2 * G) * D, 2 * G, True, NORM, PER_HEAD, ROTATE,
+            CUT, ROWS_KV, HALF, RUN,
+            STAGES, ROWS_KV > ROWS_Q,
+        )  # fmt: skip
+    elif part == 1:
+        _down(
+            qkv_ptr, keep_ptr, q_weight_ptr, cos_ptr, sin_ptr, starts_ptr, dq_ptr + batch * T * (H * D),
+            dqkv_ptr, dkeep_ptr, partial_ptr,
+            program, stack, stride_t, stride_kt, T, eps, H, D, (H + 2 * G) * D, 2 * G, False, NORM, PER_HEAD, ROTATE,
+            CUT, ROWS_Q, HALF, RUN,
+            STAGES, ROWS_Q > ROWS_KV,
+        )  # fmt: skip
+    else:
+        _down(
+            qkv_ptr + (H + G) * D, keep_ptr + G, None, cos_ptr, sin_ptr, starts_ptr, dv_ptr + batch * T * (G * D),
+            dqkv_ptr + (H + G) * D, dkeep_ptr + G, None,
+            program, stack, stride_t, stride_kt, T, eps, G, D, (H + 2 * G) * D, 2 * G, True, False, PER_HEAD, False,
+            CUT, ROWS_KV, HALF, RUN,
+            STAGES, ROWS_KV > ROWS_Q,
+        )  # fmt: skip
 
 
 @triton.jit
-def _keep(keep_ptr, stride_kt, token, head, T, H):
-    inside = (token < T)[:, None] & (head < H)[None, :]
-    keep = tl.load(keep_ptr + token[:, None] * stride_kt + head[None, :], mask=inside, other=0.0)
-    return tl.sigmoid(keep.to(tl.float32))[:, :, None]
+def _both(ptr, token, inside, stride_t, at, real, HALF_D: tl.constexpr):
+    """The two halves of all heads of these tokens, zero where not inside."""
+    mask = real & inside[:, None, None]
+    ptr += token[:, None, None] * stride_t + at
+    a = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(ptr + HALF_D, mask=mask, other=0.0).to(tl.float32)
+    return a, b
 
 
 @triton.jit
-def _mean(x, y, H, D: tl.constexpr, PER_HEAD: tl.constexpr):
-    """Over the whole token, or each head, of two halves: (TOKENS, 1 or HEADS, 1)."""
-    total = tl.sum(x + y, 2)
+def _put(ptr, a, b, token, inside, stride_t, at, real, HALF_D: tl.constexpr):
+    mask = real & inside[:, None, None]
+    ptr += token[:, None, None] * stride_t + at
+    tl.store(ptr, a.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(ptr + HALF_D, b.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _weight(weight_ptr, stack, head, lane, real, H: tl.constexpr, D: tl.constexpr, PER_HEAD: tl.constexpr):
     if PER_HEAD:
-        mean = (total / D)[:, :, None]
+        weight_ptr += stack * D + lane[None, None, :]
     else:
-        mean = (tl.sum(total, 1) / (H * D))[:, None, None]
-    return mean
+        weight_ptr += stack * (H * D) + (head[:, None] * D + lane[None, :])[None]
+    a = tl.load(weight_ptr, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(weight_ptr + D // 2, mask=real, other=0.0).to(tl.float32)
+    return a, b
 
 
 @triton.jit
-def _angles(cos_ptr, sin_ptr, place, lane, inside, HALF_D: tl.constexpr):
-    at = place[:, None] * HALF_D + lane[None, :]
+def _angles(cos_ptr, sin_ptr, token, inside, lane, HALF_D: tl.constexpr):
+    at = token[:, None] * HALF_D + lane[None, :]
     mask = inside[:, None] & (lane < HALF_D)[None, :]
     cos = tl.load(cos_ptr + at, mask=mask, other=0.0)[:, None, :]
     sin = tl.load(sin_ptr + at, mask=mask, other=0.0)[:, None, :]
     return cos, sin
 
 
-@triton.jit(do_not_specialize=["table_rows", "rows_each", "T"])
-def _forward(
-    x_ptr, keep_ptr, weight_ptr, cos_ptr, sin_ptr, starts_ptr, y_ptr,
-    stride_b, stride_t, stride_kb, stride_kt, table_rows, rows_each, T, H, eps,
-    D: tl.constexpr, SHIFT: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr, ROTATE: tl.constexpr,
-    CUT: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, RUN: tl.constexpr,
-):  # fmt: skip
-    run, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    HALF_D: tl.constexpr = D // 2
-    head, lane = tl.arange(0, HEADS), tl.arange(0, HALF)
-    real = ((head < H)[:, None] & (lane < HALF_D)[None, :])[None]
-    at = (head[:, None] * D + lane[None, :])[None]
-    x_ptr += batch * stride_b
-    if NORM:
-        weight_at = lane[None, None, :] if PER_HEAD else at
-        weight_ptr += batch // rows_each * (D if PER_HEAD else H * D)
-        weight_a = tl.load(weight_ptr + weight_at, mask=real, other=0.0).to(tl.float32)
-        weight_b = tl.load(weight_ptr + weight_at + HALF_D, mask=real, other=0.0).to(tl.float32)
-    for step in range(0, RUN // TOKENS):
-        token = run * RUN + step * TOKENS + tl.arange(0, TOKENS)
-        alive = real & (token < T)[:, None, None]
-        a, before_a = _pair(x_ptr, starts_ptr, stride_t, token, at, alive, T, SHIFT, CUT)
-        b, before_b = _pair(x_ptr, starts_ptr, stride_t, token, at + HALF_D, alive, T, SHIFT, CUT)
-        if SHIFT:
-            keep = _keep(keep_ptr + batch * stride_kb, stride_kt, token, head, T, H)
-            a = keep * a + (1 - keep) * before_a
-            b = keep * b + (1 - keep) * before_b
-        if NORM:
-            scale = tl.rsqrt(_mean(a * a, b * b, H, D, PER_HEAD) + eps)
-            a = a * scale * weight_a
-            b = b * scale * weight_b
-        if ROTATE:
-            cos, sin = _angles(cos_ptr, sin_ptr, batch * table_rows + token, lane, token < T, HALF_D)
-            a, b = a * cos - b * sin, a * sin + b * cos
-        out_ptr = y_ptr + (batch * T + token)[:, None, None] * (H * D) + at
-        tl.store(out_ptr, a.to(y_ptr.dtype.element_ty), mask=alive)
-        tl.store(out_ptr + HALF_D, b.to(y_ptr.dtype.element_ty), mask=alive)
+@triton.jit
+def _keep(keep_ptr, token, inside, stride_kt, head, H: tl.constexpr):
+    mask = inside[:, None] & (head < H)[None, :]
+    return tl.sigmoid(tl.load(keep_ptr + token[:, None] * stride_kt + head[None, :], mask=mask, other=0.0))
 
 
 @triton.jit
-def _mixed_gradient(
-    x_ptr, keep_ptr, cos_ptr, sin_ptr, starts_ptr, grad_ptr, weight_a, weight_b,
-    stride_t, stride_kt, token, head, lane, at, real, T, H, eps,
-    D: tl.constexpr, SHIFT: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr, ROTATE: tl.constexpr,
-    CUT: tl.constexpr,
-):  # fmt: skip
-    """Of tokens: both halves of d m and of d weight; what keep weighs against each other, summed with d m; and keep.
-    Zero for a token past the end."""
-    HALF_D: tl.constexpr = D // 2
-    alive = real & (token < T)[:, None, None]
-    a, before_a = _pair(x_ptr, starts_ptr, stride_t, token, at, alive, T, SHIFT, CUT)
-    b, before_b = _pair(x_ptr, starts_ptr, stride_t, token, at + HALF_D, alive, T, SHIFT, CUT)
-    grad_at = grad_ptr + token[:, None, None] * (H * D) + at
-    da = tl.load(grad_at, mask=alive, other=0.0).to(tl.float32)
-    db = tl.load(grad_at + HALF_D, mask=alive, other=0.0).to(tl.float32)
-    if ROTATE:
-        cos, sin = _angles(cos_ptr, sin_ptr, token, lane, token < T, HALF_D)
-        da, db = da * cos + db * sin, db * cos - da * sin
-    if SHIFT:
-        keep = _keep(keep_ptr, stride_kt, token, head, T, H)
-        apart_a, apart_b = a - before_a, b - before_b
-        a = before_a + keep * apart_a
-        b = before_b + keep * apart_b
-    weight_da, weight_db = da, db
-    if NORM:
-        scale = tl.rsqrt(_mean(a * a, b * b, H, D, PER_HEAD) + eps)
-        a, b = a * scale, b * scale
-        weight_da, weight_db = da * a, db * b
-        da, db = da * weight_a, db * weight_b
-        along = _mean(da * a, db * b, H, D, PER_HEAD)
-        da, db = scale * (da - a * along), scale * (db - b * along)
-    if SHIFT:
-        lean = tl.sum(da * apart_a + db * apart_b, 2)
-    else:
-        keep = da
-        lean = tl.sum(da, 2)
-    return da, db, weight_da, weight_db, lean, keep
+def _starts_here(starts_ptr, token, inside):
+    return tl.load(starts_ptr + token, mask=inside, other=1) != 0
 
 
-@triton.jit(do_not_specialize=["table_rows", "rows_each", "T"])
-def _backward(
-    x_ptr, keep_ptr, weight_ptr, cos_ptr, sin_ptr, starts_ptr, grad_ptr, dx_ptr, dkeep_ptr, partial_ptr,
-    stride_ob, stride_ot, stride_b, stride_t, stride_kb, stride_kt, table_rows, rows_each, T, H, eps,
-    D: tl.constexpr, SHIFT: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr, ROTATE: tl.constexpr,
-    CUT: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, RUN: tl.constexpr,
+@triton.jit
+def _up(
+    x_ptr, keep_ptr, weight_ptr, cos_ptr, sin_ptr, starts_ptr, y_ptr, program, stack, stride_t, stride_kt, T, eps,
+    H: tl.constexpr, D: tl.constexpr, SHIFT: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr,
+    ROTATE: tl.constexpr, CUT: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, RUN: tl.constexpr,
+    STAGES: tl.constexpr, FEWER: tl.constexpr,
 ):  # fmt: skip
-    run, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    """The forward pass of one part: ROWS runs of tokens, next to each other."""
     HALF_D: tl.constexpr = D // 2
+    HEADS: tl.constexpr = triton.next_power_of_2(H)
     head, lane = tl.arange(0, HEADS), tl.arange(0, HALF)
     real = ((head < H)[:, None] & (lane < HALF_D)[None, :])[None]
     at = (head[:, None] * D + lane[None, :])[None]
-    x_ptr += batch * stride_b
-    grad_ptr += batch * T * H * D
-    dx_ptr += batch * stride_ob
+    first = (program * ROWS + tl.arange(0, ROWS)) * RUN
+    if NORM:
+        weight_a, weight_b = _weight(weight_ptr, stack, head, lane, real, H, D, PER_HEAD)
     if SHIFT:
-        keep_ptr += batch * stride_kb
-    if ROTATE:
-        cos_ptr += batch * table_rows * HALF_D
-        sin_ptr += batch * table_rows * HALF_D
-    weight_a = tl.zeros([1, HEADS, HALF], tl.float32)
-    weight_b = weight_a
-    sum_a = tl.zeros([HEADS, HALF], tl.float32)
-    sum_b = tl.zeros([HEADS, HALF], tl.float32)
-    if NORM:
-        weight_at = lane[None, None, :] if PER_HEAD else at
-        weight_ptr += batch // rows_each * (D if PER_HEAD else H * D)
-        weight_a = tl.load(weight_ptr + weight_at, mask=real, other=0.0).to(tl.float32)
-        weight_b = tl.load(weight_ptr + weight_at + HALF_D, mask=real, other=0.0).to(tl.float32)
-    for step in range(0, RUN // TOKENS):
-        token = run * RUN + step * TOKENS + tl.arange(0, TOKENS)
-        da, db, weight_da, weight_db, lean, keep = _mixed_gradient(
-            x_ptr, keep_ptr, cos_ptr, sin_ptr, starts_ptr, grad_ptr, weight_a, weight_b,
-            stride_t, stride_kt, token, head, lane, at, real, T, H, eps, D, SHIFT, NORM, PER_HEAD, ROTATE, CUT,
-        )  # fmt: skip
-        if NORM:
-            sum_a += tl.sum(weight_da, 0)
-            sum_b += tl.sum(weight_db, 0)
+        before_a, before_b = _both(x_ptr, first - 1, (first > 0) & (first <= T), stride_t, at, real, HALF_D)
+    steps = RUN
+    if FEWER:  # programs than the part that made the grid
+        steps = tl.where(program * (ROWS * RUN) < T, steps, 0)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        token = first + step
+        inside = token < T
+        a, b = _both(x_ptr, token, inside, stride_t, at, real, HALF_D)
         if SHIFT:
-            inside = (token < T)[:, None] & (head < H)[None, :]
-            share = tl.reshape(keep, [TOKENS, HEADS])
-            dkeep_at = (batch * T + token)[:, None] * H + head[None, :]
-            tl.store(dkeep_ptr + dkeep_at, lean * share * (1 - share), mask=inside)
-            later_a, later_b, _, _, _, later_keep = _mixed_gradient(
-                x_ptr, keep_ptr, cos_ptr, sin_ptr, starts_ptr, grad_ptr, weight_a, weight_b,
-                stride_t, stride_kt, token + 1, head, lane, at, real, T, H, eps, D, SHIFT, NORM, PER_HEAD, ROTATE, CUT,
-            )  # fmt: skip
-            passed = 1 - later_keep
+            own_a, own_b = a, b
             if CUT:
-                passed = tl.where(
-                    (tl.load(starts_ptr + token + 1, mask=token + 1 < T, other=1) == 0)[:, None, None], passed, 0.0
-                )
-            da = keep * da + passed * later_a
-            db = keep * db + passed * later_b
-        alive = real & (token < T)[:, None, None]
-        out_ptr = dx_ptr + token[:, None, None] * stride_ot + at
-        tl.store(out_ptr, da.to(dx_ptr.dtype.element_ty), mask=alive)
-        tl.store(out_ptr + HALF_D, db.to(dx_ptr.dtype.element_ty), mask=alive)
+                cut = _starts_here(starts_ptr, token, inside)[:, None, None]
+                before_a, before_b = tl.where(cut, 0.0, before_a), tl.where(cut, 0.0, before_b)
+            keep = _keep(keep_ptr, token, inside, stride_kt, head, H)[:, :, None]
+            a, b = before_a + keep * (a - before_a), before_b + keep * (b - before_b)
+            before_a, before_b = own_a, own_b
+        if NORM:
+            square = tl.sum(a * a + b * b, 2)
+            if PER_HEAD:
+                scale = tl.rsqrt(square / D + eps)[:, :, None]
+            else:
+                scale = tl.rsqrt(tl.sum(square, 1) / (H * D) + eps)[:, None, None]
+            a, b = a * scale * weight_a, b * scale * weight_b
+        if ROTATE:
+            cos, sin = _angles(cos_ptr, sin_ptr, token, inside, lane, HALF_D)
+            a, b = a * cos - b * sin, a * sin + b * cos
+        _put(y_ptr, a, b, token, inside, H * D, at, real, HALF_D)
+
+
+@triton.jit
+def _down(
+    x_ptr, keep_ptr, weight_ptr, cos_ptr, sin_ptr, starts_ptr, grad_ptr, dx_ptr, dkeep_ptr, partial_ptr,
+    program, stack, stride_t, stride_kt, T, eps, H: tl.constexpr, D: tl.constexpr, OUT: tl.constexpr,
+    OUT_KEEP: tl.constexpr, SHIFT: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr, ROTATE: tl.constexpr,
+    CUT: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, RUN: tl.constexpr,
+    STAGES: tl.constexpr, FEWER: tl.constexpr,
+):  # fmt: skip
+    """The backward pass of one part: ROWS runs of tokens, next to each other. OUT, OUT_KEEP: strides of dx, dkeep."""
+    HALF_D: tl.constexpr = D // 2
+    HEADS: tl.constexpr = triton.next_power_of_2(H)
+    head, lane = tl.arange(0, HEADS), tl.arange(0, HALF)
+    real = ((head < H)[:, None] & (lane < HALF_D)[None, :])[None]
+    at = (head[:, None] * D + lane[None, :])[None]
+    first = (program * ROWS + tl.arange(0, ROWS)) * RUN
     if NORM:
-        out_ptr = partial_ptr + ((batch * tl.num_programs(0) + run) * (H * D) + at)
-        tl.store(out_ptr, sum_a[None], mask=real)
-        tl.store(out_ptr + HALF_D, sum_b[None], mask=real)
+        weight_a, weight_b = _weight(weight_ptr, stack, head, lane, real, H, D, PER_HEAD)
+        sum_a = tl.zeros([ROWS, HEADS, HALF], tl.float32)
+        sum_b = tl.zeros([ROWS, HEADS, HALF], tl.float32)
+    if SHIFT:
+        a, b = _both(x_ptr, first + RUN, first + RUN < T, stride_t, at, real, HALF_D)
+        passed_a, passed_b = tl.zeros_like(a), tl.zeros_like(b)  # to this token, by the one after it
+    steps = RUN + 1
+    if FEWER:  # programs than the part that made the grid
+        steps = tl.where(program * (ROWS * RUN) < T, steps, 0)
+    for step in tl.range(0 if SHIFT else 1, steps, num_stages=STAGES):
+        token = first + RUN - step
+        inside = token < T
+        own = inside & (step > 0)  # the token after the run is another program's
+        da, db = _both(grad_ptr, token, inside, H * D, at, real, HALF_D)
+        if ROTATE:
+            cos, sin = _angles(cos_ptr, sin_ptr, token, inside, lane, HALF_D)
+            da, db = da * cos + db * sin, db * cos - da * sin
+        if SHIFT:
+            keep = _keep(keep_ptr, token, inside, stride_kt, head, H)
+            earlier_a, earlier_b = _both(x_ptr, token - 1, (token > 0) & (token <= T), stride_t, at, real, HALF_D)
+            before_a, before_b = earlier_a, earlier_b
+            if CUT:
+                cut = _starts_here(starts_ptr, token, inside)[:, None, None]
+                before_a, before_b = tl.where(cut, 0.0, before_a), tl.where(cut, 0.0, before_b)
+            apart_a, apart_b = a - before_a, b - before_b
+            a, b = before_a + keep[:, :, None] * apart_a, before_b + keep[:, :, None] * apart_b
+        else:
+            a, b = _both(x_ptr, token, inside, stride_t, at, real, HALF_D)
+        if NORM:
+            weight_da, weight_db = da * a, db * b
+            da, db = da * weight_a, db * weight_b
+            square, along = tl.sum(a * a + b * b, 2), tl.sum(da * a + db * b, 2)
+            if PER_HEAD:
+                square, along = square / D, along / D
+            else:
+                square, along = tl.split(tl.sum(tl.join(square, along), 1))  # one exchange between warps
+                square, along = square[:, None] / (H * D), along[:, None] / (H * D)
+            scale = tl.rsqrt(square + eps)  # (ROWS, 1 or HEADS)
+            counted = tl.where(own[:, None], scale, 0.0)[:, :, None]
+            sum_a += weight_da * counted
+            sum_b += weight_db * counted
+            along = (scale * scale * along)[:, :, None]
+            da, db = da - a * along, db - b * along  # d m but for scale
+        if SHIFT:
+            lean = tl.sum(da * apart_a + db * apart_b, 2) * keep * (1 - keep)
+            stay, leave = keep, 1 - keep
+            if NORM:
+                lean, stay, leave = lean * scale, stay * scale, leave * scale
+            if CUT:
+                leave = tl.where(_starts_here(starts_ptr, token, inside)[:, None], 0.0, leave)
+            dkeep_at = token[:, None] * OUT_KEEP + head[None, :]
+            tl.store(dkeep_ptr + dkeep_at, lean, mask=own[:, None] & (head < H)[None, :])
+            stay, leave = stay[:, :, None], leave[:, :, None]
+            _put(dx_ptr, stay * da + passed_a, stay * db + passed_b, token, own, OUT, at, real, HALF_D)
+            passed_a, passed_b = leave * da, leave * db
+            a, b = earlier_a, earlier_b
+        else:
+            if NORM:
+                da, db = da * scale[:, :, None], db * scale[:, :, None]
+            _put(dx_ptr, da, db, token, own, OUT, at, real, HALF_D)
+    if NORM:
+        tl.store(partial_ptr + at, tl.sum(sum_a, 0)[None], mask=real)
+        tl.store(partial_ptr + at + HALF_D, tl.sum(sum_b, 0)[None], mask=real)

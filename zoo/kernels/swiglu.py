@@ -21,7 +21,7 @@ def swiglu_forward(packed: Tensor) -> Tensor:
     product = packed.new_empty((rows, width))
     if product.numel():
         grid = (rows, triton.cdiv(width, BLOCK))
-        _forward[grid](packed, product, packed.stride(0), width, BLOCK=BLOCK, num_warps=4)
+        swiglu_forward_kernel[grid](packed, product, packed.stride(0), width, BLOCK=BLOCK, num_warps=4)
     return product
 
 
@@ -33,12 +33,12 @@ def swiglu_backward(grad: Tensor, packed: Tensor) -> Tensor:
     if grad.numel():
         grid = (rows, triton.cdiv(width, BLOCK))
         strides = (grad.stride(0), packed.stride(0))
-        _backward[grid](grad, packed, packed_grad, *strides, width, BLOCK=BLOCK, num_warps=4)
+        swiglu_backward_kernel[grid](grad, packed, packed_grad, *strides, width, BLOCK=BLOCK, num_warps=4)
     return packed_grad
 
 
 @triton.jit
-def _forward(packed_ptr, product_ptr, stride_p, width, BLOCK: tl.constexpr):
+def swiglu_forward_kernel(packed_ptr, product_ptr, stride_p, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
@@ -49,7 +49,7 @@ def _forward(packed_ptr, product_ptr, stride_p, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(grad_ptr, packed_ptr, packed_grad_ptr, stride_g, stride_p, width, BLOCK: tl.constexpr):
+def swiglu_backward_kernel(grad_ptr, packed_ptr, packed_grad_ptr, stride_g, stride_p, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width

@@ -61,7 +61,11 @@ class Gate(nn.Module):
             self.bias[dims.heads :] = amplitude
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, u = ops.precise_linear(x, self.weight, self.bias).chunk(2, dim=-1)
+        return self.biased(ops.precise_linear(x, self.weight))
+
+    def biased(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        """z and u of x @ weight.T, (B, T, 2 H)."""
+        z, u = (pre + self.bias.to(pre.dtype)).chunk(2, dim=-1)
         return z, u
 
 
@@ -87,8 +91,8 @@ class Attention(Mixer):
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         if self.shift is not None and state is None and self.dims.head_dim % 2 == 0:
-            q, k, v = self._prepare(x, ctx)
-            return self.out(self._attend(q, k, v, x, ctx).flatten(2)), None
+            q, k, v, gate = self._prepare(x, ctx)
+            return self.out(self._attend(q, k, v, gate, x, ctx).flatten(2)), None
         q, k, v = self._project(x)  # (B, T, H|G|G, D)
         if self.shift is not None:
             k, v = self._shift(x, k, v, ctx, state)
@@ -96,7 +100,10 @@ class Attention(Mixer):
         if self.config.rotary and ctx.rotary is not None:
             q, k = apply_rotary(q, ctx.rotary), apply_rotary(k, ctx.rotary)
         q, k = q.to(v.dtype), k.to(v.dtype)  # rounded once, after norm and rotation
-        y = self._attend(q, k, v, x, ctx) if state is None else self._continue(q, k, v, x, ctx, state)
+        if state is None:
+            y = self._attend(q, k, v, None if self.gate is None else self.gate(x), x, ctx)
+        else:
+            y = self._continue(q, k, v, x, ctx, state)
         return self.out(y.flatten(2)), state
 
     # -- projections ---------------------------------------------------------------------------------------------------
@@ -108,17 +115,26 @@ class Attention(Mixer):
         q, k, v = self._packed(x).split((self.dims.heads, self.kv_heads, self.kv_heads), dim=2)
         return q, k, v
 
-    def _prepare(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """Whole rows, projected, shifted, normalised and rotated in one operator."""
+    def _prepare(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Whole rows, projected, shifted, normalised and rotated in one operator; and the gate, whose projection is
+        one product with that of the shift, for x is most of what it reads."""
         assert self.shift is not None
-        return ops.prepare_qkv(
+        keep, gate = self.shift.weight, None
+        if self.gate is None:
+            keep = ops.precise_linear(x, keep)
+        else:
+            weights = (self.gate.weight, keep)
+            pre, keep = ops.precise_linear(x, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
+            gate = self.gate.biased(pre)
+        q, k, v = ops.prepare_qkv(
             self._packed(x),
-            ops.precise_linear(x, self.shift.weight),
+            keep,
             self.dims.heads,
             norms=None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight),
             table=ctx.rotary if self.config.rotary else None,
             starts=None if ctx.cu_seqlens is None else document_starts(ctx.cu_seqlens, x.shape[1]),
         )
+        return q, k, v, gate
 
     def _shift(self, x: Tensor, k: Tensor, v: Tensor, ctx: Context, state: Any) -> tuple[Tensor, Tensor]:
         assert self.shift is not None
@@ -149,10 +165,13 @@ class Attention(Mixer):
 
     # -- attention -----------------------------------------------------------------------------------------------------
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: Context) -> Tensor:
-        if self.gate is None:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, gate: tuple[Tensor, Tensor] | None, x: Tensor, ctx: Context
+    ) -> Tensor:
+        """gate: the pre-activations z and u of x, where there is one."""
+        if gate is None:
             return ops.window_attention(q, k, v, window=self.window, cu_seqlens=ctx.cu_seqlens)
-        z, u = self.gate(x)
+        z, u = gate
         return ops.gated_window_attention(
             q, k, v, z, u, window=self.window, cu_seqlens=ctx.cu_seqlens, prune=self.prune
         )

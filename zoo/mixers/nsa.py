@@ -104,9 +104,11 @@ class NSA(Attention):
 
     # -- attention -----------------------------------------------------------------------------------------------------
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: Context) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, gate: tuple[Tensor, Tensor] | None, x: Tensor, ctx: Context
+    ) -> Tensor:
         config, packed = self.config, ctx.cu_seqlens
-        log_decay = None if self.gate is None else ops.log_decay(*self.gate(x))
+        log_decay = None if gate is None else ops.log_decay(*gate)
         gates = self._branch_gates(x)
         if not self._own_form():
             return ops.nsa_attention(

@@ -4,8 +4,8 @@ A back end offers one module per op family, with the functions of the same names
 `window` (window_forward, window_backward), `ring` (ring_attention) and `loss` (cross_entropy_rows); of
 `zoo.ops.reference_nsa`: `nsa` (compressed_forward, compressed_backward, selected_forward, selected_backward,
 mix_forward, mix_backward); and of `zoo.ops.reference_block`: `linear` (piecewise_product), `swiglu` (swiglu_forward,
-swiglu_backward), `qkv` (part_forward, part_backward). Back ends are tried in the order of `BACKENDS`; the first that
-has the op and does not refuse runs. Another one (a kernel for one architecture, say) is one more row.
+swiglu_backward), `qkv` (prepare_forward, prepare_backward). Back ends are tried in the order of `BACKENDS`; the first
+that has the op and does not refuse runs. Another one (a kernel for one architecture, say) is one more row.
 
 Environment, read at every call:
     ZOO_BACKEND       a name of `BACKENDS`: that one or an error, never a fallback

@@ -58,11 +58,7 @@ def _prepare(
     sin: Tensor | None, starts: Tensor | None, heads: int, per_head: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     module = backend.choose("qkv", qkv.device, qkv.dtype, qkv.shape[3])
-    q, k, v = (
-        module.part_forward(*part, starts, per_head, eps)
-        for part in _parts(qkv, keep, q_weight, k_weight, cos, sin, heads)
-    )
-    return q, k, v
+    return module.prepare_forward(qkv, keep, q_weight, k_weight, cos, sin, starts, heads, per_head, eps)
 
 
 @_prepare.register_fake
@@ -77,36 +73,21 @@ def _prepare_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, keep: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
     cos: Tensor | None, sin: Tensor | None, starts: Tensor | None, heads: int, per_head: bool, eps: float,
 ) -> list[Tensor]:  # fmt: skip
-    """dqkv and dkeep, then those of the weights where there are any."""
+    """dqkv and dkeep, then those of both weights in one, head by head (S, H + G, D), where there are any."""
     module = backend.choose("qkv", qkv.device, qkv.dtype, qkv.shape[3])
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    parts = _parts(qkv, keep, q_weight, k_weight, cos, sin, heads)
-    found = [
-        module.part_backward(grad, *part, starts, per_head, eps, out)
-        for grad, part, out in zip((dq, dk, dv), parts, _split(dqkv, heads), strict=True)
-    ]
-    dkeep = torch.cat((found[1][0], found[2][0]), dim=-1)
-    return [dqkv, dkeep, *(dweight for _, dweight in found if dweight is not None)]
+    found = module.prepare_backward(
+        dq, dk, dv, qkv, keep, q_weight, k_weight, cos, sin, starts, heads, per_head, eps
+    )  # fmt: skip
+    return [x for x in found if x is not None]
 
 
 @_prepare_backward.register_fake
 def _(dq, dk, dv, qkv, keep, q_weight, k_weight, cos, sin, starts, heads, per_head, eps):
-    return [x.new_empty(x.shape) for x in (qkv, keep, q_weight, k_weight) if x is not None]
-
-
-def _split(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
-    kv_heads = (qkv.shape[2] - heads) // 2
-    return qkv.split((heads, kv_heads, kv_heads), dim=2)
-
-
-def _parts(qkv, keep, q_weight, k_weight, cos, sin, heads) -> list[tuple[Any, ...]]:
-    """What the kernels take of q, k and v: the projection, keep, weight and table of each."""
-    if qkv.stride(3) != 1 or qkv.stride(2) != qkv.shape[3]:
-        qkv = qkv.contiguous()
-    q, k, v = _split(qkv, heads)
-    keep_k, keep_v = (keep if keep.stride(2) == 1 else keep.contiguous()).chunk(2, dim=2)
-    table = None if cos is None else (cos, sin)
-    return [(q, None, q_weight, table), (k, keep_k, k_weight, table), (v, keep_v, None, None)]
+    found = [qkv.new_empty(qkv.shape), keep.new_empty(keep.shape)]
+    if q_weight is not None:
+        size = (q_weight.shape[0], dq.shape[2] + dk.shape[2], dq.shape[3])
+        found.append(qkv.new_empty(size, dtype=torch.promote_types(qkv.dtype, torch.float32)))
+    return found
 
 
 def _save(ctx, inputs, output) -> None:
@@ -117,9 +98,17 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
     tensors = ctx.saved_tensors
-    dqkv, dkeep, *dweights = _prepare_backward(dq, dk, dv, *tensors, *ctx.options)
-    dq_weight, dk_weight = dweights or (None, None)
-    return dqkv, dkeep, dq_weight, dk_weight, None, None, None, None, None, None
+    heads, per_head, _ = ctx.options
+    dqkv, dkeep, *both = _prepare_backward(dq, dk, dv, *tensors, *ctx.options)
+    dweights = [None, None]
+    if both:
+        parts = both[0].split((heads, dk.shape[2]), dim=1)  # (S, H, D) and (S, G, D)
+        weights = tensors[2:4]
+        dweights = [
+            (part.sum(dim=1) if per_head else part.flatten(1)).to(weight.dtype)
+            for part, weight in zip(parts, weights, strict=True)
+        ]
+    return dqkv, dkeep, *dweights, None, None, None, None, None, None
 
 
 _prepare.register_autograd(_backward, setup_context=_save)

@@ -3,6 +3,8 @@ attention, the narrow products of gates. The definitions, and the `reference` ba
 "qkv" and "linear".
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,30 +31,60 @@ def swiglu_backward(grad: Tensor, packed: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------- keys, queries and values, made ready
 
 
-def part_forward(
+def prepare_forward(
+    qkv: Tensor, keep: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None,
+    sin: Tensor | None, starts: Tensor | None, heads: int, per_head: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k, v of the packed qkv (B, T, H + 2 G, D), contiguous (zoo/ops/qkv.py)."""
+    parts = _parts(qkv, keep, q_weight, k_weight, cos, sin, heads)
+    q, k, v = (_part_forward(*part, starts, per_head, eps) for part in parts)
+    return q, k, v
+
+
+def prepare_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, keep: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, starts: Tensor | None, heads: int, per_head: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The gradients of qkv and keep, and those of the weights of q and k, head by head: (S, H + G, D)."""
+    parts = _parts(qkv, keep, q_weight, k_weight, cos, sin, heads)
+    found = [_part_backward(grad, *part, starts, per_head, eps) for grad, part in zip((dq, dk, dv), parts, strict=True)]
+    dqkv = torch.cat([dx for dx, _, _ in found], dim=2)
+    dkeep = torch.cat([dkeep for _, dkeep, _ in found if dkeep is not None], dim=2)
+    dweights = [dweight for _, _, dweight in found if dweight is not None]
+    return dqkv, dkeep, torch.cat(dweights, dim=1) if dweights else None
+
+
+def _parts(qkv, keep, q_weight, k_weight, cos, sin, heads) -> list[tuple[Any, Any, Any, Any]]:  # noqa: ANN001
+    """What q, k and v each take: the projection, keep, weight and table."""
+    kv_heads = (qkv.shape[2] - heads) // 2
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
+    keep_k, keep_v = keep.chunk(2, dim=2)
+    table = None if cos is None else (cos, sin)
+    return [(q, None, q_weight, table), (k, keep_k, k_weight, table), (v, keep_v, None, None)]
+
+
+def _part_forward(
     x: Tensor, keep: Tensor | None, weight: Tensor | None, table: tuple[Tensor, Tensor] | None,
     starts: Tensor | None, per_head: bool, eps: float,
 ) -> Tensor:  # fmt: skip
-    """x (B, T, H, D) shifted, normalised and rotated, each where it is given what it needs (zoo/ops/qkv.py)."""
+    """x (B, T, H, D) shifted, normalised and rotated, each where it is given what it needs."""
     mixed, _, unit, _ = _stages(x, keep, weight, starts, per_head, eps)
     y = mixed if weight is None else unit * _by_row(weight, x)
-    return (y if table is None else _rotate(y, *table)).to(x.dtype)
+    return (y if table is None else _rotate(y, *table)).to(x.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
-def part_backward(
+def _part_backward(
     grad: Tensor, x: Tensor, keep: Tensor | None, weight: Tensor | None, table: tuple[Tensor, Tensor] | None,
-    starts: Tensor | None, per_head: bool, eps: float, out: Tensor,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Writes the gradient of x to `out`; returns those of keep (pre-activation) and weight."""
+    starts: Tensor | None, per_head: bool, eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of x, of keep (pre-activation), and of weight, head by head (S, H, D)."""
     mixed, before, unit, scale = _stages(x, keep, weight, starts, per_head, eps)
     grad = grad.to(mixed.dtype)
     if table is not None:
         grad = _rotate(grad, table[0], -table[1])
     weight_grad = None
     if weight is not None:
-        stack = weight.shape[0]
-        weight_grad = (grad * unit).unflatten(0, (stack, -1)).sum(dim=(1, 2))  # (S, H, D)
-        weight_grad = (weight_grad.sum(dim=1) if per_head else weight_grad.flatten(1)).to(weight.dtype)
+        weight_grad = (grad * unit).unflatten(0, (weight.shape[0], -1)).sum(dim=(1, 2))
         grad = grad * _by_row(weight, x)
         dims = (-1,) if per_head else (-2, -1)
         grad = scale * (grad - unit * (grad * unit).mean(dim=dims, keepdim=True))
@@ -64,8 +96,7 @@ def part_backward(
         if starts is not None:
             later = later.masked_fill(F.pad(starts, (0, 1))[None, :, None, None], 0)
         grad = grad * share.unsqueeze(-1) + later[:, 1:]
-    out.copy_(grad)
-    return keep_grad, weight_grad
+    return grad.to(x.dtype), keep_grad, weight_grad
 
 
 def _stages(x, keep, weight, starts, per_head, eps):  # noqa: ANN001, ANN202
