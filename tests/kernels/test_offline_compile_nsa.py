@@ -50,11 +50,12 @@ def build_compressed(name, architecture, dim, group=16, element="bf16", tile=Non
         constants |= {
             "SELECT": 64, "OVERLAP": overlap, "SHIFT": shift, "TOP": 16, "KEPT": 16,
             "TOKENS": max(1, rows // group, 16 // group), "PADDED_GROUP": group, "BLOCK_J": slots,
-        }  # fmt: skip
+        }
+        constants["BLOCK_S"] = max(16, nsa_compressed.SORTED // constants["TOKENS"])  # fmt: skip
     else:
         constants |= {"BLOCK_R": rows, "BLOCK_K": slots}
     kernel = getattr(nsa_compressed, f"_{name}")
-    wide = {"dk_ptr", "dv_ptr"} if name == "dkdv" else set()
+    wide = {"dkdv": {"dk_ptr", "dv_ptr"}, "choose": {"score_ptr"}}.get(name, set())
     return build(kernel, architecture, element, constants, warps, stages, wide)
 
 

@@ -1,7 +1,7 @@
 """Attention over compressed blocks and the choice of `top` blocks per token, forward and backward (zoo/kernels/nsa.py).
 
     _forward    rows of one group walk the compressed keys they see: online softmax
-    _choose     the same scores once more, now as probabilities; summed over the group, the best kept per token
+    _choose     the same scores once more, now as probabilities; summed over the group, the best chosen per token
     _dq         the forward's walk again
     _dkdv       a tile of compressed keys and a share of the rows that see it; the shares are added in order
 
@@ -23,7 +23,9 @@ from zoo.kernels.window import LN2, LOG2E, _on_device, _rows_contiguous, _stride
 
 DELTA_ROWS = 32
 PROGRAMS = 528  # of _dkdv at least, where the keys alone make fewer: four for each multiprocessor of a Hopper card
-INTEGERS = ["T", "M", "rows_each"]
+CHOOSERS = 2  # programs of _choose on a multiprocessor; each walks an equal share of the items, and has room for one
+SORTED = 2048  # scores that a program of _choose sorts at once
+INTEGERS = ["T", "M", "rows_each", "items", "chunks"]
 # (rows, slots, warps, stages) by bytes of a head's row in units of two; float32 reads the row of twice its head_dim
 SM90 = {
     "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2), 512: (16, 16, 4, 1)},
@@ -54,6 +56,10 @@ def choose_tile(kernel: str, q: Tensor, rows: int) -> tuple[int, int, int, int]:
     return table[kernel][width]
 
 
+def multiprocessors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
 # ------------------------------------------------------------------------------------------------------- the launchers
 
 
@@ -80,12 +86,17 @@ def compressed_forward(
         if geometry.top:
             rows, slots, warps, stages = choose_tile("choose", q, group_rows)
             group = triton.next_power_of_2(heads // kv_heads)
-            tokens = max(1, rows // group)
-            _choose[triton.cdiv(length, tokens) * batch * kv_heads,](
-                q, k, lse, places.place, places.first_block, index, *_strides(q), *_strides(k), **sizes, **switches,
-                SELECT=geometry.select, OVERLAP=geometry.overlap, SHIFT=geometry.shift, TOP=geometry.top,
-                TOKENS=max(tokens, 16 // group), KEPT=triton.next_power_of_2(geometry.top), PADDED_GROUP=group,
-                BLOCK_J=max(slots, triton.next_power_of_2(geometry.top)), num_warps=warps, num_stages=stages,
+            tokens, kept = max(1, rows // group, 16 // group), triton.next_power_of_2(geometry.top)
+            at_once = max(kept, SORTED // tokens)
+            items = triton.cdiv(length, tokens) * batch * kv_heads
+            programs = min(items, CHOOSERS * multiprocessors(q))
+            chunks = triton.cdiv(k.shape[1] // geometry.ratio + 2, at_once)
+            room = torch.empty(programs * tokens * chunks * at_once, dtype=torch.float32, device=q.device)
+            _choose[programs,](
+                q, k, lse, places.place, places.first_block, room, index, *_strides(q), *_strides(k), items, chunks,
+                **sizes, **switches, SELECT=geometry.select, OVERLAP=geometry.overlap, SHIFT=geometry.shift,
+                TOP=geometry.top, KEPT=kept, TOKENS=tokens, PADDED_GROUP=group, BLOCK_J=slots, BLOCK_S=at_once,
+                num_warps=warps, num_stages=stages,
             )  # fmt: skip
     return out, lse, index
 
@@ -277,68 +288,107 @@ def _forward(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _choose(
-    q_ptr, k_ptr, lse_ptr, place_ptr, first_ptr, index_ptr,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, T, M, G, scale,
+    q_ptr, k_ptr, lse_ptr, place_ptr, first_ptr, score_ptr, index_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, items, chunks, T, M, G, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
     RATIO: tl.constexpr, SELECT: tl.constexpr, OVERLAP: tl.constexpr, SHIFT: tl.constexpr, TOP: tl.constexpr,
     KEPT: tl.constexpr, TOKENS: tl.constexpr, PADDED_GROUP: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """The blocks of TOKENS tokens of one key/value head. Selection block j has the place first + j; the free ones are
-    1 .. own - 2, the others are forced. `best` holds the KEPT best so far, ascending; -1 is none."""
-    tile, batch, kv_head = program(tl.program_id(0), tl.cdiv(T, TOKENS), G)
-    t0 = tile * TOKENS
+    """The blocks of TOKENS tokens of one key/value head, item after item. An item's scores wait in the program's own
+    room, (TOKENS, chunks * BLOCK_S), where they are looked at twice: for the TOP-th largest, and for those above it."""
+    width = chunks * BLOCK_S
+    room = score_ptr + tl.cast(tl.program_id(0), tl.int64) * TOKENS * width
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        tile, batch, kv_head = program(item, tl.cdiv(T, TOKENS), G)
+        t0 = tile * TOKENS
+        each = t0 + tl.arange(0, TOKENS)
+        places = place_ptr + batch * T
+        firsts = first_ptr + batch * T
+        begin = tl.load(firsts + t0)
+        last = min(t0 + TOKENS, T) - 1
+        end = tl.load(firsts + last) + tl.load(places + last) // SELECT + 1
+        _scores(
+            q_ptr + batch * stride_qb + kv_head * GROUP * stride_qh, k_ptr + batch * stride_kb + kv_head * stride_kh,
+            lse_ptr + batch * T * G * GROUP + kv_head * GROUP, firsts, room, stride_qt, stride_qh, stride_kt,
+            t0, begin, end - 2, width, T, M, G * GROUP, scale,
+            GROUP, D, BLOCK_D, RATIO, OVERLAP, SHIFT, TOKENS, PADDED_GROUP, BLOCK_J,
+        )  # fmt: skip
+        tl.debug_barrier()  # other threads read what these have written
+
+        first = tl.load(firsts + each, mask=each < T, other=0)
+        own = tl.load(places + each, mask=each < T, other=0) // SELECT
+        count = min(end - begin, width)
+        best = tl.full([TOKENS, KEPT], -1, tl.int32)  # ascending
+        for c0 in range(0, count, BLOCK_S):
+            _, key = _keys(room, c0, begin, first, own, width, TOKENS, BLOCK_S)
+            best = tl.bitonic_merge(tl.maximum(best, tl.topk(key, KEPT)))  # ascending against descending
+        limit = tl.sum(tl.where(tl.arange(0, KEPT)[None, :] == KEPT - TOP, best, 0), 1)[:, None]
+        equals = TOP - tl.sum((best > limit).to(tl.int32), 1)  # so many of those at the limit, the earliest
+
+        where = index_ptr + ((batch * T + each) * G + kv_head)[:, None] * TOP
+        inside = (each < T)[:, None]
+        taken = tl.zeros([TOKENS], tl.int32)
+        for c0 in range(0, count, BLOCK_S):
+            block, key = _keys(room, c0, begin, first, own, width, TOKENS, BLOCK_S)
+            equal = ((key == limit) & (key >= 0)).to(tl.int32)
+            chosen = (key > limit) | ((equal > 0) & (tl.cumsum(equal, 1) <= equals[:, None]))
+            one = chosen.to(tl.int32)
+            at = taken[:, None] + tl.cumsum(one, 1) - 1
+            tl.store(where + at, block, mask=chosen & inside)
+            taken += tl.sum(one, 1)
+            equals -= tl.sum(equal, 1)
+        column = tl.arange(0, KEPT)[None, :]
+        tl.store(where + column, -1, mask=(column >= taken[:, None]) & (column < TOP) & inside)
+        tl.debug_barrier()  # the next item's scores take this one's place
+
+
+@triton.jit
+def _scores(
+    q_ptr, k_ptr, lse_ptr, first_ptr, room, stride_qt, stride_qh, stride_kt, t0, begin, end, width, T, M, H, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr,
+    SHIFT: tl.constexpr, TOKENS: tl.constexpr, PADDED_GROUP: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """The importance of the places [begin, end) of blocks for TOKENS tokens: room[token, place - begin]. Matrices are
+    held transposed, (slots, rows): most of a group's sum is then a thread's own."""
     row = tl.arange(0, TOKENS * PADDED_GROUP)
     token, member = t0 + row // PADDED_GROUP, row % PADDED_GROUP
     inside = (token < T) & (member < GROUP)
-    heads = G * GROUP
-    q_ptr += batch * stride_qb + kv_head * GROUP * stride_qh
-    k_ptr += batch * stride_kb + kv_head * stride_kh
-    place_ptr += batch * T
-    first_ptr += batch * T
     q = load_rows(q_ptr, token, member, stride_qt, stride_qh, inside, D, BLOCK_D)
-    at = (batch * T + token) * heads + kv_head * GROUP + member
+    at = tl.cast(token, tl.int64) * H + member
     lse = tl.load(lse_ptr + at, mask=inside, other=float("inf")) * LOG2E  # inf: a padded row has p = 0
-
-    each = t0 + tl.arange(0, TOKENS)
-    first = tl.load(first_ptr + each, mask=each < T, other=0)
-    own = tl.load(place_ptr + each, mask=each < T, other=0) // SELECT
-    last = min(t0 + TOKENS, T) - 1
-    begin = tl.load(first_ptr + t0)
-    end = tl.load(first_ptr + last) + tl.load(place_ptr + last) // SELECT - 1
-    best = tl.full([TOKENS, KEPT], -1, tl.int64)
+    each = tl.arange(0, TOKENS)
+    if SHIFT:
+        lowest = tl.load(first_ptr + t0 + each, mask=t0 + each < T, other=0) * RATIO
     for j0 in range(begin, end, BLOCK_J):
         j = j0 + tl.arange(0, BLOCK_J)
-        score = tl.zeros([TOKENS, BLOCK_J], tl.float32)
+        score = tl.zeros([BLOCK_J, TOKENS], tl.float32)
         for o in tl.static_range(1 - OVERLAP, RATIO):
             weight = min(min(o + OVERLAP, RATIO - o), min(OVERLAP, RATIO))
             slot = j * RATIO + o - SHIFT
-            k = load_rows(k_ptr, slot, slot * 0, stride_kt, stride_kh, (slot >= 0) & (slot < M), D, BLOCK_D)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-            p = tl.exp2(s - lse[:, None])  # slots that a row doesn't see are dropped below
-            p = tl.sum(tl.reshape(p, [TOKENS, PADDED_GROUP, BLOCK_J]), 1)
+            k = load_rows(k_ptr, slot, slot * 0, stride_kt, 0, (slot >= 0) & (slot < M), D, BLOCK_D)
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
+            p = tl.exp2(s - lse[None, :])  # blocks that a row doesn't see are dropped in `_keys`
+            p = tl.sum(tl.reshape(p, [BLOCK_J, TOKENS, PADDED_GROUP]), 2)
             if SHIFT:  # the first blocks' reach back beyond the document
-                p = tl.where(slot[None, :] >= first[:, None] * RATIO, p, 0.0)
+                p = tl.where(slot[:, None] >= lowest[None, :], p, 0.0)
             score += weight * p
-        if PADDED_GROUP > 1:  # the sum left copies in up to eight lanes, which all would sort: deal them out anew
-            score = tl.gather(score, tl.zeros([TOKENS, 1], tl.int32) + tl.arange(0, BLOCK_J)[None, :], 1)
-        block = j[None, :] - first[:, None]
-        free = (block >= 1) & (block <= own[:, None] - 2)
-        key = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
-        key = tl.where(free, key, -1)
-        best = tl.bitonic_merge(tl.maximum(best, tl.topk(key, KEPT)))  # ascending against descending: the best of both
+        column = (j - begin)[:, None]
+        tl.store(room + each[None, :] * width + column, score, mask=column < width)
 
-    rank = KEPT - 1 - tl.arange(0, KEPT)[None, :]
-    none = 0x7FFFFFFF
-    chosen = tl.where((best >= 0) & (rank < TOP - 3), 0x7FFFFFFF - (best & 0x7FFFFFFF), none).to(tl.int32)
-    mine = own[:, None]
-    chosen = tl.where(rank == TOP - 3, mine, chosen)
-    chosen = tl.where(rank == TOP - 2, tl.where(mine >= 1, mine - 1, none), chosen)
-    chosen = tl.where(rank == TOP - 1, tl.where(mine >= 2, 0, none), chosen)
-    chosen = tl.sort(chosen)
-    chosen = tl.where(chosen == none, -1, chosen)
-    column = tl.arange(0, KEPT)
-    where = ((batch * T + each) * G + kv_head)[:, None] * TOP + column[None, :]
-    tl.store(index_ptr + where, chosen, mask=(each < T)[:, None] & (column < TOP)[None, :])
+
+@triton.jit
+def _keys(room, c0, begin, first, own, width, TOKENS: tl.constexpr, BLOCK_S: tl.constexpr):
+    """(block, key) of the places begin + [c0, c0 + BLOCK_S), (TOKENS, BLOCK_S) int32. A block is the place less
+    `first`. Keys order like importance, which is not negative; the first, own and previous block stand above all,
+    those that are not the token's at -1. The free ones are 1 .. own - 2."""
+    column = c0 + tl.arange(0, BLOCK_S)
+    score = tl.load(room + tl.arange(0, TOKENS)[:, None] * width + column[None, :])
+    block = (begin + column)[None, :] - first[:, None]
+    own = own[:, None]
+    key = tl.minimum(score.to(tl.int32, bitcast=True), 0x7FFFFFFE)
+    key = tl.where((block == 0) | (block >= own - 1), 0x7FFFFFFF, key)
+    return block, tl.where((block >= 0) & (block <= own), key, -1)
 
 
 @triton.jit
