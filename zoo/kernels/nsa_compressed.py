@@ -60,6 +60,11 @@ def multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
+def registers(warps: int) -> int:
+    """What leaves room for all programs of `_choose` that share a multiprocessor."""
+    return min(255, 65536 // (CHOOSERS * 32 * warps))
+
+
 # ------------------------------------------------------------------------------------------------------- the launchers
 
 
@@ -87,7 +92,7 @@ def compressed_forward(
             rows, slots, warps, stages = choose_tile("choose", q, group_rows)
             group = triton.next_power_of_2(heads // kv_heads)
             tokens, kept = max(1, rows // group, 16 // group), triton.next_power_of_2(geometry.top)
-            at_once = max(kept, SORTED // tokens)
+            at_once = max(kept, min(512, SORTED // tokens))
             items = triton.cdiv(length, tokens) * batch * kv_heads
             programs = min(items, CHOOSERS * multiprocessors(q))
             chunks = triton.cdiv(k.shape[1] // geometry.ratio + 2, at_once)
@@ -96,7 +101,7 @@ def compressed_forward(
                 q, k, lse, places.place, places.first_block, room, index, *_strides(q), *_strides(k), items, chunks,
                 **sizes, **switches, SELECT=geometry.select, OVERLAP=geometry.overlap, SHIFT=geometry.shift,
                 TOP=geometry.top, KEPT=kept, TOKENS=tokens, PADDED_GROUP=group, BLOCK_J=slots, BLOCK_S=at_once,
-                num_warps=warps, num_stages=stages,
+                num_warps=warps, num_stages=stages, maxnreg=registers(warps),
             )  # fmt: skip
     return out, lse, index
 
