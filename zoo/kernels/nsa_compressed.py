@@ -138,7 +138,7 @@ def compressed_backward(
         rows, slots, warps, stages = choose_tile("dkdv", q, group_rows)
         tiles = triton.cdiv(blocks, slots)
         shares = max(1, min(triton.cdiv(group_rows, rows), triton.cdiv(PROGRAMS, tiles * batch * kv_heads)))
-        begin, end = _seen_by(places, geometry, tiles, slots)
+        begin, end = seen_by(places, geometry, tiles, slots)
         dk, dv = (q.new_empty((shares, *k.shape), dtype=torch.float32) for _ in range(2))
         _dkdv[tiles * batch * kv_heads, shares](
             q, k, v, dout, row_lse, delta, places.place, places.first_block, begin, end, dk, dv, *strides,
@@ -160,13 +160,16 @@ def row_numbers(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> 
     return row_lse, delta
 
 
-def _seen_by(places: Any, geometry: Any, tiles: int, slots: int) -> tuple[Tensor, Tensor]:
-    """First token that sees each tile of slots, and one past the last; (B, tiles) int32. Both bounds never fall."""
+def seen_by(places: Any, geometry: Any, tiles: int, slots: int, *, whole: bool = False) -> tuple[Tensor, Tensor]:
+    """First token that sees each tile of slots, and one past the last; (B, tiles) int32. Both bounds never fall.
+    whole: those that see all of it."""
     low = places.first_block * geometry.ratio
     high = low + geometry.visible(places.place)
     first = torch.arange(tiles, device=low.device, dtype=torch.int32).mul_(slots).expand(low.shape[0], -1).contiguous()
-    begin = torch.searchsorted(high.contiguous(), first, right=True, out_int32=True)
-    return begin, torch.searchsorted(low.contiguous(), first + slots, out_int32=True)
+    last = first + (slots - 1)
+    newest, oldest = (last, first) if whole else (first, last)
+    begin = torch.searchsorted(high.contiguous(), newest, right=True, out_int32=True)
+    return begin, torch.searchsorted(low.contiguous(), oldest, right=True, out_int32=True)
 
 
 def _sizes(q: Tensor, k: Tensor, scale: float) -> dict[str, int | float]:
