@@ -42,19 +42,20 @@ from zoo.kernels.hopper_band import (
     start_ring,
 )
 from zoo.kernels.hopper_dkv import query_columns
-from zoo.kernels.nsa_compressed import row_numbers, seen_by
+from zoo.kernels.nsa_compressed import STEP_ROWS, row_numbers, seen_by
 
 # by head dim
 FORWARD = {64: Schedule(3, 4, True, 160, 32), 128: Schedule(3, 3, True, 160, 32)}
 DQ = {64: Schedule(2, 4, True, 224, 56), 128: Schedule(2, 3, True, 224, 56)}
-DKV = {64: Schedule(2, 4, True, 232, 40), 128: Schedule(2, 3, True, 232, 40)}
+DKV = {64: Schedule(2, 4, True, 232, 40), 128: Schedule(2, 3, True, 224, 56)}
 HELD = gl.constexpr(2)  # places of a consumer for what stays: one item's is fetched while the other's is used
 
 
 def takes(q: Tensor, k: Tensor, scale: float) -> bool:
-    """Whether these kernels do such a call: rows of 64 / group tokens; a maximum that is taken before the scale."""
+    """Whether these kernels do such a call: rows of 64 / group tokens; a maximum that is taken before the scale; more
+    than one step of decoding."""
     group = q.shape[2] // k.shape[2]
-    return q.numel() > 0 and k.shape[1] > 0 and scale > 0 and group <= 64 and 64 % group == 0
+    return q.shape[0] * k.shape[1] > 0 and q.shape[1] * group > STEP_ROWS and 64 % group == 0 and scale > 0
 
 
 # ------------------------------------------------------------------------------------------------ who sees what
@@ -691,7 +692,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, places: Any, geometry: Any, scale: f
     return out, lse
 
 
-def backward(
+def compressed_backward(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -707,7 +708,7 @@ def backward(
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
     group, pairs = heads // kv_heads, batch * kv_heads
-    q, k, v, dout = (copyable(x) for x in (q, k, v, dout))
+    q, k, v, dout = (copyable(x) for x in (q, k, v, dout.contiguous()))
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     row_lse, delta = row_numbers(dout, dlse, out.contiguous(), lse)
     scale_log2 = scale * LOG2E.value

@@ -72,38 +72,52 @@ def compressed_forward(
     q: Tensor, k: Tensor, v: Tensor, places: Any, geometry: Any, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out like q, natural-log lse (B,T,H) float32 and block_index (B,T,G,top) int32: ascending, then -1."""
-    batch, length, heads, dim = q.shape
+    out, lse = attend(q, k, v, places, geometry, scale)
+    return out, lse, choose(q, k, lse, places, geometry, scale)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, places: Any, geometry: Any, scale: float) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = q.shape
     kv_heads = k.shape[2]
     group_rows = length * heads // kv_heads
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((batch, length, heads), dtype=torch.float32)
-    index = torch.empty((batch, length, kv_heads, geometry.top), dtype=torch.int32, device=q.device)
     if out.numel() == 0:
-        return out, lse, index
+        return out, lse
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
-    sizes, switches = _sizes(q, k, scale), _switches(q, k, geometry)
     with _on_device(q):
         rows, slots, warps, stages = choose_tile("forward", q, group_rows)
         _forward[triton.cdiv(group_rows, rows) * batch * kv_heads,](
             q, k, v, places.place, places.first_block, out, lse, *_strides(q), *_strides(k), *_strides(v),
-            **sizes, **switches, BLOCK_R=rows, BLOCK_K=slots, num_warps=warps, num_stages=stages,
+            **_sizes(q, k, scale), **_switches(q, k, geometry), BLOCK_R=rows, BLOCK_K=slots,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        if geometry.top:
-            rows, slots, warps, stages = choose_tile("choose", q, group_rows)
-            group = triton.next_power_of_2(heads // kv_heads)
-            tokens, kept = max(1, rows // group, 16 // group), triton.next_power_of_2(geometry.top)
-            at_once = max(kept, min(512, SORTED // tokens))
-            items = triton.cdiv(length, tokens) * batch * kv_heads
-            programs = min(items, CHOOSERS * multiprocessors(q))
-            chunks = triton.cdiv(k.shape[1] // geometry.ratio + 2, at_once)
-            room = torch.empty(programs * tokens * chunks * at_once, dtype=torch.float32, device=q.device)
-            _choose[programs,](
-                q, k, lse, places.place, places.first_block, room, index, *_strides(q), *_strides(k), items, chunks,
-                **sizes, **switches, SELECT=geometry.select, OVERLAP=geometry.overlap, SHIFT=geometry.shift,
-                TOP=geometry.top, KEPT=kept, TOKENS=tokens, PADDED_GROUP=group, BLOCK_J=slots, BLOCK_S=at_once,
-                num_warps=warps, num_stages=stages, maxnreg=registers(warps),
-            )  # fmt: skip
-    return out, lse, index
+    return out, lse
+
+
+def choose(q: Tensor, k: Tensor, lse: Tensor, places: Any, geometry: Any, scale: float) -> Tensor:
+    batch, length, heads, _ = q.shape
+    kv_heads = k.shape[2]
+    index = torch.empty((batch, length, kv_heads, geometry.top), dtype=torch.int32, device=q.device)
+    if q.numel() == 0 or not geometry.top:
+        return index
+    q, k = (_rows_contiguous(x) for x in (q, k))
+    with _on_device(q):
+        rows, slots, warps, stages = choose_tile("choose", q, length * heads // kv_heads)
+        group = triton.next_power_of_2(heads // kv_heads)
+        tokens, kept = max(1, rows // group, 16 // group), triton.next_power_of_2(geometry.top)
+        at_once = max(kept, min(512, SORTED // tokens))
+        items = triton.cdiv(length, tokens) * batch * kv_heads
+        programs = min(items, CHOOSERS * multiprocessors(q))
+        chunks = triton.cdiv(k.shape[1] // geometry.ratio + 2, at_once)
+        room = torch.empty(programs * tokens * chunks * at_once, dtype=torch.float32, device=q.device)
+        _choose[programs,](
+            q, k, lse, places.place, places.first_block, room, index, *_strides(q), *_strides(k), items, chunks,
+            **_sizes(q, k, scale), **_switches(q, k, geometry), SELECT=geometry.select, OVERLAP=geometry.overlap,
+            SHIFT=geometry.shift, TOP=geometry.top, KEPT=kept, TOKENS=tokens, PADDED_GROUP=group, BLOCK_J=slots,
+            BLOCK_S=at_once, num_warps=warps, num_stages=stages, maxnreg=registers(warps),
+        )  # fmt: skip
+    return index
 
 
 def compressed_backward(
