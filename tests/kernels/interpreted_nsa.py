@@ -23,6 +23,7 @@ def small_tiles(monkeypatch):
     tiles = {"forward": (32, 16, 4, 1), "choose": (16, 16, 4, 1), "dq": (16, 16, 4, 1), "dkdv": (32, 16, 4, 1)}
     monkeypatch.setattr(nsa_compressed, "choose_tile", lambda kernel, q, rows: tiles[kernel])
     monkeypatch.setattr(nsa_compressed, "PROGRAMS", 6)
+    monkeypatch.setattr(nsa_compressed, "SORTED", 32)
     tiles |= {"partial": (32, 4, 1), "grads": (32, 4, 1), "merge": (16, 16, 4, 1)}
     monkeypatch.setattr(nsa_selected, "choose_tile", lambda kernel, q: tiles[kernel])
     monkeypatch.setattr(nsa_inverse, "ITEM_ROWS", {"partial": 24, "grads": 40})

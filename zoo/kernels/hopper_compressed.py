@@ -47,7 +47,7 @@ from zoo.kernels.nsa_compressed import STEP_ROWS, row_numbers, seen_by
 # by head dim
 FORWARD = {64: Schedule(3, 4, True, 160, 32), 128: Schedule(3, 3, True, 160, 32)}
 DQ = {64: Schedule(2, 4, True, 224, 56), 128: Schedule(2, 3, True, 224, 56)}
-DKV = {64: Schedule(2, 4, True, 232, 40), 128: Schedule(2, 3, True, 224, 56)}
+DKV = {64: Schedule(2, 4, True, 232, 40), 128: Schedule(2, 3, True, 232, 40)}
 HELD = gl.constexpr(2)  # places of a consumer for what stays: one item's is fetched while the other's is used
 
 
