@@ -1,4 +1,4 @@
-"""The Hopper kernels of compressed attention compile without a GPU, fit, and ptxas keeps their products asynchronous."""
+"""The Hopper kernels of compressed attention compile without a GPU, fit, and keep their products asynchronous."""
 
 # ruff: noqa: E402 - what follows needs triton
 
@@ -14,7 +14,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from zoo.kernels import hopper_compressed
+from zoo.kernels import hopper_compressed, hopper_compressed_backward
 from zoo.kernels.tiles import SHARED_BYTES
 
 INDEX_POINTERS = {"place", "first", "begin", "full", "rest", "end"}
@@ -22,8 +22,8 @@ FLOAT_POINTERS = {"lse", "row_lse", "delta", "dk_ptr", "dv_ptr"}
 FLOATS = {"scale", "scale_log2", "bias_factor"}
 KERNELS = {
     "forward": (hopper_compressed.forward_kernel, hopper_compressed.FORWARD),
-    "dq": (hopper_compressed.dq_kernel, hopper_compressed.DQ),
-    "dkv": (hopper_compressed.dkv_kernel, hopper_compressed.DKV),
+    "dq": (hopper_compressed_backward.dq_kernel, hopper_compressed_backward.DQ),
+    "dkv": (hopper_compressed_backward.dkv_kernel, hopper_compressed_backward.DKV),
 }
 
 

@@ -50,8 +50,8 @@ def build_compressed(name, architecture, dim, group=16, element="bf16", tile=Non
         constants |= {
             "SELECT": 64, "OVERLAP": overlap, "SHIFT": shift, "TOP": 16, "KEPT": 16,
             "TOKENS": max(1, rows // group, 16 // group), "PADDED_GROUP": group, "BLOCK_J": slots,
-        }
-        constants["BLOCK_S"] = min(512, nsa_compressed.SORTED // constants["TOKENS"])  # fmt: skip
+        }  # fmt: skip
+        constants["BLOCK_S"] = max(16, min(512, nsa_compressed.SORTED // constants["TOKENS"]))
     else:
         constants |= {"BLOCK_R": rows, "BLOCK_K": slots}
     kernel = getattr(nsa_compressed, f"_{name}")

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.kernels import hopper_compressed
+from zoo.kernels import hopper_compressed, hopper_compressed_backward
 from zoo.kernels import nsa_compressed as portable
+from zoo.kernels.hopper_rows import takes
 from zoo.kernels.nsa_selected import selected_backward, selected_forward
 
 __all__ = ["compressed_backward", "compressed_forward", "selected_backward", "selected_forward"]
@@ -19,7 +20,7 @@ __all__ = ["compressed_backward", "compressed_forward", "selected_backward", "se
 def compressed_forward(
     q: Tensor, k: Tensor, v: Tensor, places: Any, geometry: Any, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = hopper_compressed if hopper_compressed.takes(q, k, scale) else portable
+    kernels = hopper_compressed if takes(q, k, scale) else portable
     with torch.cuda.device(q.device):
         out, lse = kernels.attend(q, k, v, places, geometry, scale)
     return out, lse, portable.choose(q, k, lse, places, geometry, scale)
@@ -37,6 +38,6 @@ def compressed_backward(
     geometry: Any,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = hopper_compressed if hopper_compressed.takes(q, k, scale) else portable
+    kernels = hopper_compressed_backward if takes(q, k, scale) else portable
     with torch.cuda.device(q.device):
         return kernels.compressed_backward(dout, dlse, q, k, v, out, lse, places, geometry, scale)
