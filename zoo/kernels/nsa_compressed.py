@@ -344,7 +344,7 @@ def _choose(
         best = tl.full([TOKENS, KEPT], -1, tl.int32)  # ascending
         for c0 in range(0, count, BLOCK_S):
             _, key = _keys(room, c0, begin, first, own, width, TOKENS, BLOCK_S)
-            best = tl.bitonic_merge(tl.maximum(best, tl.topk(key, KEPT)))  # ascending against descending
+            best = _merge_best(best, key, KEPT)
         limit = tl.sum(tl.where(tl.arange(0, KEPT)[None, :] == KEPT - TOP, best, 0), 1)[:, None]
         equals = TOP - tl.sum((best > limit).to(tl.int32), 1)  # so many of those at the limit, the earliest
 
@@ -411,6 +411,53 @@ def _keys(room, c0, begin, first, own, width, TOKENS: tl.constexpr, BLOCK_S: tl.
     key = tl.minimum(score.to(tl.int32, bitcast=True), 0x7FFFFFFE)
     key = tl.where((block == 0) | (block >= own - 1), 0x7FFFFFFF, key)
     return block, tl.where((block >= 0) & (block <= own), key, -1)
+
+
+@triton.constexpr_function
+def _log2(n):
+    return n.bit_length() - 1
+
+
+@triton.jit
+def _merge_best(best, key, KEPT: tl.constexpr):
+    """The KEPT best of `best`, ascending, and of the rows of `key`: tl.topk's network, at half its instructions."""
+    BITS: tl.constexpr = _log2(KEPT)
+    ROWS: tl.constexpr = _log2(key.shape[0])
+    COLUMNS: tl.constexpr = _log2(key.shape[1])
+    x = tl.reshape(key, [2] * (ROWS + COLUMNS))
+    for stage in tl.static_range(1, BITS + 1):
+        x = _sort_stage(x, ROWS + COLUMNS, stage, stage == COLUMNS)
+    for i in tl.static_range(COLUMNS - BITS):
+        x = tl.max(x, ROWS + COLUMNS - i - BITS - 1)  # ascending against descending: the best of both
+        x = _sort_stage(x, ROWS + COLUMNS - i - 1, BITS, i + 1 == COLUMNS - BITS)
+    x = tl.maximum(tl.reshape(best, [2] * (ROWS + BITS)), x)
+    for i in tl.static_range(BITS):
+        x = _exchange(x, ROWS + BITS, BITS - 1 - i, 0)
+    return tl.reshape(x, best.shape)
+
+
+@triton.jit
+def _sort_stage(x, BITS: tl.constexpr, stage: tl.constexpr, LAST: tl.constexpr):
+    """Bitonic runs of 2^stage to sorted ones: by turns ascending and descending, or, the last, descending."""
+    for i in tl.static_range(stage):
+        if LAST:
+            x = _exchange(x, BITS, stage - 1 - i, 1)
+        else:
+            x = _exchange(x, BITS, stage - 1 - i, _bit(BITS, stage))
+    return x
+
+
+@triton.jit
+def _exchange(x, BITS: tl.constexpr, i: tl.constexpr, descending):
+    """Of each pair along the i-th innermost of 2 x 2 x ..., the smaller one first, or where descending the larger."""
+    other = x ^ tl.xor_sum(x, BITS - 1 - i, keep_dims=True)
+    return tl.where((descending ^ _bit(BITS, i)) != 0, tl.maximum(x, other), tl.minimum(x, other))
+
+
+@triton.jit
+def _bit(BITS: tl.constexpr, i: tl.constexpr):
+    """Index along the i-th innermost of 2 x 2 x ..."""
+    return tl.reshape(tl.arange(0, 2), [1] * (BITS - i - 1) + [2] + [1] * i)
 
 
 @triton.jit
