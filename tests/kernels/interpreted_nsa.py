@@ -100,6 +100,17 @@ def test_overlapping_blocks_equal_the_reference(block, stride, select, printed, 
         assert relative_error(a, e.double()) <= 1e-4
 
 
+@pytest.mark.parametrize("different", [(), (3, 9, 14)])
+def test_of_equal_blocks_the_earliest_are_chosen(different):
+    x = NSACase("ties", 90, group=2, kv_heads=2).tensors(torch.float32)
+    k = torch.zeros_like(ops.pool_blocks(x["k"], 4))
+    k[:, different] = ops.pool_blocks(x["k"], 4)[:, different]
+    geometry = reference_nsa.Geometry(4, 4, 4, 6)
+    places = nsa._compressed_places(x["q"], k, geometry, None, None)
+    expected = reference_nsa.compressed_forward(x["q"], k, k, places, geometry, 0.3)
+    assert torch.equal(nsa_compressed.choose(x["q"], k, expected[1], places, geometry, 0.3), expected[2])
+
+
 def test_ragged_rows_equal_the_reference():
     """Rows that start elsewhere, room beyond the last key, padding beyond the room."""
     x = NSACase("ragged", 40, group=2, batch=2).tensors(torch.float32)

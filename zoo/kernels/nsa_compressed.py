@@ -353,13 +353,15 @@ def _choose(
         taken = tl.zeros([TOKENS], tl.int32)
         for c0 in range(0, count, BLOCK_S):
             block, key = _keys(room, c0, begin, first, own, width, TOKENS, BLOCK_S)
-            equal = ((key == limit) & (key >= 0)).to(tl.int32)
-            chosen = (key > limit) | ((equal > 0) & (tl.cumsum(equal, 1) <= equals[:, None]))
-            one = chosen.to(tl.int32)
-            at = taken[:, None] + tl.cumsum(one, 1) - 1
+            above, equal = key > limit, (key == limit) & (key >= 0)
+            both = above.to(tl.int32) + (equal.to(tl.int32) << 16)  # two counts in one scan
+            ranks, counts = tl.cumsum(both, 1), tl.sum(both, 1)
+            above_rank, equal_rank = ranks & 0xFFFF, ranks >> 16
+            at = taken[:, None] + above_rank + tl.minimum(equal_rank, equals[:, None]) - 1
+            chosen = above | (equal & (equal_rank <= equals[:, None]))
             tl.store(where + at, block, mask=chosen & inside)
-            taken += tl.sum(one, 1)
-            equals -= tl.sum(equal, 1)
+            taken += (counts & 0xFFFF) + tl.minimum(counts >> 16, equals)
+            equals = tl.maximum(equals - (counts >> 16), 0)
         column = tl.arange(0, KEPT)[None, :]
         tl.store(where + column, -1, mask=(column >= taken[:, None]) & (column < TOP) & inside)
         tl.debug_barrier()  # the next item's scores take this one's place
