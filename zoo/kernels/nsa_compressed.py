@@ -24,7 +24,7 @@ from zoo.kernels.window import LN2, LOG2E, _on_device, _rows_contiguous, _stride
 DELTA_ROWS = 32
 PROGRAMS = 528  # of _dkdv at least, where the keys alone make fewer: four for each multiprocessor of a Hopper card
 CHOOSERS = 2  # programs of _choose on a multiprocessor; each walks an equal share of the items, and has room for one
-SORTED = 2048  # scores that a program of _choose sorts at once
+SORTED = 1024  # scores that a program of _choose sorts at once: more would make warps share a token
 INTEGERS = ["T", "M", "rows_each", "items", "chunks"]
 # (rows, slots, warps, stages) by bytes of a head's row in units of two; float32 reads the row of twice its head_dim
 SM90 = {
