@@ -23,6 +23,7 @@ def small_tiles(monkeypatch):
     tiles = {"forward": (32, 16, 4, 1), "choose": (16, 16, 4, 1), "dq": (16, 16, 4, 1), "dkdv": (32, 16, 4, 1)}
     monkeypatch.setattr(nsa_compressed, "choose_tile", lambda kernel, q, rows: tiles[kernel])
     monkeypatch.setattr(nsa_compressed, "PROGRAMS", 6)
+    monkeypatch.setattr(nsa_compressed, "SORTED", 32)
     tiles |= {"partial": (32, 4, 1), "grads": (32, 4, 1), "near": (16, 16, 4, 1)}
     monkeypatch.setattr(nsa_selected, "choose_tile", lambda kernel, q: tiles[kernel])
     monkeypatch.setattr(nsa_inverse, "ITEM_ROWS", {"partial": 24, "grads": 40})
@@ -96,6 +97,17 @@ def test_overlapping_blocks_equal_the_reference(block, stride, select, printed, 
         nsa_compressed.compressed_backward(*arguments), reference_nsa.compressed_backward(*arguments), strict=True
     ):
         assert relative_error(a, e.double()) <= 1e-4
+
+
+@pytest.mark.parametrize("different", [(), (3, 9, 14)])
+def test_of_equal_blocks_the_earliest_are_chosen(different):
+    x = NSACase("ties", 90, group=2, kv_heads=2).tensors(torch.float32)
+    k = torch.zeros_like(ops.pool_blocks(x["k"], 4))
+    k[:, different] = ops.pool_blocks(x["k"], 4)[:, different]
+    geometry = reference_nsa.Geometry(4, 4, 4, 6)
+    places = nsa._compressed_places(x["q"], k, geometry, None, None)
+    expected = reference_nsa.compressed_forward(x["q"], k, k, places, geometry, 0.3)
+    assert torch.equal(nsa_compressed.choose(x["q"], k, expected[1], places, geometry, 0.3), expected[2])
 
 
 def test_ragged_rows_equal_the_reference():

@@ -22,7 +22,7 @@ INDEX = {
 }  # fmt: skip
 
 
-def build(kernel, architecture, element, constants, warps, stages, wide=frozenset()):
+def build(kernel, architecture, element, constants, warps, stages, wide=frozenset(), registers=None):
     signature, divisible = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -37,7 +37,7 @@ def build(kernel, architecture, element, constants, warps, stages, wide=frozense
             divisible[position,] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     target = GPUTarget("cuda", CAPABILITY[architecture], 32)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
     return triton.compile(ASTSource(kernel, signature, values, divisible), target=target, options=options)
 
 
@@ -52,11 +52,13 @@ def build_compressed(name, architecture, dim, group=16, element="bf16", tile=Non
             "SELECT": 64, "OVERLAP": overlap, "SHIFT": shift, "TOP": 16, "KEPT": 16,
             "TOKENS": max(1, rows // group, 16 // group), "PADDED_GROUP": group, "BLOCK_J": slots,
         }  # fmt: skip
+        constants["BLOCK_S"] = max(16, min(512, nsa_compressed.SORTED // constants["TOKENS"]))
     else:
         constants |= {"BLOCK_R": rows, "BLOCK_K": slots}
     kernel = getattr(nsa_compressed, f"_{name}")
-    wide = {"dk_ptr", "dv_ptr"} if name == "dkdv" else set()
-    return build(kernel, architecture, element, constants, warps, stages, wide)
+    wide = {"dkdv": {"dk_ptr", "dv_ptr"}, "choose": {"score_ptr"}}.get(name, set())
+    registers = nsa_compressed.registers(warps) if name == "choose" else None
+    return build(kernel, architecture, element, constants, warps, stages, wide, registers)
 
 
 def build_selected(name, architecture, dim, group=16, element="bf16", tile=None, block=64, single=False):

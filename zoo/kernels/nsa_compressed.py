@@ -1,7 +1,7 @@
 """Attention over compressed blocks and the choice of `top` blocks per token, forward and backward (zoo/kernels/nsa.py).
 
     _forward    rows of one group walk the compressed keys they see: online softmax
-    _choose     the same scores once more, now as probabilities; summed over the group, the best kept per token
+    _choose     the same scores once more, now as probabilities; summed over the group, the best chosen per token
     _dq         the forward's walk again
     _dkdv       a tile of compressed keys and a share of the rows that see it; the shares are added in order
 
@@ -23,7 +23,9 @@ from zoo.kernels.window import LN2, LOG2E, _on_device, _rows_contiguous, _stride
 
 DELTA_ROWS = 32
 PROGRAMS = 528  # of _dkdv at least, where the keys alone make fewer: four for each multiprocessor of a Hopper card
-INTEGERS = ["T", "M", "rows_each"]
+CHOOSERS = 2  # programs of _choose on a multiprocessor; each walks an equal share of the items, and has room for one
+SORTED = 1024  # scores that a program of _choose sorts at once: more would make warps share a token
+INTEGERS = ["T", "M", "rows_each", "items", "chunks"]
 # (rows, slots, warps, stages) by bytes of a head's row in units of two; float32 reads the row of twice its head_dim
 SM90 = {
     "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2), 512: (16, 16, 4, 1)},
@@ -54,6 +56,15 @@ def choose_tile(kernel: str, q: Tensor, rows: int) -> tuple[int, int, int, int]:
     return table[kernel][width]
 
 
+def multiprocessors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
+def registers(warps: int) -> int:
+    """What leaves room for all programs of `_choose` that share a multiprocessor."""
+    return min(255, 65536 // (CHOOSERS * 32 * warps))
+
+
 # ------------------------------------------------------------------------------------------------------- the launchers
 
 
@@ -61,33 +72,52 @@ def compressed_forward(
     q: Tensor, k: Tensor, v: Tensor, places: Any, geometry: Any, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out like q, natural-log lse (B,T,H) float32 and block_index (B,T,G,top) int32: ascending, then -1."""
-    batch, length, heads, dim = q.shape
+    out, lse = attend(q, k, v, places, geometry, scale)
+    return out, lse, choose(q, k, lse, places, geometry, scale)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, places: Any, geometry: Any, scale: float) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = q.shape
     kv_heads = k.shape[2]
     group_rows = length * heads // kv_heads
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((batch, length, heads), dtype=torch.float32)
-    index = torch.empty((batch, length, kv_heads, geometry.top), dtype=torch.int32, device=q.device)
     if out.numel() == 0:
-        return out, lse, index
+        return out, lse
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
-    sizes, switches = _sizes(q, k, scale), _switches(q, k, geometry)
     with _on_device(q):
         rows, slots, warps, stages = choose_tile("forward", q, group_rows)
         _forward[triton.cdiv(group_rows, rows) * batch * kv_heads,](
             q, k, v, places.place, places.first_block, out, lse, *_strides(q), *_strides(k), *_strides(v),
-            **sizes, **switches, BLOCK_R=rows, BLOCK_K=slots, num_warps=warps, num_stages=stages,
+            **_sizes(q, k, scale), **_switches(q, k, geometry), BLOCK_R=rows, BLOCK_K=slots,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        if geometry.top:
-            rows, slots, warps, stages = choose_tile("choose", q, group_rows)
-            group = triton.next_power_of_2(heads // kv_heads)
-            tokens = max(1, rows // group)
-            _choose[triton.cdiv(length, tokens) * batch * kv_heads,](
-                q, k, lse, places.place, places.first_block, index, *_strides(q), *_strides(k), **sizes, **switches,
-                SELECT=geometry.select, OVERLAP=geometry.overlap, SHIFT=geometry.shift, TOP=geometry.top,
-                TOKENS=max(tokens, 16 // group), KEPT=triton.next_power_of_2(geometry.top), PADDED_GROUP=group,
-                BLOCK_J=max(slots, triton.next_power_of_2(geometry.top)), num_warps=warps, num_stages=stages,
-            )  # fmt: skip
-    return out, lse, index
+    return out, lse
+
+
+def choose(q: Tensor, k: Tensor, lse: Tensor, places: Any, geometry: Any, scale: float) -> Tensor:
+    batch, length, heads, _ = q.shape
+    kv_heads = k.shape[2]
+    index = torch.empty((batch, length, kv_heads, geometry.top), dtype=torch.int32, device=q.device)
+    if q.numel() == 0 or not geometry.top:
+        return index
+    q, k = (_rows_contiguous(x) for x in (q, k))
+    with _on_device(q):
+        rows, slots, warps, stages = choose_tile("choose", q, length * heads // kv_heads)
+        group = triton.next_power_of_2(heads // kv_heads)
+        tokens, kept = max(1, rows // group, 16 // group), triton.next_power_of_2(geometry.top)
+        at_once = max(kept, min(512, SORTED // tokens))
+        items = triton.cdiv(length, tokens) * batch * kv_heads
+        programs = min(items, CHOOSERS * multiprocessors(q))
+        chunks = triton.cdiv(k.shape[1] // geometry.ratio + 2, at_once)
+        room = torch.empty(programs * tokens * chunks * at_once, dtype=torch.float32, device=q.device)
+        _choose[programs,](
+            q, k, lse, places.place, places.first_block, room, index, *_strides(q), *_strides(k), items, chunks,
+            **_sizes(q, k, scale), **_switches(q, k, geometry), SELECT=geometry.select, OVERLAP=geometry.overlap,
+            SHIFT=geometry.shift, TOP=geometry.top, KEPT=kept, TOKENS=tokens, PADDED_GROUP=group, BLOCK_J=slots,
+            BLOCK_S=at_once, num_warps=warps, num_stages=stages, maxnreg=registers(warps),
+        )  # fmt: skip
+    return index
 
 
 def compressed_backward(
@@ -122,7 +152,7 @@ def compressed_backward(
         rows, slots, warps, stages = choose_tile("dkdv", q, group_rows)
         tiles = triton.cdiv(blocks, slots)
         shares = max(1, min(triton.cdiv(group_rows, rows), triton.cdiv(PROGRAMS, tiles * batch * kv_heads)))
-        begin, end = _seen_by(places, geometry, tiles, slots)
+        begin, end = seen_by(places, geometry, tiles, slots)
         dk, dv = (q.new_empty((shares, *k.shape), dtype=torch.float32) for _ in range(2))
         _dkdv[tiles * batch * kv_heads, shares](
             q, k, v, dout, row_lse, delta, places.place, places.first_block, begin, end, dk, dv, *strides,
@@ -144,13 +174,16 @@ def row_numbers(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> 
     return row_lse, delta
 
 
-def _seen_by(places: Any, geometry: Any, tiles: int, slots: int) -> tuple[Tensor, Tensor]:
-    """First token that sees each tile of slots, and one past the last; (B, tiles) int32. Both bounds never fall."""
+def seen_by(places: Any, geometry: Any, tiles: int, slots: int, *, whole: bool = False) -> tuple[Tensor, Tensor]:
+    """First token that sees each tile of slots, and one past the last; (B, tiles) int32. Both bounds never fall.
+    whole: those that see all of it."""
     low = places.first_block * geometry.ratio
     high = low + geometry.visible(places.place)
     first = torch.arange(tiles, device=low.device, dtype=torch.int32).mul_(slots).expand(low.shape[0], -1).contiguous()
-    begin = torch.searchsorted(high.contiguous(), first, right=True, out_int32=True)
-    return begin, torch.searchsorted(low.contiguous(), first + slots, out_int32=True)
+    last = first + (slots - 1)
+    newest, oldest = (last, first) if whole else (first, last)
+    begin = torch.searchsorted(high.contiguous(), newest, right=True, out_int32=True)
+    return begin, torch.searchsorted(low.contiguous(), oldest, right=True, out_int32=True)
 
 
 def _sizes(q: Tensor, k: Tensor, scale: float) -> dict[str, int | float]:
@@ -277,68 +310,156 @@ def _forward(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _choose(
-    q_ptr, k_ptr, lse_ptr, place_ptr, first_ptr, index_ptr,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, T, M, G, scale,
+    q_ptr, k_ptr, lse_ptr, place_ptr, first_ptr, score_ptr, index_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, items, chunks, T, M, G, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
     RATIO: tl.constexpr, SELECT: tl.constexpr, OVERLAP: tl.constexpr, SHIFT: tl.constexpr, TOP: tl.constexpr,
     KEPT: tl.constexpr, TOKENS: tl.constexpr, PADDED_GROUP: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """The blocks of TOKENS tokens of one key/value head. Selection block j has the place first + j; the free ones are
-    1 .. own - 2, the others are forced. `best` holds the KEPT best so far, ascending; -1 is none."""
-    tile, batch, kv_head = program(tl.program_id(0), tl.cdiv(T, TOKENS), G)
-    t0 = tile * TOKENS
+    """The blocks of TOKENS tokens of one key/value head, item after item. An item's scores wait in the program's own
+    room, (TOKENS, chunks * BLOCK_S), where they are looked at twice: for the TOP-th largest, and for those above it."""
+    width = chunks * BLOCK_S
+    room = score_ptr + tl.cast(tl.program_id(0), tl.int64) * TOKENS * width
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        tile, batch, kv_head = program(item, tl.cdiv(T, TOKENS), G)
+        t0 = tile * TOKENS
+        each = t0 + tl.arange(0, TOKENS)
+        places = place_ptr + batch * T
+        firsts = first_ptr + batch * T
+        begin = tl.load(firsts + t0)
+        last = min(t0 + TOKENS, T) - 1
+        end = tl.load(firsts + last) + tl.load(places + last) // SELECT + 1
+        _scores(
+            q_ptr + batch * stride_qb + kv_head * GROUP * stride_qh, k_ptr + batch * stride_kb + kv_head * stride_kh,
+            lse_ptr + batch * T * G * GROUP + kv_head * GROUP, firsts, room, stride_qt, stride_qh, stride_kt,
+            t0, begin, end - 2, width, T, M, G * GROUP, scale,
+            GROUP, D, BLOCK_D, RATIO, OVERLAP, SHIFT, TOKENS, PADDED_GROUP, BLOCK_J,
+        )  # fmt: skip
+        tl.debug_barrier()  # other threads read what these have written
+
+        first = tl.load(firsts + each, mask=each < T, other=0)
+        own = tl.load(places + each, mask=each < T, other=0) // SELECT
+        count = min(end - begin, width)
+        best = tl.full([TOKENS, KEPT], -1, tl.int32)  # ascending
+        for c0 in range(0, count, BLOCK_S):
+            _, key = _keys(room, c0, begin, first, own, width, TOKENS, BLOCK_S)
+            best = _merge_best(best, key, KEPT)
+        limit = tl.sum(tl.where(tl.arange(0, KEPT)[None, :] == KEPT - TOP, best, 0), 1)[:, None]
+        equals = TOP - tl.sum((best > limit).to(tl.int32), 1)  # so many of those at the limit, the earliest
+
+        where = index_ptr + ((batch * T + each) * G + kv_head)[:, None] * TOP
+        inside = (each < T)[:, None]
+        taken = tl.zeros([TOKENS], tl.int32)
+        for c0 in range(0, count, BLOCK_S):
+            block, key = _keys(room, c0, begin, first, own, width, TOKENS, BLOCK_S)
+            above, equal = key > limit, (key == limit) & (key >= 0)
+            both = above.to(tl.int32) + (equal.to(tl.int32) << 16)  # two counts in one scan
+            ranks, counts = tl.cumsum(both, 1), tl.sum(both, 1)
+            above_rank, equal_rank = ranks & 0xFFFF, ranks >> 16
+            at = taken[:, None] + above_rank + tl.minimum(equal_rank, equals[:, None]) - 1
+            chosen = above | (equal & (equal_rank <= equals[:, None]))
+            tl.store(where + at, block, mask=chosen & inside)
+            taken += (counts & 0xFFFF) + tl.minimum(counts >> 16, equals)
+            equals = tl.maximum(equals - (counts >> 16), 0)
+        column = tl.arange(0, KEPT)[None, :]
+        tl.store(where + column, -1, mask=(column >= taken[:, None]) & (column < TOP) & inside)
+        tl.debug_barrier()  # the next item's scores take this one's place
+
+
+@triton.jit
+def _scores(
+    q_ptr, k_ptr, lse_ptr, first_ptr, room, stride_qt, stride_qh, stride_kt, t0, begin, end, width, T, M, H, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr,
+    SHIFT: tl.constexpr, TOKENS: tl.constexpr, PADDED_GROUP: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """The importance of the places [begin, end) of blocks for TOKENS tokens: room[token, place - begin]. Matrices are
+    held transposed, (slots, rows): most of a group's sum is then a thread's own."""
     row = tl.arange(0, TOKENS * PADDED_GROUP)
     token, member = t0 + row // PADDED_GROUP, row % PADDED_GROUP
     inside = (token < T) & (member < GROUP)
-    heads = G * GROUP
-    q_ptr += batch * stride_qb + kv_head * GROUP * stride_qh
-    k_ptr += batch * stride_kb + kv_head * stride_kh
-    place_ptr += batch * T
-    first_ptr += batch * T
     q = load_rows(q_ptr, token, member, stride_qt, stride_qh, inside, D, BLOCK_D)
-    at = (batch * T + token) * heads + kv_head * GROUP + member
+    at = tl.cast(token, tl.int64) * H + member
     lse = tl.load(lse_ptr + at, mask=inside, other=float("inf")) * LOG2E  # inf: a padded row has p = 0
-
-    each = t0 + tl.arange(0, TOKENS)
-    first = tl.load(first_ptr + each, mask=each < T, other=0)
-    own = tl.load(place_ptr + each, mask=each < T, other=0) // SELECT
-    last = min(t0 + TOKENS, T) - 1
-    begin = tl.load(first_ptr + t0)
-    end = tl.load(first_ptr + last) + tl.load(place_ptr + last) // SELECT - 1
-    best = tl.full([TOKENS, KEPT], -1, tl.int64)
+    each = tl.arange(0, TOKENS)
+    if SHIFT:
+        lowest = tl.load(first_ptr + t0 + each, mask=t0 + each < T, other=0) * RATIO
     for j0 in range(begin, end, BLOCK_J):
         j = j0 + tl.arange(0, BLOCK_J)
-        score = tl.zeros([TOKENS, BLOCK_J], tl.float32)
+        score = tl.zeros([BLOCK_J, TOKENS], tl.float32)
         for o in tl.static_range(1 - OVERLAP, RATIO):
             weight = min(min(o + OVERLAP, RATIO - o), min(OVERLAP, RATIO))
             slot = j * RATIO + o - SHIFT
-            k = load_rows(k_ptr, slot, slot * 0, stride_kt, stride_kh, (slot >= 0) & (slot < M), D, BLOCK_D)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-            p = tl.exp2(s - lse[:, None])  # slots that a row doesn't see are dropped below
-            p = tl.sum(tl.reshape(p, [TOKENS, PADDED_GROUP, BLOCK_J]), 1)
+            k = load_rows(k_ptr, slot, slot * 0, stride_kt, 0, (slot >= 0) & (slot < M), D, BLOCK_D)
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
+            p = tl.exp2(s - lse[None, :])  # blocks that a row doesn't see are dropped in `_keys`
+            p = tl.sum(tl.reshape(p, [BLOCK_J, TOKENS, PADDED_GROUP]), 2)
             if SHIFT:  # the first blocks' reach back beyond the document
-                p = tl.where(slot[None, :] >= first[:, None] * RATIO, p, 0.0)
+                p = tl.where(slot[:, None] >= lowest[None, :], p, 0.0)
             score += weight * p
-        if PADDED_GROUP > 1:  # the sum left copies in up to eight lanes, which all would sort: deal them out anew
-            score = tl.gather(score, tl.zeros([TOKENS, 1], tl.int32) + tl.arange(0, BLOCK_J)[None, :], 1)
-        block = j[None, :] - first[:, None]
-        free = (block >= 1) & (block <= own[:, None] - 2)
-        key = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
-        key = tl.where(free, key, -1)
-        best = tl.bitonic_merge(tl.maximum(best, tl.topk(key, KEPT)))  # ascending against descending: the best of both
+        column = (j - begin)[:, None]
+        tl.store(room + each[None, :] * width + column, score, mask=column < width)
 
-    rank = KEPT - 1 - tl.arange(0, KEPT)[None, :]
-    none = 0x7FFFFFFF
-    chosen = tl.where((best >= 0) & (rank < TOP - 3), 0x7FFFFFFF - (best & 0x7FFFFFFF), none).to(tl.int32)
-    mine = own[:, None]
-    chosen = tl.where(rank == TOP - 3, mine, chosen)
-    chosen = tl.where(rank == TOP - 2, tl.where(mine >= 1, mine - 1, none), chosen)
-    chosen = tl.where(rank == TOP - 1, tl.where(mine >= 2, 0, none), chosen)
-    chosen = tl.sort(chosen)
-    chosen = tl.where(chosen == none, -1, chosen)
-    column = tl.arange(0, KEPT)
-    where = ((batch * T + each) * G + kv_head)[:, None] * TOP + column[None, :]
-    tl.store(index_ptr + where, chosen, mask=(each < T)[:, None] & (column < TOP)[None, :])
+
+@triton.jit
+def _keys(room, c0, begin, first, own, width, TOKENS: tl.constexpr, BLOCK_S: tl.constexpr):
+    """(block, key) of the places begin + [c0, c0 + BLOCK_S), (TOKENS, BLOCK_S) int32. A block is the place less
+    `first`. Keys order like importance, which is not negative; the first, own and previous block stand above all,
+    those that are not the token's at -1. The free ones are 1 .. own - 2."""
+    column = c0 + tl.arange(0, BLOCK_S)
+    score = tl.load(room + tl.arange(0, TOKENS)[:, None] * width + column[None, :])
+    block = (begin + column)[None, :] - first[:, None]
+    own = own[:, None]
+    key = tl.minimum(score.to(tl.int32, bitcast=True), 0x7FFFFFFE)
+    key = tl.where((block == 0) | (block >= own - 1), 0x7FFFFFFF, key)
+    return block, tl.where((block >= 0) & (block <= own), key, -1)
+
+
+@triton.constexpr_function
+def _log2(n):
+    return n.bit_length() - 1
+
+
+@triton.jit
+def _merge_best(best, key, KEPT: tl.constexpr):
+    """The KEPT best of `best`, ascending, and of the rows of `key`: tl.topk's network, at half its instructions."""
+    BITS: tl.constexpr = _log2(KEPT)
+    ROWS: tl.constexpr = _log2(key.shape[0])
+    COLUMNS: tl.constexpr = _log2(key.shape[1])
+    x = tl.reshape(key, [2] * (ROWS + COLUMNS))
+    for stage in tl.static_range(1, BITS + 1):
+        x = _sort_stage(x, ROWS + COLUMNS, stage, stage == COLUMNS)
+    for i in tl.static_range(COLUMNS - BITS):
+        x = tl.max(x, ROWS + COLUMNS - i - BITS - 1)  # ascending against descending: the best of both
+        x = _sort_stage(x, ROWS + COLUMNS - i - 1, BITS, i + 1 == COLUMNS - BITS)
+    x = tl.maximum(tl.reshape(best, [2] * (ROWS + BITS)), x)
+    for i in tl.static_range(BITS):
+        x = _exchange(x, ROWS + BITS, BITS - 1 - i, 0)
+    return tl.reshape(x, best.shape)
+
+
+@triton.jit
+def _sort_stage(x, BITS: tl.constexpr, stage: tl.constexpr, LAST: tl.constexpr):
+    """Bitonic runs of 2^stage to sorted ones: by turns ascending and descending, or, the last, descending."""
+    for i in tl.static_range(stage):
+        if LAST:
+            x = _exchange(x, BITS, stage - 1 - i, 1)
+        else:
+            x = _exchange(x, BITS, stage - 1 - i, _bit(BITS, stage))
+    return x
+
+
+@triton.jit
+def _exchange(x, BITS: tl.constexpr, i: tl.constexpr, descending):
+    """Of each pair along the i-th innermost of 2 x 2 x ..., the smaller one first, or where descending the larger."""
+    other = x ^ tl.xor_sum(x, BITS - 1 - i, keep_dims=True)
+    return tl.where((descending ^ _bit(BITS, i)) != 0, tl.maximum(x, other), tl.minimum(x, other))
+
+
+@triton.jit
+def _bit(BITS: tl.constexpr, i: tl.constexpr):
+    """Index along the i-th innermost of 2 x 2 x ..."""
+    return tl.reshape(tl.arange(0, 2), [1] * (BITS - i - 1) + [2] + [1] * i)
 
 
 @triton.jit

@@ -1,0 +1,68 @@
+"""The Hopper kernels of compressed attention compile without a GPU, fit, and keep their products asynchronous."""
+
+# ruff: noqa: E402 - what follows needs triton
+
+import subprocess
+
+import pytest
+
+triton = pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon")
+
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from zoo.kernels import hopper_compressed, hopper_compressed_backward
+from zoo.kernels.tiles import SHARED_BYTES
+
+INDEX_POINTERS = {"place", "first", "begin", "full", "rest", "end"}
+FLOAT_POINTERS = {"lse", "row_lse", "delta", "dk_ptr", "dv_ptr"}
+FLOATS = {"scale", "scale_log2", "bias_factor"}
+KERNELS = {
+    "forward": (hopper_compressed.forward_kernel, hopper_compressed.FORWARD),
+    "dq": (hopper_compressed_backward.dq_kernel, hopper_compressed_backward.DQ),
+    "dkv": (hopper_compressed_backward.dkv_kernel, hopper_compressed_backward.DKV),
+}
+
+
+def build(name, dim, group=16, element="bf16", schedule=None):
+    kernel, table = KERNELS[name]
+    plan = schedule or table[dim]
+    constants = {
+        "GROUP": group, "D": dim, "BLOCK": 64, "STRIDE": 64, "RATIO": 1, "CONSUMERS": plan.consumers,
+        "STAGES": plan.stages, "CONSUMER_REGISTERS": plan.consumer_registers,
+        "PRODUCER_REGISTERS": plan.producer_registers,
+    }  # fmt: skip
+
+    def kind(name):
+        if name in constants:
+            return "constexpr"
+        if name.endswith("_desc"):
+            box = [1, 64, 1, dim] if name in ("k_desc", "v_desc") else [1, 64 // group, group, dim]
+            dtype = {"bf16": gl.bfloat16, "fp16": gl.float16}[element]
+            return f"tensordesc<{element}{box},{gl.NVMMASharedLayout.get_default_for(box, dtype)!r}>"
+        if name in INDEX_POINTERS | FLOAT_POINTERS:
+            return "*i32" if name in INDEX_POINTERS else "*fp32"
+        return "fp32" if name in FLOATS else "i32"
+
+    signature = {name: kind(name) for name in kernel.arg_names}
+    places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
+    values = {places[name]: value for name, value in constants.items()}
+    divisible = {places[name]: [["tt.divisibility", 16]] for name in signature if signature[name].startswith("*")}
+    options = {"num_warps": 4, "maxnreg": plan.registers_at_launch}
+    source = GluonASTSource(kernel, signature, values, divisible)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(("dim", "group", "element"), [(128, 16, "bf16"), (128, 1, "fp16"), (64, 64, "bf16")])
+def test_every_row_compiles_fits_and_stays_asynchronous(name, dim, group, element, tmp_path):
+    built = build(name, dim, group, element)
+    assert built.metadata.shared <= SHARED_BYTES["sm90"]
+    source = tmp_path / "kernel.ptx"
+    source.write_text(built.asm["ptx"])
+    command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(tmp_path / "kernel.cubin")]
+    log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    assert "C75" not in log, log  # "wgmma.mma_async instructions are serialized", "setmaxnreg ignored"

@@ -1,0 +1,51 @@
+"""Native Sparse Attention on Hopper: the functions of a back end, as in zoo/kernels/nsa.py.
+
+Compressed attention has kernels of its own for sm_90, bf16 and fp16, head dims 64 and 128 and groups that divide 64;
+the choice of blocks, the selected branch and the mix run the portable ones. Importing this imports Gluon.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.kernels import hopper_compressed, hopper_compressed_backward
+from zoo.kernels import nsa_compressed as portable
+from zoo.kernels.hopper_rows import takes
+from zoo.kernels.nsa_mix import mix_backward, mix_forward
+from zoo.kernels.nsa_selected import selected_backward, selected_forward
+
+__all__ = [
+    "compressed_backward",
+    "compressed_forward",
+    "mix_backward",
+    "mix_forward",
+    "selected_backward",
+    "selected_forward",
+]
+
+
+def compressed_forward(
+    q: Tensor, k: Tensor, v: Tensor, places: Any, geometry: Any, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = hopper_compressed if takes(q, k, scale) else portable
+    with torch.cuda.device(q.device):
+        out, lse = kernels.attend(q, k, v, places, geometry, scale)
+    return out, lse, portable.choose(q, k, lse, places, geometry, scale)
+
+
+def compressed_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    places: Any,
+    geometry: Any,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = hopper_compressed_backward if takes(q, k, scale) else portable
+    with torch.cuda.device(q.device):
+        return kernels.compressed_backward(dout, dlse, q, k, v, out, lse, places, geometry, scale)

@@ -1,0 +1,279 @@
+"""Rows of (token, query head) pairs on Hopper: what the kernels of compressed attention share. Gluon, sm_90 only.
+
+A row is a (token, query head) pair of one key/value head; 64 consecutive ones are a box of 64 / GROUP tokens and GROUP
+heads, which the copy engine packs by itself. One warp produces by bulk copies, CONSUMERS warpgroups of 64 rows consume.
+Barriers are counted: `number` is an item's place among those of its program.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.core import _aggregate as aggregate
+
+from zoo.kernels.hopper_band import ELEMENTS, TILE, start_ring
+from zoo.kernels.nsa_compressed import STEP_ROWS
+
+HELD = gl.constexpr(2)  # places of a consumer for what stays: one item's is fetched while the other's is used
+
+
+def takes(q: Tensor, k: Tensor, scale: float) -> bool:
+    """Whether these kernels do such a call: rows of 64 / group tokens; a maximum that is taken before the scale; more
+    than one step of decoding."""
+    group = q.shape[2] // k.shape[2]
+    return q.shape[0] * k.shape[1] > 0 and q.shape[1] * group > STEP_ROWS and 64 % group == 0 and scale > 0
+
+
+# ------------------------------------------------------------------------------------------------ who sees what
+
+
+@aggregate
+class Rows:
+    """Sizes of one launch; which rows an item holds and which slots they see."""
+
+    tokens: gl.tensor
+    slots: gl.tensor
+    groups: gl.tensor  # key/value heads
+    pairs: gl.tensor  # of a batch row and a key/value head
+    items: gl.tensor
+    place: gl.tensor  # (B,T) int32
+    first: gl.tensor  # (B,T) int32
+    GROUP: gl.constexpr
+    D: gl.constexpr
+    BLOCK: gl.constexpr
+    STRIDE: gl.constexpr
+    RATIO: gl.constexpr
+    CONSUMERS: gl.constexpr
+    TOKENS: gl.constexpr  # of 64 rows
+
+    @gluon.constexpr_function
+    def __init__(self, tokens, slots, groups, pairs, items, place, first,
+                 GROUP, D, BLOCK, STRIDE, RATIO, CONSUMERS):  # fmt: skip
+        self.tokens = tokens
+        self.slots = slots
+        self.groups = groups
+        self.pairs = pairs
+        self.items = items
+        self.place = place
+        self.first = first
+        self.GROUP = gl.constexpr(GROUP)
+        self.D = gl.constexpr(D)
+        self.BLOCK = gl.constexpr(BLOCK)
+        self.STRIDE = gl.constexpr(STRIDE)
+        self.RATIO = gl.constexpr(RATIO)
+        self.CONSUMERS = gl.constexpr(CONSUMERS)
+        self.TOKENS = gl.constexpr(64 // GROUP)
+
+    @gluon.jit
+    def locate(self, item):
+        """(batch row, key/value head, first token); the latest tokens first, they see most."""
+        pair = item % self.pairs
+        tile = (self.items - 1 - item) // self.pairs
+        return pair // self.groups, pair % self.groups, tile * (self.CONSUMERS * self.TOKENS)
+
+    @gluon.jit
+    def look(self, batch, token):
+        """place and first_block of a token or tokens, as they lie in memory; beyond the last, the last one's."""
+        at = batch * self.tokens + gl.minimum(token, self.tokens - 1)
+        return gl.load(self.place + at), gl.load(self.first + at)
+
+    @gluon.jit
+    def peek(self, item):
+        """What `walk` needs of an item, loaded but not looked at."""
+        batch, _, token = self.locate(item)
+        place, first = self.look(batch, token)
+        last_place, last_first = self.look(batch, token + (self.CONSUMERS * self.TOKENS - 1))
+        return place, first, last_place, last_first
+
+    @gluon.jit
+    def low(self, first):
+        return first * self.RATIO
+
+    @gluon.jit
+    def high(self, place, first):
+        """One past the last slot that a token sees."""
+        seen = gl.where(place + 1 >= self.BLOCK, (place + 1 - self.BLOCK) // self.STRIDE + 1, 0)
+        return gl.minimum(first * self.RATIO + seen, self.slots)
+
+    @gluon.jit
+    def walk(self, place, first, last_place, last_first):
+        """(first tile of slots, tiles, at least one, latest low, earliest high). The bounds never fall."""
+        begin = self.low(first) // TILE
+        count = gl.maximum((self.high(last_place, last_first) + (TILE - 1)) // TILE - begin, 1)
+        return begin, count, self.low(last_first), self.high(place, first)
+
+    @gluon.jit
+    def numbers(self, batch, kv_head, token, row):
+        """Where rows' numbers lie in a (B,T,H), and which of them exist. row: counted from `token`."""
+        own = token + row // self.GROUP
+        at = (batch.to(gl.int64) * self.tokens + own) * (self.groups * self.GROUP) + kv_head * self.GROUP
+        return at + row % self.GROUP, own < self.tokens
+
+
+@gluon.jit
+def mask_rows(s, first_slot, low, high, layout: gl.constexpr):
+    """s (rows, slots) with -inf where a row doesn't see a slot."""
+    slot = first_slot + gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, layout)), 0)
+    seen = (slot >= gl.expand_dims(low, 1)) & (slot < gl.expand_dims(high, 1))
+    return gl.where(seen, s, float("-inf"))
+
+
+# ------------------------------------------------------------------------------------------------ the channels
+
+
+@aggregate
+class Channels:
+    """Shared memory between producer and consumers, and the barriers that guard it. `held` and `held_too` stay with a
+    consumer for an item, HELD places each; `passing` and `passing_too` go by, dkv's with `columns`."""
+
+    held: gl.shared_memory_descriptor
+    held_too: gl.shared_memory_descriptor
+    passing: gl.shared_memory_descriptor
+    passing_too: gl.shared_memory_descriptor
+    columns: gl.shared_memory_descriptor
+    held_ready: gl.shared_memory_descriptor
+    held_free: gl.shared_memory_descriptor
+    ready: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
+    PLACES: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, held, held_too, passing, passing_too, columns, held_ready, held_free, ready, free, PLACES):
+        self.held = held
+        self.held_too = held_too
+        self.passing = passing
+        self.passing_too = passing_too
+        self.columns = columns
+        self.held_ready = held_ready
+        self.held_free = held_free
+        self.ready = ready
+        self.free = free
+        self.PLACES = gl.constexpr(PLACES)
+
+    @gluon.jit
+    def hold(self, c: gl.constexpr, number, desc, desc_too, where, BOTH: gl.constexpr):
+        """Consumer c's operands of item `number`, once the item before the last has given its place up."""
+        at = c * self.PLACES + number % self.PLACES
+        nbytes: gl.constexpr = (2 if BOTH else 1) * desc.block_type.nbytes
+        if self.PLACES == 2:  # given up when the next item begins, so the very first time is nobody's
+            mbarrier.wait(self.held_free.index(at), ((number + 3) // 2) % 2)
+        else:
+            mbarrier.wait(self.held_free.index(at), (number + 1) % 2)
+        mbarrier.expect(self.held_ready.index(at), nbytes)
+        tma.async_copy_global_to_shared(desc, where, self.held_ready.index(at), self.held.index(at))
+        if BOTH:
+            tma.async_copy_global_to_shared(desc_too, where, self.held_ready.index(at), self.held_too.index(at))
+
+    @gluon.jit
+    def wait_held(self, C: gl.constexpr, number):
+        at = C * self.PLACES + number % self.PLACES
+        mbarrier.wait(self.held_ready.index(at), (number // self.PLACES) % 2)
+        return at
+
+    @gluon.jit
+    def give_up_last(self, C: gl.constexpr, number):
+        """The place of the item before `number`: what it sent from there is on its way."""
+        tma.store_wait(0)
+        mbarrier.arrive(self.held_free.index(C * self.PLACES + (number + 1) % self.PLACES), count=1)
+
+    @gluon.jit
+    def fetch(self, ring, desc, desc_too, where):
+        """Once the slot is free. `announce` must follow."""
+        ready = self.ready.index(ring.slot)
+        mbarrier.wait(self.free.index(ring.slot), ring.parity ^ 1)
+        tma.async_copy_global_to_shared(desc, where, ready, self.passing.index(ring.slot))
+        tma.async_copy_global_to_shared(desc_too, where, ready, self.passing_too.index(ring.slot))
+
+    @gluon.jit
+    def announce(self, ring, desc):
+        nbytes: gl.constexpr = 2 * desc.block_type.nbytes
+        mbarrier.expect(self.ready.index(ring.slot), nbytes)
+
+    @gluon.jit
+    def pass_on(self, ring):
+        """Hands the tile in this slot back unseen. Waits first: an early arrival would count for its predecessor."""
+        mbarrier.wait(self.ready.index(ring.slot), ring.parity)
+        mbarrier.arrive(self.free.index(ring.slot), count=1)
+        return ring.next()
+
+
+@gluon.jit
+def open_channels(held_desc, passing_desc, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr,
+                  BOTH: gl.constexpr, COLUMNS: gl.constexpr):  # fmt: skip
+    """BOTH: two operands are held. COLUMNS: dkv's."""
+    dtype: gl.constexpr = held_desc.dtype
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    one: gl.constexpr = held_desc.block_type.shape
+    other: gl.constexpr = passing_desc.block_type.shape
+    N: gl.constexpr = CONSUMERS * PLACES
+    held = gl.allocate_shared_memory(dtype, [N, one[0], one[1], one[2], one[3]], held_desc.layout)
+    held_too = held
+    if BOTH:
+        held_too = gl.allocate_shared_memory(dtype, [N, one[0], one[1], one[2], one[3]], held_desc.layout)
+    passing = gl.allocate_shared_memory(dtype, [STAGES, other[0], other[1], other[2], other[3]], passing_desc.layout)
+    passing_too = gl.allocate_shared_memory(
+        dtype, [STAGES, other[0], other[1], other[2], other[3]], passing_desc.layout
+    )
+    held_ready = gl.allocate_shared_memory(gl.int64, [N, 1], barrier)
+    columns = held_ready
+    if COLUMNS:
+        columns = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, 16], gl.NVMMASharedLayout(32, 16, 2))
+    channels = Channels(
+        held, held_too, passing, passing_too, columns, held_ready,
+        gl.allocate_shared_memory(gl.int64, [N, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier), PLACES,
+    )  # fmt: skip
+    for n in gl.static_range(N):
+        mbarrier.init(channels.held_ready.index(n), count=1)
+        mbarrier.init(channels.held_free.index(n), count=1)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(channels.ready.index(s), count=1)
+        mbarrier.init(channels.free.index(s), count=CONSUMERS)
+    return channels
+
+
+@gluon.jit
+def product(a, tile, D: gl.constexpr, layout: gl.constexpr):
+    """a tile^T, (64, 64), in flight."""
+    s = gl.zeros([TILE, TILE], gl.float32, layout)
+    return warpgroup_mma(a, tile.reshape([TILE, D]).permute((1, 0)), s, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def send(value, tile, desc, rows, batch, kv_head, token):
+    """64 rows of a contiguous (B,T,H,D), by way of `tile`, which the copy reads until tma.store_wait."""
+    tile.reshape([TILE, rows.D]).store(value)
+    fence_async_shared()
+    if token < rows.tokens:
+        tma.async_copy_shared_to_global(desc, [batch, token, kv_head * rows.GROUP, 0], tile)
+
+
+@gluon.jit
+def produce(rows, channels, q_desc, too_desc, k_desc, v_desc, BOTH: gl.constexpr):
+    """For the kernels whose rows stay: every item's rows, then its slots, ascending."""
+    ring = start_ring(channels.passing.shape[0])
+    number = gl.to_tensor(0)
+    place, first, last_place, last_first = rows.peek(gl.program_id(0))
+    for item in range(gl.program_id(0), rows.items, gl.num_programs(0)):
+        batch, kv_head, token = rows.locate(item)
+        begin, count, _, _ = rows.walk(place, first, last_place, last_first)
+        place, first, last_place, last_first = rows.peek(gl.minimum(item + gl.num_programs(0), rows.items - 1))
+        CONSUMERS: gl.constexpr = rows.CONSUMERS
+        for c in gl.static_range(CONSUMERS):
+            where = [batch, token + c * rows.TOKENS, kv_head * rows.GROUP, 0]
+            channels.hold(c, number, q_desc, too_desc, where, BOTH)
+        for i in range(count):
+            channels.fetch(ring, k_desc, v_desc, [batch, (begin + i) * TILE, kv_head, 0])
+            channels.announce(ring, k_desc)
+            ring = ring.next()
+        number += 1
+
+
+def packed(x: Tensor, group: int) -> TensorDescriptor:
+    """Bulk copies of 64 rows of (B,T,H,D): 64 / group tokens of `group` heads."""
+    block = [1, 64 // group, group, x.shape[3]]
+    return TensorDescriptor(
+        x, list(x.shape), list(x.stride()), block, gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[x.dtype])
+    )
