@@ -1,7 +1,8 @@
 """Block and stack: hidden states in, hidden states out. No vocabulary, no domain.
 
-Pre-norm residual blocks: h + mixer(norm(h)), then h + mlp(norm(h)); a norm at the end. The layer pattern says which
-mixer each layer uses: "gatedfwa*3, softmax" tiled over the depth.
+Pre-norm residual blocks: h + mixer(norm(h)), then h + mlp(norm(h)); a norm at the end. A branch is added where the next
+norm reads the sum: between blocks the stream is a pair, h and the branch that it still lacks. The layer pattern says
+which mixer each layer uses: "gatedfwa*3, softmax" tiled over the depth.
 """
 
 import math
@@ -16,7 +17,7 @@ from zoo import config as configs
 from zoo.config import Choice
 from zoo.layers import MLP, PassOn, document_positions, init_normal
 from zoo.mixers.base import Context, Dims, Mixer
-from zoo.ops import may_look, rotary_table
+from zoo.ops import add_norm, may_look, rotary_table
 from zoo.registry import mixers, nearest
 from zoo.state import State
 
@@ -33,6 +34,8 @@ class BackboneConfig:
     dropout        on both residual branches; drop_path drops whole branches per row, linearly more with depth
     checkpoint     recompute blocks in the backward pass instead of keeping their activations
     init_std       spread of the matrices and learned positions at the start; a mixer may begin with one of its own
+    residual       the dtype of the residual stream: that of the parameters, or under autocast autocast's, as the
+                   branches have it: half the memory traffic around the norms, and sums rounded once a branch
     mlp_chunk      tokens that the MLP takes at once when training, recomputing them in the backward pass: its inner
                    activations never stand for a whole long row. 0: all at once
     """
@@ -53,6 +56,7 @@ class BackboneConfig:
     dropout: float = 0.0
     drop_path: float = 0.0
     checkpoint: bool = False
+    residual: Literal["parameters", "autocast"] = "parameters"
     mlp_chunk: int = 0
     norm_eps: float = 1e-6
     init_std: float = 0.02
@@ -114,7 +118,26 @@ def parse_pattern(pattern: str) -> list[str]:
     return names
 
 
+Stream = tuple[Tensor, Tensor | None]  # of hidden states: h and the branch that is still to be added to it
+
+
+def whole(stream: Stream) -> Tensor:
+    h, branch = stream
+    return h if branch is None else h + branch
+
+
+def norm_of_sum(stream: Stream, norm: nn.RMSNorm, narrow: bool) -> tuple[Tensor, Tensor]:
+    """(h with its branch, that normalised). narrow: both in h's dtype, in one pass."""
+    h, branch = stream
+    if narrow and branch is not None:
+        return add_norm(h, branch.to(h.dtype), norm.weight, norm.eps)  # type: ignore[arg-type]
+    h = whole(stream)
+    return (h, norm(h.to(norm.weight.dtype)).to(h.dtype)) if narrow else (h, norm(h))
+
+
 class Block(nn.Module):
+    """Stream in, stream out: the branch of the last part is left for the next norm to add."""
+
     def __init__(self, mixer: Mixer, config: BackboneConfig, drop_path: float):
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
@@ -125,17 +148,20 @@ class Block(nn.Module):
             self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
             self.mlp = PassOn() if config.mlp == "identity" else MLP(config.width, hidden, config.mlp)
         self.mlp_chunk = config.mlp_chunk
+        self.narrow = config.residual == "autocast"
         self.drop = residual_drop(config.dropout, drop_path)
 
-    def forward(self, h: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
+    def forward(self, stream: Stream, ctx: Context, state: State | None = None) -> tuple[Stream, State | None]:
+        h, x = norm_of_sum(stream, self.mixer_norm, self.narrow)
         if ctx.halo is None:
-            y, state = self.mixer(self.mixer_norm(h), ctx, state)
+            y, state = self.mixer(x, ctx, state)
         else:
-            y = self._mix_split_rows(self.mixer_norm(h), ctx)
-        h = h + self.drop(y)
+            y = self._mix_split_rows(x, ctx)
+        stream = h, self.drop(y)
         if self.mlp is not None:
-            h = h + self.drop(self._feed_forward(h))
-        return h, state
+            h, y = self._feed_forward(stream)
+            stream = h, self.drop(y)
+        return stream, state
 
     def _mix_split_rows(self, x: Tensor, ctx: Context) -> Tensor:
         """Context parallelism: one exchange brings the tokens that the mixer reaches back to, from the rank before. It
@@ -154,14 +180,19 @@ class Block(nn.Module):
         y, _ = self.mixer(longer, place, None)
         return y[:, longer.shape[1] - x.shape[1] :]
 
-    def _feed_forward(self, h: Tensor) -> Tensor:
+    def _feed_forward(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """h with its branch, and the MLP's."""
         assert self.mlp is not None
         assert self.mlp_norm is not None
-        if not (self.mlp_chunk and self.training and h.shape[1] > self.mlp_chunk):
-            return self.mlp(self.mlp_norm(h))
-        norm, mlp = self.mlp_norm, self.mlp
-        parts = [checkpoint(lambda x: mlp(norm(x)), part, use_reentrant=False) for part in h.split(self.mlp_chunk, 1)]
-        return torch.cat(parts, dim=1)  # type: ignore[arg-type]
+        if not (self.mlp_chunk and self.training and stream[0].shape[1] > self.mlp_chunk):
+            h, x = norm_of_sum(stream, self.mlp_norm, self.narrow)
+            return h, self.mlp(x)
+        norm, mlp, narrow, h = self.mlp_norm, self.mlp, self.narrow, whole(stream)
+        parts = [
+            checkpoint(lambda part: mlp(norm_of_sum((part, None), norm, narrow)[1]), part, use_reentrant=False)
+            for part in h.split(self.mlp_chunk, 1)
+        ]
+        return h, torch.cat(parts, dim=1)  # type: ignore[arg-type]
 
 
 def residual_drop(dropout: float, drop_path: float) -> nn.Module:
@@ -195,14 +226,18 @@ class Backbone(nn.Module):
         if self.positions is not None:
             h = h + self.positions(ctx.positions)
         states = [None] * len(self.blocks) if cache is None else cache["blocks"]
+        narrow = self.config.residual == "autocast"
+        if narrow and torch.is_autocast_enabled(h.device.type):
+            h = h.to(torch.get_autocast_dtype(h.device.type))
+        stream: Stream = (h, None)
         for i, (block, state) in enumerate(zip(self.blocks, states, strict=True)):
             if self.config.checkpoint and self.training and state is None:
-                h, _ = checkpoint(block, h, ctx, use_reentrant=False)  # type: ignore[misc]
+                stream, _ = checkpoint(block, (whole(stream), None), ctx, use_reentrant=False)  # type: ignore[misc]
             else:
-                h, states[i] = block(h, ctx, state)
+                stream, states[i] = block(stream, ctx, state)
         if cache is not None:
             cache["position"] = cache["position"] + (h.shape[1] if ctx.lengths is None else ctx.lengths)
-        return self.norm(h), cache
+        return norm_of_sum(stream, self.norm, narrow)[1], cache
 
     def _place(self, h: Tensor, ctx: Context, cache: Any) -> Context:
         """The context with positions, start and rotary table filled in."""

@@ -1,4 +1,4 @@
-"""SwiGLU and q, k, v under Triton's interpreter. Run by test_interpret.py in a process of its own."""
+"""SwiGLU, the norm of a sum, and q, k, v under Triton's interpreter. Run by test_interpret.py in a process of its own."""
 
 import dataclasses
 
@@ -7,11 +7,11 @@ import torch
 import triton.language as tl
 
 from tests.kernels.interpreter import repair
-from tests.ops.block_cases import CASES, plain_qkv, plain_swiglu, qkv_tensors
+from tests.ops.block_cases import CASES, norm_results, plain_add_norm, plain_qkv, plain_swiglu, qkv_tensors
 from tests.ops.cases import poison_new_tensors
 from tests.ops.definition import relative_error
-from zoo.kernels import narrow, qkv, swiglu
-from zoo.ops import backend, prepare_qkv
+from zoo.kernels import narrow, norm, qkv, swiglu
+from zoo.ops import add_norm, backend, prepare_qkv
 from zoo.ops import swiglu as swiglu_op
 
 repair()
@@ -20,6 +20,7 @@ repair()
 def test_the_kernels_run_here():
     cpu = torch.device("cpu")
     assert backend.choose("swiglu", cpu, torch.float32, 0) is swiglu
+    assert backend.choose("norm", cpu, torch.float32, 0) is norm
     assert backend.choose("qkv", cpu, torch.float32, 8) is qkv
 
 
@@ -37,6 +38,29 @@ def test_swiglu(width, dtype, bound, monkeypatch):
     assert relative_error(ours.detach(), theirs.detach()) <= bound
     found = torch.autograd.grad(ours, packed, grad)[0], torch.autograd.grad(theirs, exact, grad.double())[0]
     assert relative_error(*found) <= bound
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float16, 1e-3)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 9, 12), (70, 768), (3, 5000)], ids=str)
+def test_the_norm_of_a_sum(shape, dtype, bound, monkeypatch):
+    """Rows that fill runs and tiles in part; with and without a gradient of the sum; every element is written."""
+    poison_new_tensors(monkeypatch)
+    for used in (True, False):
+        ours = norm_results(add_norm, shape, dtype, sum_used=used)
+        exact = norm_results(plain_add_norm, shape, dtype, kind=torch.float64, sum_used=used)
+        for one, truth in zip(ours, exact, strict=True):
+            assert relative_error(one, truth) <= bound
+
+
+def test_the_norm_of_stacked_replicas():
+    torch.manual_seed(0)
+    leaves = [torch.randn(3, *shape).requires_grad_() for shape in ((35, 12), (35, 12), (12,))]
+    stacked = torch.vmap(add_norm)(*leaves)
+    single = [torch.stack(x) for x in zip(*(plain_add_norm(*x) for x in zip(*leaves, strict=True)), strict=True)]
+    gradients = [torch.autograd.grad(sum(x.pow(3).sum() for x in found), leaves) for found in (stacked, single)]
+    for ours, theirs in ((stacked, single), gradients):
+        for x, y in zip(ours, theirs, strict=True):
+            assert relative_error(x.detach(), y.detach().double()) <= 2e-6
 
 
 LARGE = dataclasses.replace(CASES[0], name="large", heads=12, kv_heads=12, dim=64, batch=1)

@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zoo.kernels import gate, loss, narrow, qkv, swiglu, window
+from zoo.kernels import gate, loss, narrow, norm, qkv, swiglu, window
 from zoo.kernels.tiles import CHUNK, SHARED_BYTES, TABLE, Tile
 
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90}
@@ -114,6 +114,17 @@ def test_the_loss_compiles(architecture):
 def test_swiglu_compiles(architecture):
     for kernel in (swiglu.swiglu_forward_kernel, swiglu.swiglu_backward_kernel):
         build(kernel, architecture, "bf16", {"BLOCK": swiglu.BLOCK})
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm90"])
+@pytest.mark.parametrize("width", [768, 8192])
+def test_norms_compile(width, architecture):
+    block = triton.next_power_of_2(width)
+    warps = norm._warps(block)
+    build(norm._forward, architecture, "bf16", {"ROWS": max(1, norm.ELEMENTS // block), "BLOCK": block}, warps)
+    rows = max(1, norm.ELEMENTS_BACKWARD // block)
+    for more in ({"MORE": True}, {"MORE": False, "dtotal_ptr": None}):
+        build(norm._backward, architecture, "bf16", {"RUN": norm.RUN, "ROWS": rows, "BLOCK": block} | more, warps)
 
 
 @pytest.mark.parametrize("architecture", ["sm80", "sm90"])

@@ -1,4 +1,4 @@
-"""Cases of `prepare_qkv`, and what it and `swiglu` stand for, step by step with torch's own operations."""
+"""Cases of `prepare_qkv`, and what it, `swiglu` and `add_norm` stand for, step by step with torch's own operations."""
 
 from dataclasses import dataclass
 
@@ -41,6 +41,28 @@ CASES = [
 def plain_swiglu(packed):
     value, gate = packed.chunk(2, dim=-1)
     return F.silu(gate) * value
+
+
+def plain_add_norm(h, branch, weight, eps=1e-6):
+    """In the precision of the sum's dtype and of weight's, whichever is wider."""
+    total = h + branch
+    wide = torch.promote_types(total.dtype, weight.dtype)
+    return total, F.rms_norm(total.to(wide), weight.shape, weight.to(wide), eps).to(h.dtype)
+
+
+def norm_results(function, shape, dtype, device="cpu", *, kind=None, sum_used=True, seed=0):
+    """The sum, its norm, and the gradients of h, branch and weight; `kind`: computed in this dtype instead."""
+    generator = torch.Generator().manual_seed(seed)
+    h, branch, *grads = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(4)
+    )
+    weight = 1 + 0.3 * torch.randn(shape[-1], generator=generator, dtype=torch.float64)
+    weight = weight.to(device, torch.promote_types(dtype, torch.float32))
+    leaves = [x.to(kind or x.dtype).requires_grad_() for x in (3 * h, branch, weight)]
+    total, normed = function(*leaves)
+    outputs = (total, normed) if sum_used else (normed,)
+    grads = [x.to(total.dtype) for x in grads[-len(outputs) :]]
+    return [x.detach() for x in (total, normed, *torch.autograd.grad(outputs, leaves, grads))]
 
 
 def plain_qkv(qkv, keep, heads, *, norms=None, table=None, starts=None, eps=1e-6):

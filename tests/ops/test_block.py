@@ -1,4 +1,5 @@
-"""What stands between a block's products, as operators: SwiGLU's product, and q, k and v made ready for attention.
+"""What stands between a block's products, as operators: SwiGLU's product, the norm of a sum, and q, k and v made ready
+for attention.
 
 The reference path here; the kernels in tests/kernels/interpreted_block.py and tests/ops/test_block_gpu.py.
 """
@@ -6,9 +7,9 @@ The reference path here; the kernels in tests/kernels/interpreted_block.py and t
 import pytest
 import torch
 
-from tests.ops.block_cases import CASES, plain_qkv, plain_swiglu, qkv_tensors
+from tests.ops.block_cases import CASES, norm_results, plain_add_norm, plain_qkv, plain_swiglu, qkv_tensors
 from tests.ops.definition import relative_error
-from zoo.ops import prepare_qkv, swiglu
+from zoo.ops import add_norm, prepare_qkv, swiglu
 
 
 def test_swiglu_is_what_it_says():
@@ -19,6 +20,22 @@ def test_swiglu_is_what_it_says():
     torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=0)
     found = [torch.autograd.grad(y, packed, grad)[0] for y in (ours, theirs)]
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("sum_used", [True, False])
+def test_the_norm_of_a_sum_is_what_it_says(sum_used):
+    ours, theirs = (norm_results(f, (2, 5, 14), torch.float64, sum_used=sum_used) for f in (add_norm, plain_add_norm))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_a_norm_of_no_rows_and_a_sum_alone():
+    nothing = norm_results(add_norm, (0, 6), torch.float32)
+    assert [x.shape for x in nothing] == [(0, 6)] * 4 + [(6,)]
+    assert not nothing[-1].any()
+    h, branch = (torch.ones(2, 6, requires_grad=True) for _ in range(2))
+    found = torch.autograd.grad(add_norm(h, branch, torch.ones(6))[0].square().sum(), (h, branch))
+    assert all(torch.equal(x, torch.full((2, 6), 4.0)) for x in found)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -46,6 +63,28 @@ def test_low_precision_is_rounded_once():
     for one, other, truth in zip(ours, theirs, exact, strict=True):
         assert one.dtype == torch.bfloat16
         assert relative_error(one.detach(), truth.detach()) <= 1.01 * relative_error(other.detach(), truth.detach())
+
+
+def test_a_narrow_norm_is_rounded_once():
+    results = [
+        norm_results(f, (40, 96), torch.bfloat16, kind=kind)
+        for f, kind in ((add_norm, None), (plain_add_norm, None), (plain_add_norm, torch.float64))
+    ]
+    for ours, theirs, exact in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert relative_error(ours, exact) <= 1.01 * relative_error(theirs, exact)
+
+
+def test_norms_stacked_by_vmap():
+    """Replicas with weights of their own: values and gradients as one by one."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(3, *shape, dtype=torch.float64).requires_grad_() for shape in ((2, 5, 6), (2, 5, 6), (6,))]
+    stacked = torch.vmap(add_norm)(*leaves)
+    single = [torch.stack(x) for x in zip(*(add_norm(*x) for x in zip(*leaves, strict=True)), strict=True)]
+    gradients = [torch.autograd.grad(sum(x.pow(3).sum() for x in found), leaves) for found in (stacked, single)]
+    for ours, theirs in ((stacked, single), gradients):
+        for x, y in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one table", "a table a replica"])
@@ -96,11 +135,17 @@ def test_operators_keep_their_promises():
     )
     torch.library.opcheck(torch.ops.zoo.prepare_qkv.default, arguments)
     torch.library.opcheck(torch.ops.zoo.swiglu.default, (torch.randn(3, 4, 6, requires_grad=True),))
+    h, branch, weight = (torch.randn(n, 6, requires_grad=True) for n in (4, 4, 1))
+    torch.library.opcheck(torch.ops.zoo.add_norm.default, (h, branch, weight, 1e-6))
 
 
 def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match=r"\(3, 5\)"):
         swiglu(torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="bfloat16"):
+        add_norm(torch.zeros(3, 6), torch.zeros(3, 6).bfloat16(), torch.ones(6))
+    with pytest.raises(ValueError, match=r"weight \(5,\)"):
+        add_norm(torch.zeros(3, 6), torch.zeros(3, 6), torch.ones(5))
     qkv, keep = torch.zeros(1, 4, 6, 8), torch.zeros(1, 4, 4)
     with pytest.raises(ValueError, match=r"3 query heads"):
         prepare_qkv(qkv, keep, 3)

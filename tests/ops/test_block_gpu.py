@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tests.ops.block_cases import CASES, plain_qkv, plain_swiglu, qkv_tensors
+from tests.ops.block_cases import CASES, norm_results, plain_add_norm, plain_qkv, plain_swiglu, qkv_tensors
 from tests.ops.definition import relative_error
-from zoo.ops import backend, precise_linear, prepare_qkv, swiglu
+from zoo.ops import add_norm, backend, precise_linear, prepare_qkv, swiglu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 # The shape of a 125M model, and one whose heads and head_dim fill no tile
@@ -65,6 +65,21 @@ def test_swiglu_is_no_further_from_float64_than_its_steps(rows, width, dtype):
         found.append((y.detach(), torch.autograd.grad(y, x, grad.to(x.dtype))[0]))
     for ours, theirs, exact in zip(*found, strict=True):
         assert relative_error(ours, exact) <= 1.05 * relative_error(theirs, exact) + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(8, 1001, 768), (33, 100), (3, 5000), (70, 12288)], ids=str)
+@pytest.mark.parametrize("sum_used", [True, False])
+def test_a_norm_is_no_further_from_float64_than_its_steps(shape, dtype, sum_used):
+    found = [
+        norm_results(f, shape, dtype, "cuda", kind=kind, sum_used=sum_used)
+        for f, kind in ((add_norm, None), (plain_add_norm, None), (plain_add_norm, torch.float64))
+    ]
+    for number, (ours, theirs, exact) in enumerate(zip(*found, strict=True)):
+        errors = relative_error(ours, exact), relative_error(theirs, exact)
+        assert errors[0] <= 1.05 * errors[1] + 2e-6, (number, errors)
+    again = norm_results(add_norm, shape, dtype, "cuda", sum_used=sum_used)
+    assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -17,12 +17,14 @@ from zoo.ops.nsa import (
     runs_dense,
     selected_attention,
 )
+from zoo.ops.norm import add_norm
 from zoo.ops.qkv import prepare_qkv
 from zoo.ops.rotary import rotary_table
 from zoo.ops.swiglu import swiglu
 from zoo.ops.window import gated_window_attention, window_attention
 
 __all__ = [
+    "add_norm",
     "compressed_attention",
     "gated_window_attention",
     "gather_blocks",

@@ -4,8 +4,9 @@ A back end offers one module per op family, with the functions of the same names
 `window` (window_forward, window_backward), `ring` (ring_attention) and `loss` (cross_entropy_rows); of
 `zoo.ops.reference_nsa`: `nsa` (compressed_forward, compressed_backward, selected_forward, selected_backward,
 mix_forward, mix_backward); and of `zoo.ops.reference_block`: `linear` (piecewise_product), `swiglu` (swiglu_forward,
-swiglu_backward), `qkv` (prepare_forward, prepare_backward). Back ends are tried in the order of `BACKENDS`; the first
-that has the op and does not refuse runs. Another one (a kernel for one architecture, say) is one more row.
+swiglu_backward), `norm` (add_norm_forward, add_norm_backward), `qkv` (prepare_forward, prepare_backward). Back ends are
+tried in the order of `BACKENDS`; the first that has the op and does not refuse runs. Another one (a kernel for one
+architecture, say) is one more row.
 
 Environment, read at every call:
     ZOO_BACKEND       a name of `BACKENDS`: that one or an error, never a fallback
@@ -38,7 +39,7 @@ class BackendError(ValueError):
     """ZOO_BACKEND names none, or one that can't run the call."""
 
 
-OPS = ("window", "ring", "loss", "nsa", "linear", "swiglu", "qkv")
+OPS = ("window", "ring", "loss", "nsa", "linear", "swiglu", "norm", "qkv")
 NO_HEADS = 0  # the head_dim of an op without heads
 
 
@@ -137,6 +138,7 @@ BACKENDS = (
             "nsa": "zoo.kernels.nsa",
             "linear": "zoo.kernels.narrow",
             "swiglu": "zoo.kernels.swiglu",
+            "norm": "zoo.kernels.norm",
             "qkv": "zoo.kernels.qkv",
         },
         _refuses_triton,
@@ -146,7 +148,7 @@ BACKENDS = (
         {
             **dict.fromkeys(OPS, "zoo.ops.reference"),
             "nsa": "zoo.ops.reference_nsa",
-            **dict.fromkeys(("linear", "swiglu", "qkv"), "zoo.ops.reference_block"),
+            **dict.fromkeys(("linear", "swiglu", "norm", "qkv"), "zoo.ops.reference_block"),
         },
         lambda device, dtype, head_dim: None,
     ),

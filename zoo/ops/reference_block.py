@@ -1,6 +1,6 @@
-"""What a block computes around its large products, in plain PyTorch: SwiGLU's product, q, k and v made ready for
-attention, the narrow products of gates. The definitions, and the `reference` back end of the op families "swiglu",
-"qkv" and "linear".
+"""What a block computes around its large products, in plain PyTorch: SwiGLU's product, the norm of a sum, q, k and v
+made ready for attention, the narrow products of gates. The definitions, and the `reference` back end of the op families
+"swiglu", "norm", "qkv" and "linear".
 """
 
 from typing import Any
@@ -26,6 +26,35 @@ def swiglu_backward(grad: Tensor, packed: Tensor) -> Tensor:
     value, gate = packed.to(wide).chunk(2, dim=-1)
     grad, share = grad.to(wide), gate.sigmoid()
     return torch.cat((grad * gate * share, grad * value * share * (1 + gate * (1 - share))), dim=-1).to(packed.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ the norm of a sum
+
+
+def add_norm_forward(h: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(h + branch, its RMS norm times weight), (N, C) each; weight (S, C), for N / S rows each."""
+    total = h + branch
+    unit, _ = _unit(total, weight, eps)
+    return total, (unit * weight.to(unit.dtype).unsqueeze(1)).to(h.dtype).view(h.shape)
+
+
+def add_norm_backward(
+    dnormed: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(the gradient of the sum, that of weight); dtotal is what else arrived at the sum."""
+    unit, scale = _unit(total, weight, eps)
+    grad = dnormed.to(unit.dtype).view(unit.shape)
+    dweight = (grad * unit).sum(dim=1).to(weight.dtype)
+    grad = grad * weight.to(unit.dtype).unsqueeze(1)
+    grad = (scale * (grad - unit * (grad * unit).mean(dim=-1, keepdim=True))).view(total.shape)
+    return (grad if dtotal is None else grad + dtotal).to(total.dtype), dweight
+
+
+def _unit(total: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(S, N / S, C) divided by its root mean square, and by what that multiplied."""
+    rows = total.to(accumulator(total.dtype)).unflatten(0, (weight.shape[0], total.shape[0] // weight.shape[0]))
+    scale = (rows.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    return rows * scale, scale
 
 
 # ------------------------------------------------------------------------------- keys, queries and values, made ready
