@@ -10,7 +10,7 @@
 12 layers, 768 wide, 12 heads of 64, vocabulary 50304 tied, window 512, bfloat16 autocast, fused AdamW, compiled. Our
 arms run zoo.train.train on random tokens, reading, logging and all; peers run the least loop that trains. Every arm is
 a process of its own, with a time limit. Prints one JSON object a line: tokens/s (median over the steps after the
-warm-up), peak GiB. `arm+variant+variant` times an arm with something changed: see `VARIANTS`.
+warm-up), peak GiB. `arm+variant+variant` times an arm with something changed: see `VARIANTS` and `CHANGES`.
 """
 
 import argparse
@@ -145,6 +145,11 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "triton": lambda: os.environ.update(ZOO_BACKEND="triton"),
 }
 
+CHANGES: dict[str, dict[str, Any]] = {  # of the recipe
+    "graph": {"train": {"graph": True}},
+    "narrow": {"model": {"backbone": {"residual": "autocast"}}},  # the residual stream in bfloat16
+}
+
 # ------------------------------------------------------------------------------------------------------------ our arms
 
 
@@ -162,7 +167,8 @@ def zoo_overrides(arm: str, tokens: int) -> tuple[str, dict[str, Any]]:
 def run_zoo(arm: str, tokens: int, budget: int, micro: int, steps: int, profile: bool) -> dict[str, Any]:
     arm, *variants = arm.split("+")
     for variant in variants:
-        VARIANTS[variant]()
+        if variant not in CHANGES:
+            VARIANTS[variant]()
     from zoo import config, registry
     from zoo.data import SourceStream, Windows
     from zoo.task import Task
@@ -206,6 +212,7 @@ def run_zoo(arm: str, tokens: int, budget: int, micro: int, steps: int, profile:
                 "schedule": {"warmup": 20},
             },
         },
+        *(CHANGES[variant] for variant in variants if variant in CHANGES),
     )
     with tempfile.TemporaryDirectory() as folder:
         train(recipe, Path(folder) / "run", profile=profile)
@@ -399,7 +406,7 @@ def compare_curves(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arms = ["gatedfwa", "sdpa", "flex", "gatedfwa_nsa", "gatedfwa_nsa-wide", "fla_nsa"]
-    parser.add_argument("--arms", nargs="*", default=arms, help=f"variants of ours: {', '.join(VARIANTS)}")
+    parser.add_argument("--arms", nargs="*", default=arms, help=f"variants of ours: {', '.join([*VARIANTS, *CHANGES])}")
     parser.add_argument("--curves", nargs=2, help="two arms whose losses to compare over 200 steps, instead of speed")
     parser.add_argument("--limit", type=float, default=180, help="seconds an arm may take")
     parser.add_argument("--tokens", type=int, nargs="*", default=[4096, 16384])

@@ -1,4 +1,4 @@
-"""SwiGLU, the norm of a sum, and q, k, v under Triton's interpreter. Run by test_interpret.py in a process of its own."""
+"""SwiGLU, the norm of a sum, and q, k, v under Triton's interpreter, run by test_interpret.py."""
 
 import dataclasses
 

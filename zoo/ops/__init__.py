@@ -8,6 +8,7 @@ from zoo.ops.decode import ring_attention
 from zoo.ops.gate import log_decay
 from zoo.ops.linear import precise_linear
 from zoo.ops.loss import linear_cross_entropy
+from zoo.ops.norm import add_norm
 from zoo.ops.nsa import (
     compressed_attention,
     gather_blocks,
@@ -17,7 +18,6 @@ from zoo.ops.nsa import (
     runs_dense,
     selected_attention,
 )
-from zoo.ops.norm import add_norm
 from zoo.ops.qkv import prepare_qkv
 from zoo.ops.rotary import rotary_table
 from zoo.ops.swiglu import swiglu
