@@ -40,8 +40,8 @@ FLOAT32_POINTERS = {
 FLOATS = {"scale", "eps"}
 
 
-def build(kernel, architecture, element, constants, warps=4, stages=1):
-    """Compiles for pointers and strides that are multiples of 16, as those of whole tensors are."""
+def build(kernel, architecture, element, constants, warps=4, stages=1, multiples=()):
+    """Compiles for pointers, strides and `multiples` that are multiples of 16, as those of whole tensors are."""
     signature, divisible = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -51,7 +51,7 @@ def build(kernel, architecture, element, constants, warps=4, stages=1):
             signature[name] = f"*{OTHER_POINTERS.get(name, kind)}"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-        aligned = name.endswith("_ptr") or (name.startswith("stride_") and name not in NOT_ALIGNED)
+        aligned = name.endswith("_ptr") or (name.startswith("stride_") and name not in NOT_ALIGNED) or name in multiples
         if signature[name] != "constexpr" and aligned:
             divisible[position,] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -116,15 +116,18 @@ def test_swiglu_compiles(architecture):
         build(kernel, architecture, "bf16", {"BLOCK": swiglu.BLOCK})
 
 
-@pytest.mark.parametrize("architecture", ["sm80", "sm90"])
-@pytest.mark.parametrize("width", [768, 8192])
-def test_norms_compile(width, architecture):
+@pytest.mark.parametrize("architecture", ["sm86", "sm90"])
+@pytest.mark.parametrize(("width", "element"), [(768, "bf16"), (2048, "fp32"), (4096, "bf16"), (8192, "bf16")])
+def test_norms_compile(width, element, architecture):
     block = triton.next_power_of_2(width)
-    warps = norm._warps(block)
-    build(norm._forward, architecture, "bf16", {"ROWS": max(1, norm.ELEMENTS // block), "BLOCK": block}, warps)
-    rows = max(1, norm.ELEMENTS_BACKWARD // block)
+    rows = max(1, norm.ELEMENTS // block)
+    build(norm._forward, architecture, element, {"ROWS": rows, "BLOCK": block}, norm._warps(block))
+    tile = norm.backward_tile(width, 4 if element == "fp32" else 2)
+    warps = tile.pop("num_warps")
     for more in ({"MORE": True}, {"MORE": False, "dtotal_ptr": None}):
-        build(norm._backward, architecture, "bf16", {"RUN": norm.RUN, "ROWS": rows, "BLOCK": block} | more, warps)
+        built = build(norm._backward, architecture, element, tile | more, warps, multiples=("width",))
+        assert ("cp.async" in built.asm["ptx"]) == (tile["STAGES"] > 1)  # rows are read ahead
+        assert built.metadata.shared <= SHARED_BYTES[architecture]
 
 
 @pytest.mark.parametrize("architecture", ["sm80", "sm90"])

@@ -18,8 +18,10 @@ from torch import Tensor
 
 ELEMENTS = 4096  # of each tensor that a program of the forward pass holds at once: rows times padded width
 ELEMENTS_BACKWARD = 2048
+STAGES = 3  # of its rows, two of them on their way: without, reading and computing take turns
+STAGED_BYTES = 8192  # of a tensor, at most: nine such pieces fit the smallest shared memory
 RUN = 32  # rows of a program of the backward pass, and of a partial sum
-WIDE = 8192  # from this padded width on a program has more warps
+WIDE = 8192  # from this padded width on a program has more warps than four
 
 
 def add_norm_forward(h: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -45,15 +47,21 @@ def add_norm_backward(
     grad = torch.empty_like(total)
     if not total.numel():
         return grad, torch.zeros_like(weight)
-    rows, block = count // stack, triton.next_power_of_2(width)
+    rows = count // stack
     runs = triton.cdiv(rows, RUN)
     partial = torch.empty((stack, runs, width), dtype=torch.float32, device=total.device)
     _backward[runs, stack](
         dnormed, None if dtotal is None else dtotal.contiguous(), total, weight, grad, partial, rows, width, eps,
-        MORE=dtotal is not None, RUN=RUN, ROWS=max(1, min(RUN, ELEMENTS_BACKWARD // block)), BLOCK=block,
-        num_warps=_warps(block),
+        MORE=dtotal is not None, **backward_tile(width, total.element_size()),
     )  # fmt: skip
     return grad, partial.sum(dim=1).to(weight.dtype)
+
+
+def backward_tile(width: int, element_size: int) -> dict[str, int]:
+    block = triton.next_power_of_2(width)
+    rows = max(1, min(RUN, ELEMENTS_BACKWARD // block))
+    stages = STAGES if rows * block * element_size <= STAGED_BYTES else 1
+    return {"RUN": RUN, "ROWS": rows, "BLOCK": block, "STAGES": stages, "num_warps": _warps(block)}
 
 
 def _warps(block: int) -> int:
@@ -83,26 +91,28 @@ def _forward(
 @triton.jit(do_not_specialize=["rows"])
 def _backward(
     dnormed_ptr, dtotal_ptr, total_ptr, weight_ptr, grad_ptr, partial_ptr, rows, width, eps,
-    MORE: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    MORE: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     run, stack = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
     weight = tl.load(weight_ptr + stack * width + column, mask=inside, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK], tl.float32)
-    for step in range(0, RUN // ROWS):
+    for step in tl.range(0, RUN // ROWS, num_stages=STAGES):
         row = run * RUN + step * ROWS + tl.arange(0, ROWS)
         at = (stack * rows + row)[:, None] * width + column[None, :]
         real = (row < rows)[:, None] & inside[None, :]
         total = tl.load(total_ptr + at, mask=real, other=0.0).to(tl.float32)
         dnormed = tl.load(dnormed_ptr + at, mask=real, other=0.0).to(tl.float32)
+        if MORE:
+            dtotal = tl.load(dtotal_ptr + at, mask=real, other=0.0).to(tl.float32)
         scaled = dnormed * weight[None, :]
         squares, along = tl.sum(total * total, 1), tl.sum(scaled * total, 1)
         scale = tl.rsqrt(squares / width + eps)
         unit = total * scale[:, None]
         grad = scale[:, None] * (scaled - unit * (along * scale / width)[:, None])
         if MORE:
-            grad += tl.load(dtotal_ptr + at, mask=real, other=0.0).to(tl.float32)
+            grad += dtotal
         tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=real)
         dweight += tl.sum(dnormed * unit, 0)
     out_ptr = partial_ptr + (stack * tl.num_programs(0) + run) * width
