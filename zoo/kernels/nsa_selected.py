@@ -34,8 +34,8 @@ SUM_BYTES = 32 << 10  # of scratch rows that a program of _merge or _sum_pairs h
 INTEGERS = ["T", "N", "each", "blocks", "chunks", "slots"]
 # (rows, warps, stages), of near (rows, keys, warps, stages), by bytes of a head's row in units of two
 SM90 = {
-    "near": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2), 512: (16, 16, 4, 1)},
-    "partial": {64: (128, 4, 3), 128: (64, 4, 3), 256: (64, 8, 2), 512: (16, 4, 1)},
+    "near": {64: (128, 64, 8, 2), 128: (64, 32, 4, 3), 256: (64, 32, 8, 2), 512: (16, 16, 4, 1)},
+    "partial": {64: (128, 4, 3), 128: (64, 4, 2), 256: (64, 8, 2), 512: (16, 4, 1)},
     "grads": {64: (64, 4, 2), 128: (32, 4, 3), 256: (32, 8, 1), 512: (16, 4, 1)},
 }
 OTHER = {
