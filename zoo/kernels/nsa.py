@@ -16,7 +16,7 @@ T * 4 * 16 (token, block) pairs reads a block's keys and values, 32 KiB: 137 GB 
 query head a group, 2.2 TB. So the loops are turned around, as Flash Sparse Attention (arXiv 2508.18224) does: a program
 holds ONE block's keys and values and walks the queries that chose it, through an inverse index. A pair then moves a
 query row in and a partial output row out, 4 KiB each at a group of 16 and 256 bytes at a group of 1, and once more when
-a second kernel merges a query's `top` partial outputs by their log-sum-exp: 17 GB each, 8 ms in all, the same for every
+a query's partial outputs are merged by their log-sum-exp: 17 GB each, 8 ms in all, the same for every
 group size. The softmax inside a block is complete: nothing is carried from tile to tile. The backward walks the same
 way for dK and dV; it leaves its share of dQ in the same scratch, so it takes five products, not seven, and reads no
 block twice.
