@@ -18,6 +18,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,6 +96,24 @@ def may_look(tensor: torch.Tensor) -> bool:
     """Whether a check may read the values of `tensor`: on a CPU always, elsewhere under ZOO_DEBUG=1 only, and never
     while compiling, when there are none."""
     return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or debug())
+
+
+def tell_inductor() -> None:
+    """Tells torch.compile's inductor, once it is there, that zoo's operators stay calls of themselves.
+
+    It finds out by itself, but at an operator's first appearance it first writes down, for a log that nobody reads, the
+    arguments with all that they were computed from. Where one operator makes a sum and its norm, and the next layer
+    takes both, that text doubles with every layer: twelve of them never end compiling (torch 2.11).
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is None:
+        return
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("zoo::"):
+            operator = getattr(torch.ops.zoo, name.removeprefix("zoo::")).default
+            if operator not in lowering.lowerings:
+                tag = torch._library.utils.get_layout_constraint_tag(operator, with_default=True)
+                lowering.make_fallback(operator, layout_constraint=lowering.tag_to_layout_constraint(tag))
 
 
 def _refuses_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
