@@ -336,8 +336,8 @@ TILES: dict[str, list[tuple[int, ...]]] = {
     "dq": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 32, 4, 3)],
     "dkdv": [(32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 3), (32, 128, 8, 2)],
     "near": [
-        (64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2),
-        (128, 64, 8, 1),
+        (64, 32, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 1), (128, 64, 8, 1),
+        (64, 32, 4, 3), (128, 128, 8, 1),
     ],
     "partial": [(64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 4, 1), (64, 8, 2), (128, 8, 2), (128, 4, 2)],
     # (32, 4, 1) of grads is not here: an H200 stopped with an illegal access, the cause is open (docs/kernels.md)
@@ -346,7 +346,6 @@ TILES: dict[str, list[tuple[int, ...]]] = {
 COMPRESSED = ("forward", "choose", "dq", "dkdv")
 SETTINGS: dict[str, list[Any]] = {
     "ITEM_ROWS": [{"partial": rows, "grads": rows} for rows in (1024, 2048, 4096, 8192, 16384)],
-    "MERGE_AHEAD": [2, 3, 4],
     "SUM_BYTES": [16 << 10, 32 << 10, 64 << 10],
     "CHUNKS": [{"partial": chunks, "grads": chunks} for chunks in (1, 2, 4, 8, 16, 32, 64)],
     "SCRATCH_BYTES": [256 << 20, 1 << 30, 2 << 30, 5 << 30, 20 << 30],

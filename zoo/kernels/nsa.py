@@ -22,9 +22,7 @@ way for dK and dV; it leaves its share of dQ in the same scratch, so it takes fi
 block twice.
 
 Of those blocks three are the first, the previous and the own one, the same for neighbouring queries: a kernel of its
-own reads them as dense attention does, a tile of rows and three blocks at a time. With its accumulator still in
-registers it merges the partial outputs of its rows: the loads of one program's tiles pass while another's multiply, and
-its own output is written once, not written, read and written again (3.2 GB instead of 1.1).
+own reads them as dense attention does, a tile of rows and three blocks at a time, and leaves one more partial output.
 Only top - 3 blocks go through scratch. The items run chunk by chunk of tokens, so that their query rows stay in L2:
 what memory has to move is the partial rows, written once and read once, by programs that keep as many loads under way
 as they have registers for. An item's next query rows are gathered while its present ones are computed with.
