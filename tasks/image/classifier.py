@@ -71,7 +71,7 @@ class Classifier(nn.Module):
         """Cross-entropy in nats an image, and the accuracy."""
         logits = self.logits(batch.inputs)
         loss = F.cross_entropy(logits.float(), batch.targets, label_smoothing=self.config.smoothing, reduction="sum")
-        count = torch.tensor(len(logits), device=logits.device)
+        count = torch.full((), len(logits), device=logits.device)
         right = (logits.argmax(dim=1) == batch.targets).sum()
         return Output(loss, count, {"accuracy": (right, count)})
 
