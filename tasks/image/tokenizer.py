@@ -73,6 +73,8 @@ class Tokenizer(nn.Module):
         self.encoder = nn.Sequential(*encoder)
         self.quantizer = VectorQuantizer(config.quantizer, width)
         self.decoder = nn.Sequential(*decoder, nn.Conv2d(width, config.channels, 3, padding=1))
+        # As a GPU's bfloat16 convolutions take it
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def codes(self) -> int:
