@@ -127,7 +127,8 @@ class ImageHead(Head):
         """(B, T) int64, `levels` first and then elements -> (B, T, C)."""
         known: Any = self.init_state(inputs) if state is None else state
         steps = torch.arange(inputs.shape[1], device=inputs.device)
-        place = (known["place"].unsqueeze(1) + steps).clamp(max=self.config.elements - 1)  # (B, T)
+        begin = 0 if state is None else known["place"].unsqueeze(1)
+        place = (begin + steps).clamp(max=self.config.elements - 1).view(-1, len(steps))  # (1, T) where all rows begin
         embedding = self._modules["embed"]
         assert embedding is not None
         h = embedding(inputs)
@@ -141,19 +142,22 @@ class ImageHead(Head):
                 label = torch.where(hide, self.config.classes, label)
             h = h + self.label(label).unsqueeze(1)
         if self.near is not None:
-            known["seen"] = known["seen"].scatter(1, place, inputs.to(torch.int16))
+            known["seen"] = known["seen"].scatter(1, place.expand_as(inputs), inputs.to(torch.int16))
             h = h + self.near(self._neighbours(known["seen"], place).to(h.dtype))
         known["place"] = known["place"] + (inputs.shape[1] if ctx.lengths is None else ctx.lengths)
         return self.drop(h), None if state is None else known
 
     def _neighbours(self, seen: Tensor, place: Tensor) -> Tensor:
-        """(B, T, 2 K + channels) float32: each neighbour's value in [-1, 1], whether it is known, and the channel."""
-        source = self.nearby[place]  # (B, T, K)
-        values = seen.gather(1, (source + 1).clamp(min=0).flatten(1)).view(source.shape)  # an element is the next input
+        """Of places (B, T), or (1, T) that all rows share, (B, T, 2 K + channels) float32: each neighbour's value in
+        [-1, 1], whether it is known, and the channel."""
+        source = self.nearby[place]  # (B or 1, T, K)
+        inputs = (source + 1).clamp(min=0).flatten(1).expand(len(seen), -1)  # an element is the next input
+        values = seen.gather(1, inputs).view(-1, *source.shape[1:])
         present = (source >= 0).float()
         scaled = values.float() * (2 / (self.config.levels - 1)) - 1
-        channel = nn.functional.one_hot(self.places[place, 2], self.config.channels).float()
-        return torch.cat((scaled * present, present, channel), dim=-1)
+        channel = self.places[place, 2, None] == torch.arange(self.config.channels, device=place.device)
+        known = torch.cat((present, channel.float()), dim=-1).expand(len(seen), -1, -1)
+        return torch.cat((scaled * present, known), dim=-1)
 
     def loss(self, h: Tensor, batch: Batch) -> Output:
         """Nats, summed over the elements."""

@@ -21,7 +21,7 @@ from zoo import frozen
 from zoo.config import Choice
 from zoo.data import SourceStream
 from zoo.frozen import Frozen
-from zoo.generation import generate
+from zoo.generation import GRAPHS, generate
 from zoo.model import Batch, Model, ModelConfig
 from zoo.registry import datasets, nearest
 from zoo.task import Media, Metric, Request, Task
@@ -327,7 +327,10 @@ class ImageTask(Task):
         """(count, H, W, C) uint8."""
         prompts = [None] * count if labels is None else labels.tolist()
         given = self.prompt(prompts)
-        drawn = generate(model, given, max_new=self.length(given), sampling=self.config.samples.sampling(), seed=seed)
+        graph = next(model.parameters()).device.type in GRAPHS
+        drawn = generate(
+            model, given, max_new=self.length(given), sampling=self.config.samples.sampling(), seed=seed, graph=graph
+        )
         return np.stack(self.artefacts(given, drawn.cpu()))
 
     def media(self, model: nn.Module, batch: Batch) -> Media:

@@ -73,6 +73,8 @@ class Tokenizer(nn.Module):
         self.encoder = nn.Sequential(*encoder)
         self.quantizer = VectorQuantizer(config.quantizer, width)
         self.decoder = nn.Sequential(*decoder, nn.Conv2d(width, config.channels, 3, padding=1))
+        # As a GPU's bfloat16 convolutions take it
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def codes(self) -> int:
@@ -85,13 +87,13 @@ class Tokenizer(nn.Module):
         error = self.decoder(quantised.vectors.movedim(-1, 1)).float() - images
         squared = error.square().mean(dim=(1, 2, 3)).sum()
         absolute = error.abs().mean(dim=(1, 2, 3)).sum()
-        count = torch.tensor(len(images), device=images.device)
+        count = torch.full((), len(images), device=images.device)
         loss = SCALE * squared + self.config.absolute * absolute + count * quantised.commitment_mean
         alive = self.quantizer.share > self.config.quantizer.restart / self.codes
         metrics = {
             "mse": (squared.detach(), count),
             "commitment": (quantised.commitment.detach(), quantised.count),
-            "codes_in_use": (alive.sum(), torch.tensor(self.codes, device=images.device)),
+            "codes_in_use": (alive.sum(), torch.full((), self.codes, device=images.device)),
         }
         return Output(loss, count, metrics)
 

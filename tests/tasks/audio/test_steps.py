@@ -2,17 +2,16 @@
 recorded; trained in bfloat16, streamed from a graph."""
 
 import copy
-import sys
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tasks.audio.data import Recordings
 from tasks.audio.music import collate_keys, collate_notes, few_lengths, to_frames, to_tokens
 from tasks.audio.task import AudioPrompt
+from tests.recordable import Waits, look_at_nothing
 from zoo import frozen, generation, registry
 from zoo.config import build
 from zoo.generation import Sampling, generate
@@ -139,34 +138,10 @@ def fresh_codec(folder):
     return folder / "codec"
 
 
-class Waits(TorchDispatchMode):
-    """Refuses what a recording refuses: to look at a value, to have a shape depend on one, to bring a number over from
-    the host."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        aten = torch.ops.aten
-        if func in (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default):
-            raise RuntimeError(f"{func} waits for the device")
-        if func is aten.lift_fresh.default:
-            raise RuntimeError("a tensor is made of numbers that the host has")
-        if func is aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1]):
-            raise RuntimeError("a shape depends on a mask")
-        return func(*args, **(kwargs or {}))
-
-
-def test_waits_would_be_found():
-    mask = torch.ones(3) > 0
-    for step in (lambda: torch.ones(2).sum().item(), lambda: torch.tensor([3, 4]), lambda: torch.ones(3)[mask]):
-        with pytest.raises(RuntimeError, match="waits for|the host has|depends on a mask"), Waits():
-            step()
-
-
 @pytest.fixture
 def unseen(monkeypatch):
     """No check looks at values, as on a GPU."""
-    for module in list(sys.modules.values()):
-        if hasattr(module, "may_look") and module.__name__.partition(".")[0] in ("zoo", "tasks"):
-            monkeypatch.setattr(module, "may_look", lambda tensor: False)
+    look_at_nothing(monkeypatch)
 
 
 @pytest.mark.usefixtures("unseen")

@@ -1,0 +1,217 @@
+"""A step of each kind as a GPU takes it: nothing waits for the device, so steps can be recorded; trained in bfloat16,
+judged on samples drawn from a graph."""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from tasks.image.data import Images
+from tests.recordable import Waits, look_at_nothing
+from zoo import frozen, generation, registry
+from zoo.config import build
+from zoo.evaluate.score import evaluate_run
+from zoo.generation import Sampling, generate
+from zoo.model import Context
+from zoo.pipelines import pipeline
+from zoo.train import Recipe, graph, train
+from zoo.train.graph import signature
+from zoo.train.recipe import make_model, make_task
+
+SIDE = 8
+
+
+class Halves:
+    """Stands for photographs where no data are: two classes, bright above and bright on the left."""
+
+    @dataclass
+    class Config:
+        pass
+
+    shape = (SIDE, SIDE, 3)
+    classes = ("above", "left")
+
+    def __init__(self, config):
+        rng = np.random.default_rng(0)
+        pixels, labels = rng.integers(0, 60, (48, *self.shape), dtype=np.uint8), np.arange(48) % 2
+        pixels[labels == 0, : SIDE // 2] += 150
+        pixels[labels == 1, :, : SIDE // 2] += 150
+        self.images = Images(pixels, labels)
+
+    def load(self, split):
+        return self.images
+
+    def provenance(self):
+        return {}
+
+
+@pytest.fixture(autouse=True)
+def made_up(monkeypatch):
+    registry.datasets.names()
+    monkeypatch.setattr(registry.datasets, "_entries", {**registry.datasets._entries, "image/halves": Halves})
+
+
+BACKBONE = {"width": 64, "depth": 2, "heads": 2, "mixer": {"window": 16}, "dropout": 0.1}
+TRAIN = {"steps": 24, "batch_size": 8, "optimizer": {"lr": 3e-3}, "schedule": {"warmup": 2}, "ema": 0.9, "log_every": 4}
+SMALL = {"backbone": BACKBONE, "head": {"neighbours": True}}
+KINDS = {
+    "pixels": ({"name": "image", "augment": {"flip": True}}, {"name": "image_gatedfwa_1m", **SMALL}),
+    "softmax": (
+        {"name": "image"},
+        {"name": "image_softmax_1m", "backbone": {**BACKBONE, "mixer": {}}, "head": {"neighbours": True}},
+    ),
+    "nsa": (
+        {"name": "image"},
+        {
+            "name": "image_gatedfwa_nsa_1m",
+            "backbone": {**BACKBONE, "mixer": {"window": 16, "block": 8, "top": 3}},
+        },
+    ),
+    "classes": ({"name": "image", "conditional": True, "order": "hilbert"}, {"name": "image_gatedfwa_1m", **SMALL}),
+    "codes": (
+        {"name": "image", "sequence": "codes", "conditional": True},
+        {"name": "image_gatedfwa_1m", "backbone": BACKBONE},
+    ),
+    "tokenizer": (
+        {"name": "image_tokenizer"},
+        {"name": "image_tokenizer_f2", "width": 16, "depth": 1, "quantizer": {"codes": 16, "dim": 4}},
+    ),
+    "classifier": (
+        {"name": "image_classifier", "augment": {"shift": 1}},
+        {"name": "image_classifier_r10", "classes": 2, "widths": [8, 8, 8, 8]},
+    ),
+}
+MODELS = [kind for kind in KINDS if kind not in ("tokenizer", "classifier")]
+
+
+def recipe(kind, folder, **settings):
+    task, model = copy.deepcopy(KINDS[kind])
+    task["dataset"] = {"name": "image/halves"}
+    if kind == "codes":
+        task["tokenizer"] = str(fresh_tokenizer(folder))
+    return build(Recipe, {"task": task, "model": model, "train": {**TRAIN, **settings}})
+
+
+def fresh_tokenizer(folder):
+    """A tokenizer that has seen a few batches, as `frozen.save` writes it."""
+    made = recipe("tokenizer", folder)
+    torch.manual_seed(0)
+    task = make_task(made)
+    tokenizer, stream = make_model(made, task), iter(task.stream("train", batch_size=8))
+    for _ in range(3):  # the codebook begins with its first batch
+        tokenizer(next(stream))
+    node = frozen.configs.to_dict(tokenizer.config)
+    kept = frozen.Frozen(tokenizer.eval(), "image_tokenizer_f2", node, frozen.digest(tokenizer), "test")
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    frozen.save(kept, folder / "tokenizer")
+    return folder / "tokenizer"
+
+
+@pytest.fixture
+def unseen(monkeypatch):
+    """No check looks at values, as on a GPU."""
+    look_at_nothing(monkeypatch)
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_step_waits_for_nothing(kind, tmp_path):
+    made = recipe(kind, tmp_path)
+    task = make_task(made)
+    batch, model = next(iter(task.stream("train", batch_size=4))), make_model(made, task)
+    with Waits():
+        model(batch).loss_sum.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_step_of_drawing_waits_for_nothing(kind, tmp_path):
+    made = recipe(kind, tmp_path)
+    task = make_task(made)
+    model, guided = make_model(made, task).eval(), made.task.config.conditional
+    given = task.prompt([1, None] if guided else [None] * 2)
+    with torch.no_grad():
+        cache = model.backbone.init_cache(2 * (1 + guided), task.length(given) + 1)
+        state = model.head.init_state(given.inputs, given.condition)
+        with Waits():
+            h, cache, state = generation._advance(model, given.inputs, Context(), cache, state, guided)
+            drawn, state = generation._draw(model, h[:, -1], state, Sampling(guidance=1.0 + guided), None)
+            h, cache, state = generation._advance(model, drawn, Context(), cache, state, guided)
+    assert h.shape == (2 * (1 + guided), 1, 64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_batches_have_one_shape(kind, tmp_path):
+    stream = iter(make_task(recipe(kind, tmp_path)).stream("train", batch_size=7))  # which does not divide an epoch
+    assert len({signature(next(stream)) for _ in range(20)}) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """A list that grows by one for each recording."""
+    seen, record = [], graph.record
+
+    def counted(*args):
+        seen.append(1)
+        return record(*args)
+
+    monkeypatch.setattr(graph, "record", counted)
+    return seen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_steps_in_bfloat16_are_recorded(kind, compiled, tmp_path, recorded):
+    """With the numbers of steps that are not."""
+    if compiled and kind in ("nsa", "classes", "softmax"):
+        pytest.skip("compiled as pixels are")
+    results = {}
+    for name in ("plain", "graph"):
+        torch._dynamo.reset()
+        settings = {"precision": "bf16", "device": "cuda", "compile": compiled, "graph": name == "graph"}
+        results[name] = train(recipe(kind, tmp_path, **settings), tmp_path / name).metrics
+    assert recorded
+    plain, ours = (results[name]["train/loss"] for name in ("plain", "graph"))
+    assert np.isfinite(plain)
+    assert ours == pytest.approx(plain, rel=0.1 if kind == "tokenizer" else 0.03)  # one code for another goes its way
+    first = float((tmp_path / "graph/metrics.jsonl").read_text().partition('"train/loss": ')[2].partition(",")[0])
+    assert ours < first
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_on_a_gpu_pictures_are_drawn_from_a_graph(kind, guidance, tmp_path):
+    """The same as step by step, over the end of the ring many times; and again, for a second batch's recording."""
+    made = recipe(kind, tmp_path, device="cuda")
+    if not made.task.config.conditional and guidance != 1:
+        pytest.skip("without classes there is nothing to guide by")
+    train(made, tmp_path / "run")
+    pipe = pipeline(tmp_path / "run", device="cuda")
+    given = pipe.task.prompt([1, 0, None] if pipe.task.config.conditional else [None] * 3)
+    sampling = Sampling(guidance=guidance)
+    for seed in (4, 5):
+        plain, ours = (
+            generate(pipe.model, given, max_new=pipe.task.length(given), sampling=sampling, seed=seed, graph=graph)
+            for graph in (False, True)
+        )
+        assert torch.equal(plain, ours)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["pixels", "codes"])
+def test_on_a_gpu_an_evaluation_in_bfloat16_draws_samples(kind, tmp_path):
+    """Under autocast, several recordings one after another, and the same numbers again."""
+    train(recipe(kind, tmp_path, device="cuda", precision="bf16", sample_every=24), tmp_path / "run")
+    drawn = ["task.samples.count=20", "task.samples.batch=8", "task.samples.nearest=2"]
+    first, again = (evaluate_run(tmp_path / "run", device="cuda", overrides=drawn) for _ in range(2))
+    assert first.values["samples"] == 20
+    assert 0.1 < first.values["nearest_train_pixels"] < 10
+    assert first.values == pytest.approx(again.values, rel=1e-3)
