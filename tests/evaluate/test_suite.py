@@ -50,7 +50,7 @@ def test_rows_table_and_published_values(suite, tmp_path):
     assert len(done.ran) == done.cells == 2
     rows = read_rows(done.rows)
     curve = [row for row in rows if row["measurement"] == "curve" and row["name"] == "valid/loss"]
-    assert {(row["at"]["step"], row["at"]["tokens"]) for row in curve} == {(2, 2 * 64 * 16), (4, 4 * 64 * 16)}
+    assert {(row["at"]["step"], row["at"]["tokens"]) for row in curve} == {(2, 64 * (16 + 24)), (4, 2 * 64 * (16 + 24))}
     assert "accuracy, published" in done.table
     assert "± " in done.table
     swa = [row for row in rows if row["model"] == "recall_swa_d32" and "published" in row]
