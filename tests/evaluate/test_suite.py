@@ -40,7 +40,8 @@ def test_recall_holds_the_published_calibration():
     windows = {arm: cell.recipe.model.config.backbone.layers()[1].config.window for arm, cell in cells.items()}
     assert windows == {"window-33": 33, "window-65": 65, "window-129": 129, "window-257": 257}  # Zoology's see one more
     recipe = cells["window-33"].recipe
-    assert recipe.train.steps == 32 * 707
+    assert recipe.train.steps == 8 * 707  # the protocol's 32 are in the recipe
+    assert config.build(Recipe, *config.recipe_layers("recall/mqar_b", [])).train.steps == 32 * 707
     assert sum(-(-n // 256) for _, _, n in recipe.task.config.dataset.config.train) == 707
 
 

@@ -229,7 +229,7 @@ def test_a_recorded_sweep_is_the_plain_one(tmp_path, recordings):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mixer", ["softmax", "gatedfwa"])
+@pytest.mark.parametrize("mixer", ["swa", "gatedfwa", "gatedfwa_nsa"])
 @pytest.mark.parametrize("compiled", ["false", "true"])
 def test_on_a_gpu_a_recorded_sweep_is_the_plain_one(mixer, compiled, tmp_path):
     words = ["model.head.dropout=0.1", f"model.name=recall_{mixer}_d64", "train.device=cuda", "train.precision=bf16"]
