@@ -35,6 +35,16 @@ def test_every_registered_mixer_is_in_cross_domain_and_speed():
         assert {f"text_{mixer}_8m" for mixer in mixers} <= models
 
 
+@pytest.mark.parametrize("suite", ["cross_domain", "smoke"])
+def test_every_length_that_is_measured_fits_the_recipe(suite):
+    cells = [cell for cell in find_suite(suite).cells() if "lengths" in cell.settings.measure]
+    for cell in cells:
+        for length in cell.settings.lengths:
+            word = config.dotted([f"{cell.settings.length_field}={length}"])
+            assert config.build(Recipe, cell.recipe, word).task.config.context == length
+    assert cells
+
+
 def test_recall_holds_the_published_calibration():
     cells = {cell.arm: cell for cell in find_suite("recall").cells(["calibration/"])}
     windows = {arm: cell.recipe.model.config.backbone.layers()[1].config.window for arm, cell in cells.items()}

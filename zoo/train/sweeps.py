@@ -39,7 +39,6 @@ from zoo.train.run import autocast
 from zoo.train.signals import Signals
 from zoo.train.stack import Reading, Stack
 
-
 COMPILING = 20_000  # steps of a small model that take about as long as compiling it for another size of the stack
 
 
