@@ -117,6 +117,17 @@ def graphed(call: Call) -> Call:
     return graph.replay
 
 
+class DeviceLost(Exception):
+    """After a fault of a kernel nothing runs on the device in this process."""
+
+
+def check_device(what: str) -> None:
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:
+        raise DeviceLost(f"{what}: {str(error).splitlines()[0]}") from error
+
+
 class Row(dict):
     """One row of the report; a measurement that fails leaves a None and its reason."""
 
@@ -128,6 +139,7 @@ class Row(dict):
         except Exception as error:  # a peer that is not there, a shape that it does not do, too little memory
             self[name] = None
             self.setdefault("errors", {})[name] = f"{type(error).__name__}: {error}"[:300]
+            check_device(f"{name} of {dict(self)}")
         torch.cuda.empty_cache()
 
     def forward_and_backward(
@@ -324,15 +336,17 @@ TILES: dict[str, list[tuple[int, ...]]] = {
     "dq": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 32, 4, 3)],
     "dkdv": [(32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 3), (32, 128, 8, 2)],
     "near": [
-        (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 1), (128, 64, 8, 1),
-        (64, 32, 4, 3), (128, 128, 8, 1),
+        (64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2),
+        (128, 64, 8, 1),
     ],
-    "partial": [(64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 4, 1), (64, 8, 2), (128, 8, 2), (128, 4, 2)],
-    "grads": [(32, 4, 3), (32, 4, 2), (32, 4, 1), (64, 8, 2), (64, 8, 1), (32, 8, 3), (16, 4, 3)],
+    "partial": [(64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 4, 1), (64, 8, 2), (128, 8, 2), (128, 4, 2)],
+    # (32, 4, 1) of grads is not here: an H200 stopped with an illegal access, the cause is open (docs/kernels.md)
+    "grads": [(32, 4, 3), (32, 4, 2), (64, 8, 2), (64, 8, 1), (32, 8, 3), (16, 4, 3)],
 }  # fmt: skip
 COMPRESSED = ("forward", "choose", "dq", "dkdv")
 SETTINGS: dict[str, list[Any]] = {
     "ITEM_ROWS": [{"partial": rows, "grads": rows} for rows in (1024, 2048, 4096, 8192, 16384)],
+    "MERGE_AHEAD": [2, 3, 4],
     "SUM_BYTES": [16 << 10, 32 << 10, 64 << 10],
     "CHUNKS": [{"partial": chunks, "grads": chunks} for chunks in (1, 2, 4, 8, 16, 32, 64)],
     "SCRATCH_BYTES": [256 << 20, 1 << 30, 2 << 30, 5 << 30, 20 << 30],
@@ -406,6 +420,7 @@ def tune(report: Report, tokens: int, group: int, kernels: list[str]) -> None:
             row = Row(kernel=kernel, tokens=tokens, group=group, tile=tile)
             with_tile(kernel, tile, partial(row.time, "pass", ready(calls[kernel])))
             report.add("tune", row)
+            row.reasons()
             if row["pass"] is not None:
                 found[tile] = row["pass"]
         best = sorted(found, key=found.__getitem__)[:3]
@@ -465,8 +480,11 @@ def run_once(job: Job) -> None:
 def compile_ahead(todo: list[Job]) -> None:
     begin = time.perf_counter()
     with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
-        failed = [future for future in [pool.submit(run_once, job) for job in todo] if future.exception() is not None]
+        futures = [pool.submit(run_once, job) for job in todo]
+        failed = {job: error for job, future in zip(todo, futures, strict=True) if (error := future.exception())}
     say(f"compiled ahead in {time.perf_counter() - begin:.0f} s; {len(failed)} of {len(todo)} did not run")
+    for job, error in failed.items():
+        say(f"  {job}: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -502,18 +520,23 @@ def main() -> int:
         todo += [partial(decode, report, group, batch) for batch in ((1, 16) if group == 16 else (1,))]
     for group in options.groups if "crossover" in options.only else ():
         todo += [partial(crossover, report, tokens, group) for tokens in CROSSOVER_TOKENS]
-    return sum(not finished(part) for part in todo)
+    try:
+        return sum(not finished(part) for part in todo)
+    except DeviceLost as error:
+        sys.stderr.write(f"a kernel failed, nothing else can be measured here: {error}\n")
+        return 1
 
 
 def finished(part: Call) -> bool:
     """Whether it ran to its end; if not its reason is printed, and the others go on."""
     try:
         part()
+    except DeviceLost:
+        raise
     except Exception as error:
         say(f"  {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         return False
-    finally:
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     return True
 
 

@@ -69,7 +69,7 @@ def build_selected(name, architecture, dim, group=16, element="bf16", tile=None,
         "BLOCK_R": rows,
     }  # fmt: skip
     if name == "near":
-        constants |= {"BLOCK_TOP": 16}
+        constants |= {"BLOCK_TOP": 16, "AHEAD": nsa_selected.MERGE_AHEAD}
     if name == "partial":
         constants |= {"SINGLE": single} | ({"order_ptr": None, "bounds_ptr": None} if single else {})
         constants |= {"begin_ptr": None, "block_ptr": None} if single else {}
@@ -133,8 +133,7 @@ def test_the_small_kernels_compile():
         build_selected("partial", "sm90", 128, tile=tile, single=True)
     sizes = {"G": 4, "TOP": 16, "GROUP": 16, "D": 128, "BLOCK_D": 128, "BLOCK": 64}
     rows = sizes | {"BLOCK_TOP": 16, "BLOCK_R": 8}
-    for near in (True, False):
-        build(nsa_selected._merge, "sm90", "bf16", rows | {"NEAR": near}, 4, 3, {"lse_ptr"})
+    build(nsa_selected._merge, "sm90", "bf16", rows, 4, 3, {"lse_ptr"})
     build(nsa_selected._sum_pairs, "sm90", "bf16", rows, 4, 3)
     build(nsa_selected._sum_items, "sm90", "bf16", sizes | {"BLOCK_K": 64}, 4, 3, {"dk_ptr", "dv_ptr"})
     for absent in (["third"], []):

@@ -16,13 +16,15 @@ T * 4 * 16 (token, block) pairs reads a block's keys and values, 32 KiB: 137 GB 
 query head a group, 2.2 TB. So the loops are turned around, as Flash Sparse Attention (arXiv 2508.18224) does: a program
 holds ONE block's keys and values and walks the queries that chose it, through an inverse index. A pair then moves a
 query row in and a partial output row out, 4 KiB each at a group of 16 and 256 bytes at a group of 1, and once more when
-a second kernel merges a query's `top` partial outputs by their log-sum-exp: 17 GB each, 8 ms in all, the same for every
+a query's partial outputs are merged by their log-sum-exp: 17 GB each, 8 ms in all, the same for every
 group size. The softmax inside a block is complete: nothing is carried from tile to tile. The backward walks the same
 way for dK and dV; it leaves its share of dQ in the same scratch, so it takes five products, not seven, and reads no
 block twice.
 
 Of those blocks three are the first, the previous and the own one, the same for neighbouring queries: a kernel of its
-own reads them as dense attention does, a tile of rows and three blocks at a time, and leaves one more partial output.
+own reads them as dense attention does, a tile of rows and three blocks at a time. With its accumulator still in
+registers it merges the partial outputs of its rows: the loads of one program's tiles pass while another's multiply, and
+its own output is written once, not written, read and written again (3.2 GB instead of 1.1).
 Only top - 3 blocks go through scratch. The items run chunk by chunk of tokens, so that their query rows stay in L2:
 what memory has to move is the partial rows, written once and read once, by programs that keep as many loads under way
 as they have registers for. An item's next query rows are gathered while its present ones are computed with.

@@ -1,8 +1,8 @@
 """Attention over the blocks that each query chose, forward and backward, block by block (zoo/kernels/nsa.py).
 
-    _near       a tile of queries against their first, previous and own block
     _partial    an item's queries against its block: a complete softmax each, as a partial output and log-sum-exp
-    _merge      a query's near output and its partial ones by their log-sum-exp
+    _near       a tile of queries against their first, previous and own block, then merged with their partial outputs
+    _merge      a query's partial outputs by their log-sum-exp, where there are few queries
     _grads      an item's part of dK and dV, and each query's part of dQ
     _sum_items  the parts of dK and dV of a block's items, in order
     _sum_pairs  the parts of dQ of a query
@@ -30,13 +30,14 @@ from zoo.kernels.window import LN2, LOG2E, _on_device, _rows_contiguous, _stride
 
 FEW_PAIRS = 2048  # up to so many, a program per pair: nothing to sort, and no block is read by many
 NO_ITEMS = (None,) * 4 + (0,) * 4  # as Items.arguments()
+MERGE_AHEAD = 3  # tiles of partial rows that _near has under way
 SUM_BYTES = 32 << 10  # of scratch rows that a program of _merge or _sum_pairs holds: 16 loads of 16 bytes a thread
 INTEGERS = ["T", "N", "each", "blocks", "chunks", "slots"]
 # (rows, warps, stages), of near (rows, keys, warps, stages), by bytes of a head's row in units of two
 SM90 = {
-    "near": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2), 512: (16, 16, 4, 1)},
-    "partial": {64: (128, 4, 3), 128: (64, 4, 3), 256: (64, 8, 2), 512: (16, 4, 1)},
-    "grads": {64: (64, 4, 2), 128: (32, 4, 3), 256: (32, 8, 1), 512: (16, 4, 1)},
+    "near": {64: (128, 64, 8, 2), 128: (64, 32, 4, 3), 256: (64, 32, 8, 2), 512: (16, 16, 4, 1)},
+    "partial": {64: (128, 4, 3), 128: (64, 4, 2), 256: (64, 8, 2), 512: (16, 4, 1)},
+    "grads": {64: (64, 4, 2), 128: (32, 4, 3), 256: (32, 8, 2), 512: (16, 4, 1)},  # 32 rows in one stage: see docs
 }
 OTHER = {
     "near": {64: (64, 32, 4, 2), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1), 512: (16, 16, 4, 1)},
@@ -70,11 +71,12 @@ def selected_forward(
             items = None if piece.pairs <= FEW_PAIRS else inverse(piece, "partial")
             partial = _partial_outputs(piece, items, part_q, part_k, part_v, scale)
             if items is not None:
-                _near_outputs(piece, part_q, part_k, part_v, part_out, part_lse, scale)
+                _near_outputs(piece, part_q, part_k, part_v, partial, part_out, part_lse, scale)
+                continue
             sums = _summed_rows(piece, q)
             _merge[triton.cdiv(part_lse.numel(), sums["BLOCK_R"]),](
                 *partial, piece.index, piece.place, part_out, part_lse, *_strides(part_out), *_strides(part_lse),
-                part_lse.numel(), part_q.shape[1], **piece.switches(), **sums, NEAR=items is not None, num_warps=4,
+                part_lse.numel(), part_q.shape[1], **piece.switches(), **sums, num_warps=4,
             )  # fmt: skip
     return out, lse
 
@@ -97,14 +99,24 @@ def _partial_outputs(
     return partial, lse
 
 
-def _near_outputs(piece: Piece, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
-    """Writes to out, and to lse in log2."""
+def _near_outputs(
+    piece: Piece,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    partial: tuple[Tensor, Tensor],
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> None:
+    """Writes to out, and to lse in natural logs, what the near blocks and the `partial` outputs make together."""
     rows, keys, warps, stages = choose_tile("near", q)
     programs = triton.cdiv(q.shape[1] * piece.group, rows) * q.shape[0] * k.shape[2]
     _near[programs,](
-        q, k, v, piece.index, piece.place, piece.first_key, out, lse, *_strides(q), *_strides(k), *_strides(v),
-        *_strides(out), *_strides(lse), **piece.sizes(), scale=scale, **piece.switches(),
-        BLOCK_TOP=triton.next_power_of_2(piece.top), BLOCK_K=keys, BLOCK_R=rows, num_warps=warps, num_stages=stages,
+        q, k, v, *partial, piece.index, piece.place, piece.first_key, out, lse, *_strides(q), *_strides(k),
+        *_strides(v), *_strides(out), *_strides(lse), **piece.sizes(), scale=scale, **piece.switches(),
+        BLOCK_TOP=triton.next_power_of_2(piece.top), BLOCK_K=keys, BLOCK_R=rows, AHEAD=MERGE_AHEAD,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -239,6 +251,16 @@ def _store_scratch(partial_ptr, tile, at, inside, D: tl.constexpr, BLOCK_D: tl.c
 
 
 @triton.jit
+def _load_scratch(partial_ptr, at, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows `at`, zero where not there; nobody reads them again."""
+    column = tl.arange(0, BLOCK_D)
+    mask = there[:, None]
+    if D != BLOCK_D:
+        mask = mask & (column < D)[None, :]
+    return tl.load(partial_ptr + at[:, None] * D + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
 def _pairs(order_ptr, row, last, GROUP: tl.constexpr, SINGLE: tl.constexpr):
     """Of rows of an item before `last`. Like rows unsigned, so that their divisions are shifts."""
     if SINGLE:
@@ -267,11 +289,11 @@ def _chose(chosen, block):
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _near(
-    q_ptr, k_ptr, v_ptr, index_ptr, place_ptr, first_key_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, partial_ptr, partial_lse_ptr, index_ptr, place_ptr, first_key_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh, T, N, scale,
     G: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_TOP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_TOP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Rows of one key/value head. The keys of their near blocks lie in two ranges: the first block of the first row's
     document, and from that row's previous block to the last row's own. A document that begins later, with its first
@@ -316,9 +338,22 @@ def _near(
         seen = seen | ((key[None, :] >= first_key[:, None]) & (key[None, :] < first_high[:, None]))
         seen = seen & (key < end)[None, :]
         top, total, acc = _weigh(top, total, acc, tl.where(seen, s, -float("inf")), v)
+    # The other blocks' partial outputs, each a softmax of its own of weight 2^lse.
+    for j in tl.range(0, TOP, num_stages=AHEAD):
+        pair = choice * TOP + j
+        wanted = inside & is_wanted(tl.load(index_ptr + pair, mask=inside, other=-1), own, True)
+        at = pair * GROUP + member
+        far = tl.load(partial_lse_ptr + at, mask=wanted, other=-float("inf"))
+        partial = _load_scratch(partial_ptr, at, wanted, D, BLOCK_D)
+        new_top = tl.maximum(top, far)
+        pivot = tl.where(new_top == -float("inf"), 0.0, new_top)
+        shrink, weight = tl.exp2(top - pivot), tl.exp2(far - pivot)
+        acc = acc * shrink[:, None] + partial.to(tl.float32) * weight[:, None]
+        total = total * shrink + weight
+        top = new_top
     there = total > 0
     out = acc * (1 / tl.where(there, total, 1.0))[:, None]
-    lse = tl.where(there, top + tl.log2(tl.where(there, total, 1.0)), -float("inf"))
+    lse = tl.where(there, (top + tl.log2(tl.where(there, total, 1.0))) * LN2, -float("inf"))
     out_ptr += batch * stride_ob + kv_head * GROUP * stride_oh
     store_rows(out_ptr, out, t, member, stride_ot, stride_oh, inside, D, BLOCK_D)
     at = batch * stride_lb + tl.cast(t, tl.int64) * stride_lt + (kv_head * GROUP + member) * stride_lh
@@ -328,7 +363,7 @@ def _near(
 @triton.jit
 def _rows_of_heads(
     index_ptr, place_ptr, rows, T, G: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_TOP: tl.constexpr, BLOCK_R: tl.constexpr, FAR: tl.constexpr,
+    BLOCK_TOP: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """This program's rows of (B,T,H): (whether it is one, batch, t, head), and of each row (BLOCK_R, BLOCK_TOP) the
     places of its pairs in scratch and whether they are any."""
@@ -339,7 +374,7 @@ def _rows_of_heads(
     pair = (token * G + head // GROUP)[:, None] * TOP + i
     chosen = tl.load(index_ptr + pair, mask=inside[:, None] & (i < TOP), other=-1)
     at = pair * GROUP + (head % GROUP)[:, None]
-    return inside, token // T, token % T, head, at, is_wanted(chosen, own[:, None], FAR)
+    return inside, token // T, token % T, head, at, is_wanted(chosen, own[:, None], False)
 
 
 @triton.jit
@@ -359,30 +394,20 @@ def _merge(
     partial_ptr, partial_lse_ptr, index_ptr, place_ptr, out_ptr, lse_ptr,
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh, rows, T,
     G: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_TOP: tl.constexpr, BLOCK_R: tl.constexpr, NEAR: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_TOP: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """With NEAR out and lse hold what `_near` left, and the near blocks are no pairs."""
     inside, batch, t, head, at, there = _rows_of_heads(
-        index_ptr, place_ptr, rows, T, G, TOP, GROUP, BLOCK, BLOCK_TOP, BLOCK_R, NEAR
+        index_ptr, place_ptr, rows, T, G, TOP, GROUP, BLOCK, BLOCK_TOP, BLOCK_R
     )
     corner = batch * stride_ob + head * stride_oh
     lse_at = lse_ptr + batch * stride_lb + t * stride_lt + head * stride_lh
-    if NEAR:
-        near_lse = tl.load(lse_at, mask=inside, other=-float("inf"))
-        near = load_rows(out_ptr, t, corner, stride_ot, 1, inside, D, BLOCK_D).to(tl.float32)
     lse = tl.load(partial_lse_ptr + at, mask=there, other=-float("inf"))
     partial = _scratch_rows(partial_ptr, at, there, D, BLOCK_D)
     top = tl.max(lse, 1)
-    if NEAR:
-        top = tl.maximum(top, near_lse)
     pivot = tl.where(top == -float("inf"), 0.0, top)
     weight = tl.exp2(lse - pivot[:, None])
     total = tl.sum(weight, 1)
     acc = tl.sum(partial * weight[:, :, None], 1)
-    if NEAR:
-        near_weight = tl.exp2(near_lse - pivot)
-        total += near_weight
-        acc += near * near_weight[:, None]
     seen = total > 0
     total = tl.where(seen, total, 1.0)
     store_rows(out_ptr, acc * (1 / total)[:, None], t, corner, stride_ot, 1, inside, D, BLOCK_D)
@@ -493,7 +518,7 @@ def _sum_pairs(
     BLOCK: tl.constexpr, BLOCK_TOP: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     inside, batch, t, head, at, there = _rows_of_heads(
-        index_ptr, place_ptr, rows, T, G, TOP, GROUP, BLOCK, BLOCK_TOP, BLOCK_R, False
+        index_ptr, place_ptr, rows, T, G, TOP, GROUP, BLOCK, BLOCK_TOP, BLOCK_R
     )
     dq = tl.sum(_scratch_rows(partial_ptr, at, there, D, BLOCK_D), 1)
     store_rows(dq_ptr, dq, t, batch * stride_b + head * stride_h, stride_t, 1, inside, D, BLOCK_D)
