@@ -95,6 +95,16 @@ def test_pickles_are_refused_by_content(tmp_path):
         weights.read(path)
 
 
+@pytest.mark.parametrize("header", [0x280, 0x380, 0x480, 0x580])
+def test_a_header_whose_length_begins_as_a_pickle_does(header, tmp_path):
+    path = tmp_path / "model.safetensors"
+    weights.save({"w": torch.ones(2)}, path)
+    name = "w" * (header - int.from_bytes(path.read_bytes()[:8], "little"))  # headers are whole multiples of 8
+    weights.save({name: torch.ones(2)}, path)
+    assert path.read_bytes()[:2] == header.to_bytes(2, "little")
+    assert next(iter(weights.read(path).values())).tolist() == [1.0, 1.0]
+
+
 def test_oversized_header_and_nonsense(tmp_path):
     path = tmp_path / "w.safetensors"
     path.write_bytes((2**40).to_bytes(8, "little") + b"{}")

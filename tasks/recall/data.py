@@ -7,7 +7,6 @@ many examples of one shape. Splits are train and test; valid is test, for these 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,6 +49,7 @@ class Synthetic:
 
     def __init__(self, config: Any):
         self.config = config
+        self._made: dict[str, list[Segment]] = {}
         for split in ("train", "test"):
             for numbers in getattr(config, split):
                 if len(numbers) != len(self.takes) or min(numbers) < 1:
@@ -68,28 +68,28 @@ class Synthetic:
     def make(self, rng: np.random.Generator, *numbers: int) -> Segment:
         raise NotImplementedError
 
-    @cached_property
-    def _made(self) -> dict[str, list[Segment]]:
-        """Each segment from a seed of its own, so that one does not depend on the others."""
-        made = {}
-        for number, split in enumerate(("train", "test")):
-            made[split] = [
+    def _of(self, split: str) -> list[Segment]:
+        """Made when it is first asked for: evaluation does without the training segments, which are most of the work.
+        Each segment from a seed of its own, so that one does not depend on the others."""
+        if split not in self._made:
+            number = ("train", "test").index(split)
+            self._made[split] = [
                 self.make(np.random.default_rng([self.config.seed, number, index]), *numbers)
                 for index, numbers in enumerate(getattr(self.config, split))
             ]
-        return made
+        return self._made[split]
 
     def segments(self, split: str) -> list[Segment]:
         if split not in SPLITS:
             raise ValueError(f"split {split!r} of {self.name} does not exist; accepted: {', '.join(SPLITS)}")
-        return self._made["train" if split == "train" else "test"]
+        return self._of("train" if split == "train" else "test")
 
     def provenance(self) -> dict[str, Any]:
         """The generated numbers themselves, by their digest."""
         digests = {}
-        for split, segments in self._made.items():
+        for split in ("train", "test"):
             digest = hashlib.sha256()
-            for part in segments:
+            for part in self._of(split):
                 for tensor in (part.tokens, part.places, part.values):
                     digest.update(tensor.numpy().tobytes())
             digests[split] = digest.hexdigest()

@@ -8,7 +8,7 @@ experiments:
   tiny:
     recipe: recall/smoke
     set:
-      - task.dataset.train=[[16,2,64]]
+      - task.dataset.train=[[16,2,64],[24,2,64]]
       - task.dataset.test=[[16,2,20],[24,2,20]]
       - train.steps=4
       - train.eval_every=2

@@ -35,12 +35,23 @@ def test_every_registered_mixer_is_in_cross_domain_and_speed():
         assert {f"text_{mixer}_8m" for mixer in mixers} <= models
 
 
+@pytest.mark.parametrize("suite", ["cross_domain", "smoke"])
+def test_every_length_that_is_measured_fits_the_recipe(suite):
+    cells = [cell for cell in find_suite(suite).cells() if "lengths" in cell.settings.measure]
+    for cell in cells:
+        for length in cell.settings.lengths:
+            word = config.dotted([f"{cell.settings.length_field}={length}"])
+            assert config.build(Recipe, cell.recipe, word).task.config.context == length
+    assert cells
+
+
 def test_recall_holds_the_published_calibration():
     cells = {cell.arm: cell for cell in find_suite("recall").cells(["calibration/"])}
     windows = {arm: cell.recipe.model.config.backbone.layers()[1].config.window for arm, cell in cells.items()}
     assert windows == {"window-33": 33, "window-65": 65, "window-129": 129, "window-257": 257}  # Zoology's see one more
     recipe = cells["window-33"].recipe
-    assert recipe.train.steps == 32 * 707
+    assert recipe.train.steps == 8 * 707  # the protocol's 32 are in the recipe
+    assert config.build(Recipe, *config.recipe_layers("recall/mqar_b", [])).train.steps == 32 * 707
     assert sum(-(-n // 256) for _, _, n in recipe.task.config.dataset.config.train) == 707
 
 
@@ -50,7 +61,7 @@ def test_rows_table_and_published_values(suite, tmp_path):
     assert len(done.ran) == done.cells == 2
     rows = read_rows(done.rows)
     curve = [row for row in rows if row["measurement"] == "curve" and row["name"] == "valid/loss"]
-    assert {(row["at"]["step"], row["at"]["tokens"]) for row in curve} == {(2, 2 * 64 * 16), (4, 4 * 64 * 16)}
+    assert {(row["at"]["step"], row["at"]["tokens"]) for row in curve} == {(2, 64 * (16 + 24)), (4, 2 * 64 * (16 + 24))}
     assert "accuracy, published" in done.table
     assert "± " in done.table
     swa = [row for row in rows if row["model"] == "recall_swa_d32" and "published" in row]

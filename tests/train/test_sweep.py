@@ -131,6 +131,31 @@ def test_early_end_is_each_ones_own(tmp_path):
     assert not (tmp_path / "stopped" / "checkpoints").exists()
 
 
+def test_all_may_end_early(tmp_path):
+    runs = sweep(small("train.stop_when=loss < 9"), tmp_path, REPLICAS)
+    assert [checkpoint.read_manifest(chosen_checkpoint(run))["step"] for run in runs] == [4] * 4
+
+
+@pytest.mark.parametrize(("compiled", "sizes"), [("false", {2, 1}), ("true", {2})])
+def test_a_compiled_stack_is_not_compiled_anew_near_the_end(compiled, sizes, tmp_path, monkeypatch):
+    def plain(self):
+        self._compiled, self._compiled_update = self._hidden, adamw_step
+
+    real, seen = Stack.train_step, set()
+
+    def step(self, *args, **options):
+        seen.add(len(self))
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Stack, "_compile", plain)
+    monkeypatch.setattr(Stack, "train_step", step)
+    words = ["train.steps=16", "train.stop_when=loss < 3.45", f"train.compile={compiled}"]
+    runs = sweep(small(*words), tmp_path, [Replica(1e-5, 0), Replica(3e-2, 0)])
+    steps = [checkpoint.read_manifest(chosen_checkpoint(run))["step"] for run in runs]
+    assert seen == sizes
+    assert steps[1] < steps[0] == 16
+
+
 def test_an_interrupted_sweep_goes_on_as_if_nothing_was(tmp_path, monkeypatch):
     recipe = small("model.head.dropout=0.3")
     whole = sweep(recipe, tmp_path / "whole", REPLICAS)
@@ -204,7 +229,7 @@ def test_a_recorded_sweep_is_the_plain_one(tmp_path, recordings):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mixer", ["softmax", "gatedfwa"])
+@pytest.mark.parametrize("mixer", ["swa", "gatedfwa", "gatedfwa_nsa"])
 @pytest.mark.parametrize("compiled", ["false", "true"])
 def test_on_a_gpu_a_recorded_sweep_is_the_plain_one(mixer, compiled, tmp_path):
     words = ["model.head.dropout=0.1", f"model.name=recall_{mixer}_d64", "train.device=cuda", "train.precision=bf16"]

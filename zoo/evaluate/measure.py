@@ -20,7 +20,6 @@ from zoo.evaluate.suite import Experiment
 from zoo.model import Batch, Model
 from zoo.task import Metric, run_metrics
 from zoo.train import load_run
-from zoo.train.recipe import make_task
 from zoo.train.run import autocast
 
 
@@ -119,16 +118,17 @@ class _Hook:
 
 def curve(run: Path, settings: Experiment, device: torch.device) -> list[Number]:
     """The validation numbers that training left, over the tokens trained on."""
-    recipe, _, _ = load_run(run)
-    task = make_task(recipe, run / "assets")
+    recipe, task, _ = load_run(run)
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if not CURVE_NAMES.isdisjoint(row)]
     stream = task.stream("train", batch_size=recipe.train.batch_size, seed=recipe.train.seed)
-    each = elements(next(iter(stream)))
-    numbers = []
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        at = {"step": row["step"], "tokens": row["step"] * each}
-        numbers += [Number(name, value, at) for name, value in row.items() if name in CURVE_NAMES and value is not None]
-    return numbers
+    tokens = tokens_seen(stream, [row["step"] for row in rows])
+    return [
+        Number(name, value, {"step": row["step"], "tokens": tokens[row["step"]]})
+        for row in rows
+        for name, value in row.items()
+        if name in CURVE_NAMES and value is not None
+    ]
 
 
 def tokens_seen(stream: Any, steps: list[int]) -> dict[int, int]:
@@ -141,7 +141,7 @@ def tokens_seen(stream: Any, steps: list[int]) -> dict[int, int]:
     return {step: count for step, count in enumerate(counts, 1) if step in set(steps)}
 
 
-CURVE_NAMES = ("valid/loss", "valid/accuracy")
+CURVE_NAMES = {"valid/loss", "valid/accuracy"}
 
 
 def elements(batch: Batch) -> int:

@@ -116,7 +116,7 @@ class Stack:
     @torch.no_grad()
     def keep(self, rows: list[int]) -> None:
         """Go on with these replicas alone, in this order."""
-        place = torch.tensor(rows, device=self.updates.device)
+        place = torch.tensor(rows, dtype=torch.int64, device=self.updates.device)
         for tensors in (self.parameters, self.first, self.second):
             for name in tensors:
                 tensors[name] = tensors[name].index_select(0, place)

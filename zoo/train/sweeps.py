@@ -39,6 +39,8 @@ from zoo.train.run import autocast
 from zoo.train.signals import Signals
 from zoo.train.stack import Reading, Stack
 
+COMPILING = 20_000  # steps of a small model that take about as long as compiling it for another size of the stack
+
 
 @dataclass(frozen=True)
 class Replica:
@@ -227,13 +229,14 @@ class Sweep:
 
     def leave(self, ended: list[int], rule: str) -> None:
         """These replicas are done: their runs are written. They stay in the stack as they are until half of it is done;
-        compiled code is for one size of the stack."""
+        compiled code is for one size of the stack, and near the end no other is worth compiling."""
         if not ended:
             return
         self.finish(ended, rule)
         self.active &= torch.tensor([place not in ended for place in self.places], device=self.device)
         keep = self.active.nonzero().flatten().tolist()
-        if 2 * len(keep) <= len(self.places):
+        stays = self.recipe.train.compile and self.recipe.train.steps - self.step < COMPILING
+        if not keep or (2 * len(keep) <= len(self.places) and not stays):
             if self.recorder is not None:
                 self.recorder.clear()
             self.stack.keep(keep)

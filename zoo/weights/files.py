@@ -94,7 +94,9 @@ def read(path: Path, *, sha256: str | None = None, device: torch.device | str = 
 
 def _check_header(path: Path, data: bytes) -> None:
     """Say what is wrong in a person's words, before the parser says it in its own."""
-    if data[:2] == b"PK" or (data[:1] == b"\x80" and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+    # A header of 1152 bytes begins as a pickle does; no pickle has the brace of its JSON after eight bytes
+    starts = data[:2] == b"PK" or (data[:1] == b"\x80" and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
+    if starts and data[2:9] != bytes(6) + b"{":
         raise WeightsError(
             f"{path} is a pickle (a torch.save file), not safetensors. It could run code when loaded, so it was not "
             "opened. Convert it where you trust it: safetensors.torch.save_file(torch.load(…, weights_only=True), …)"
