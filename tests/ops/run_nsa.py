@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import NSACase
-from zoo.ops import nsa_attention
+from zoo.ops import nsa, nsa_attention
 
 
 def run(case: NSACase, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -25,3 +26,28 @@ def spans(items: Any) -> tuple[Tensor, Tensor, Tensor]:
     block = items.block[item].long()
     first = items.bounds[block] + (item - items.begin[block]) * items.each
     return first, torch.minimum(first + items.each, items.bounds[block + 1]), block
+
+
+def selected_with_tile(kernel: str, dim: int, tile: tuple[int, ...]) -> float:
+    """Largest relative difference between the selected branch of some bf16 queries with this tile and with the table's.
+
+    On a CUDA device of sm_90, by the table's row of `dim`. For a process of its own: a kernel that faults ends it.
+    """
+    from zoo.kernels import nsa_selected  # needs triton
+
+    tokens, kv_heads, group, block, top = 3000, 2, 16, 64, 16
+    torch.manual_seed(0)
+    q, dout = (torch.randn(1, tokens, kv_heads * group, dim, device="cuda").bfloat16() for _ in range(2))
+    k, v = (torch.randn(1, tokens, kv_heads, dim, device="cuda").bfloat16() for _ in range(2))
+    places = nsa._places(q, block, tokens, None, None)
+    index = torch.rand(1, tokens, kv_heads, -(-tokens // block), device="cuda").topk(top).indices.int()
+
+    def call() -> list[Tensor]:
+        out, lse = nsa_selected.selected_forward(q, k, v, index, places, block, 0.1)
+        grads = nsa_selected.selected_backward(dout, None, q, k, v, out, lse, index, places, block, 0.1)
+        torch.cuda.synchronize()
+        return [out, *grads]
+
+    usual = call()
+    nsa_selected.SM90[kernel][dim] = tile
+    return max(relative_error(a, b.double()) for a, b in zip(call(), usual, strict=True))

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.ops.definition import relative_error
-from zoo.ops import gated_window_attention, log_decay, ring_attention, window_attention
+from zoo.ops import add_norm, gated_window_attention, log_decay, ring_attention, swiglu, window_attention
 
 LENGTHS = [17, 40, 33, 64, 100, 128, 129, 5, 77, 81]
 
@@ -92,3 +92,27 @@ def test_inductor_equals_eager():
     torch.testing.assert_close(graph, eager)
     pairs = zip(torch.autograd.grad(graph, tensors), torch.autograd.grad(eager, tensors), strict=True)
     assert max(relative_error(a, e.double()) for a, e in pairs) <= 1e-5
+
+
+def test_inductor_never_prints_the_operators_arguments(monkeypatch):
+    """With all that they were computed from, through sums and norms of one operator: doubled by each layer."""
+    from torch._inductor import exc, lowering
+
+    for operator in [name for name in lowering.lowerings if str(name).startswith("zoo.")]:
+        monkeypatch.delitem(lowering.lowerings, operator)
+    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)
+    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
+    printed = []
+    monkeypatch.setattr(exc.OperatorIssue, "operator_str", staticmethod(lambda target, *rest: printed.append(target)))
+
+    def layers(h, branch, weight):
+        for _ in range(2):
+            h, normed = add_norm(h, branch, weight)
+            branch = swiglu(normed.repeat(1, 2))
+        return h.square().sum()
+
+    tensors = [torch.randn(shape, requires_grad=True) for shape in ((4, 8), (4, 8), (8,))]
+    eager, compiled = layers(*tensors), torch.compile(layers, fullgraph=True)(*tensors)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(torch.autograd.grad(compiled, tensors), torch.autograd.grad(eager, tensors))
+    assert not [target for target in printed if str(target).startswith("zoo.")]

@@ -4,7 +4,9 @@ pytest -m gpu tests/ops/test_nsa_gpu.py
 """
 
 import math
+import multiprocessing
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch
 from tests.ops.cases import poison_new_tensors
 from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
-from tests.ops.run_nsa import run, spans
+from tests.ops.run_nsa import run, selected_with_tile, spans
 from zoo import ops
 from zoo.kernels import nsa_inverse
 from zoo.ops import backend, nsa, reference_nsa
@@ -180,6 +182,24 @@ def test_any_near_block_may_be_missing(shape):
     assert torch.equal(seen, lse > -torch.inf)
     assert relative_error(out, true_out) <= 1e-2
     assert relative_error(lse[seen], true_lse[seen]) <= 1e-2
+
+
+# What `bench_nsa.py --only tune` tries beside the table's rows, which the other tests run
+TILES = {
+    "near": [(64, 32, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2)],
+    "partial": [(64, 4, 3), (64, 4, 1), (64, 8, 2), (128, 4, 2)],
+    "grads": [(32, 4, 2), (64, 8, 2), (64, 8, 1), (32, 8, 3), (16, 4, 3)],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "tile"), [(kernel, tile) for kernel, tiles in TILES.items() for tile in tiles])
+def test_another_tile_gives_the_same(kernel, tile):
+    """In a process of its own: one that faults on the device must not take the other tests along."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("these tiles are for the shared memory of an sm_90")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(selected_with_tile, kernel, 128, tile).result(timeout=300) <= 1e-2
 
 
 @pytest.mark.parametrize("there", [(0, 1, 2), (0, 1), (2,)])

@@ -32,7 +32,8 @@ FEW_PAIRS = 2048  # up to so many, a program per pair: nothing to sort, and no b
 NO_ITEMS = (None,) * 4 + (0,) * 4  # as Items.arguments()
 SUM_BYTES = 32 << 10  # of scratch rows that a program of _merge or _sum_pairs holds: 16 loads of 16 bytes a thread
 INTEGERS = ["T", "N", "each", "blocks", "chunks", "slots"]
-# (rows, warps, stages), of near (rows, keys, warps, stages), by bytes of a head's row in units of two
+# (rows, warps, stages), of near (rows, keys, warps, stages), by bytes of a head's row in units of two. 32 rows of grads
+# never take one stage: an H200 then finds wrong numbers, or an illegal address (docs/kernels.md)
 SM90 = {
     "near": {64: (128, 64, 8, 2), 128: (64, 32, 4, 3), 256: (64, 32, 8, 2), 512: (16, 16, 4, 1)},
     "partial": {64: (128, 4, 3), 128: (64, 4, 2), 256: (64, 8, 2), 512: (16, 4, 1)},
@@ -41,7 +42,7 @@ SM90 = {
 OTHER = {
     "near": {64: (64, 32, 4, 2), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1), 512: (16, 16, 4, 1)},
     "partial": {64: (64, 4, 2), 128: (64, 4, 2), 256: (32, 4, 1), 512: (16, 4, 1)},
-    "grads": {64: (64, 4, 1), 128: (32, 4, 1), 256: (16, 4, 1), 512: (16, 4, 1)},
+    "grads": {64: (64, 4, 1), 128: (32, 4, 2), 256: (16, 4, 1), 512: (16, 4, 1)},
 }
 
 
