@@ -18,14 +18,15 @@ def backbone(mixer: str, **fields) -> Backbone:
 
 
 def cost_ratio(short: Callable[[], object], long: Callable[[], object], limit: float, repeats: int) -> float:
-    """Time of `long` over time of `short`, each the fastest of at most `repeats` runs taken in turn: other processes
-    slow a run down, none speeds it up. Stops early once two runs of each show a ratio within `limit`."""
+    """Processor time of `long` over that of `short`, each the least of at most `repeats` runs taken in turn: other
+    processes make a run wait, which does not count, or slow it down; none speeds it up. Stops early once two runs of
+    each show a ratio within `limit`."""
     best = [float("inf"), float("inf")]
     for round_ in range(repeats):
         for i, function in enumerate((short, long)):
-            began = time.perf_counter()
+            began = time.process_time()
             function()
-            best[i] = min(best[i], time.perf_counter() - began)
+            best[i] = min(best[i], time.process_time() - began)
         if round_ and best[1] <= limit * best[0]:
             break
     print(f"{best[0]:.4f} s, {best[1]:.4f} s: ratio {best[1] / best[0]:.2f}")

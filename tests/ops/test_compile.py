@@ -100,8 +100,6 @@ def test_inductor_never_prints_the_operators_arguments(monkeypatch):
 
     for operator in [name for name in lowering.lowerings if str(name).startswith("zoo.")]:
         monkeypatch.delitem(lowering.lowerings, operator)
-    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)
-    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
     printed = []
     monkeypatch.setattr(exc.OperatorIssue, "operator_str", staticmethod(lambda target, *rest: printed.append(target)))
 
@@ -112,7 +110,9 @@ def test_inductor_never_prints_the_operators_arguments(monkeypatch):
         return h.square().sum()
 
     tensors = [torch.randn(shape, requires_grad=True) for shape in ((4, 8), (4, 8), (8,))]
-    eager, compiled = layers(*tensors), torch.compile(layers, fullgraph=True)(*tensors)
-    torch.testing.assert_close(compiled, eager)
-    torch.testing.assert_close(torch.autograd.grad(compiled, tensors), torch.autograd.grad(eager, tensors))
+    eager = layers(*tensors)
+    with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+        compiled = torch.compile(layers, fullgraph=True)(*tensors)
+        torch.testing.assert_close(compiled, eager)
+        torch.testing.assert_close(torch.autograd.grad(compiled, tensors), torch.autograd.grad(eager, tensors))
     assert not [target for target in printed if str(target).startswith("zoo.")]
