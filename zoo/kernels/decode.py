@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels.launch import on_device, rows_contiguous
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -41,7 +43,7 @@ def ring_attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
     group, block_d = heads // kv_heads, max(16, triton.next_power_of_2(dim))
     shares = max(1, min(triton.cdiv(slots, 2 * steps.slots), steps.programs // (batch * kv_heads)))
     per_share = triton.cdiv(triton.cdiv(slots, shares), steps.slots) * steps.slots
@@ -49,17 +51,18 @@ def ring_attention(
     partial = q.new_empty((shares, batch, heads, dim), dtype=torch.float32) if shares > 1 else None
     partial_lse = q.new_empty((shares, batch, heads), dtype=torch.float32) if shares > 1 else None
     decay_strides = (0, 0, 0) if decay is None else decay.stride()
-    _share[(batch * kv_heads, shares)](
-        q, k, v, decay, live, out, partial, partial_lse, scale, slots, per_share, batch, heads,
-        q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3], *decay_strides,
-        GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), D=dim, BLOCK_D=block_d, BLOCK_S=steps.slots,
-        GATED=decay is not None, MERGED=shares == 1, num_warps=steps.warps, num_stages=steps.stages,
-    )  # fmt: skip
-    if shares > 1:
-        _merge[(batch * heads,)](
-            partial, partial_lse, out, shares, batch * heads, D=dim, BLOCK_D=block_d,
-            SHARES=triton.next_power_of_2(shares), num_warps=4,
+    with on_device(q):
+        _share[(batch * kv_heads, shares)](
+            q, k, v, decay, live, out, partial, partial_lse, scale, slots, per_share, batch, heads,
+            q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3], *decay_strides,
+            GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), D=dim, BLOCK_D=block_d, BLOCK_S=steps.slots,
+            GATED=decay is not None, MERGED=shares == 1, num_warps=steps.warps, num_stages=steps.stages,
         )  # fmt: skip
+        if shares > 1:
+            _merge[(batch * heads,)](
+                partial, partial_lse, out, shares, batch * heads, D=dim, BLOCK_D=block_d,
+                SHARES=triton.next_power_of_2(shares), num_warps=4,
+            )  # fmt: skip
     return out
 
 

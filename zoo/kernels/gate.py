@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels import EPS
+from zoo.kernels.launch import rows_contiguous
 from zoo.kernels.tiles import CHUNK
 
 HEADS = 16  # per program: a row of the (B,N,H) inputs is read in pieces this wide
@@ -25,7 +26,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 def prefix(gate: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """suffix and total of gate = (log_decay,) or (z, u)."""
-    gate = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in gate)
+    gate = tuple(rows_contiguous(x) for x in gate)
     first, second = gate[0], gate[-1]
     batch, length, heads = first.shape
     chunks = triton.cdiv(length, CHUNK)
@@ -49,7 +50,7 @@ def prefix_backward(
     end (B,N) int32: one past each token's document; the sum over later documents is zero but for rounding, and removed.
     It needs the sums of other segments, which are then stored in key_side, and a third pass.
     """
-    first, second = (x if x.stride(-1) == 1 else x.contiguous() for x in (gate[0], gate[-1]))
+    first, second = (rows_contiguous(x) for x in (gate[0], gate[-1]))
     batch, length, heads = first.shape
     offset = length - query_side.shape[2]
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in gate)

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels.launch import on_device
+
 ROWS, INNER = 128, 32
 PIECE = tl.bfloat16
 WARPS, STAGES = 8, 4  # two programs to a multiprocessor of sm90: 32,768 rows are one wave
@@ -24,10 +26,11 @@ def piecewise_product(x: Tensor, weight: Tensor) -> Tensor:
     y = x.new_empty((*x.shape[:-1], width), dtype=torch.float32)
     if y.numel():
         grid = (triton.cdiv(rows, ROWS), y.numel() // (rows * width))
-        narrow_kernel[grid](
-            x, weight, y, rows, inner, width, PIECES=x.dtype != torch.bfloat16, ROWS=ROWS, INNER=INNER, PIECE=PIECE,
-            WIDTH=max(16, triton.next_power_of_2(width)), num_warps=WARPS, num_stages=STAGES,
-        )  # fmt: skip
+        with on_device(x):
+            narrow_kernel[grid](
+                x, weight, y, rows, inner, width, PIECES=x.dtype != torch.bfloat16, ROWS=ROWS, INNER=INNER, PIECE=PIECE,
+                WIDTH=max(16, triton.next_power_of_2(width)), num_warps=WARPS, num_stages=STAGES,
+            )  # fmt: skip
     return y
 
 

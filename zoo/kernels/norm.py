@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels.launch import on_device
+
 ELEMENTS = 4096  # of each tensor that a program of the forward pass holds at once: rows times padded width
 ELEMENTS_BACKWARD = 2048
 STAGES = 3  # of its rows, two of them on their way: without, reading and computing take turns
@@ -32,9 +34,10 @@ def add_norm_forward(h: Tensor, branch: Tensor, weight: Tensor, eps: float) -> t
         rows, width = h.shape[0] // weight.shape[0], h.shape[1]
         block = triton.next_power_of_2(width)
         tile = max(1, ELEMENTS // block)
-        _forward[triton.cdiv(rows, tile), weight.shape[0]](
-            h, branch, weight, total, normed, rows, width, eps, ROWS=tile, BLOCK=block, num_warps=_warps(block)
-        )
+        with on_device(h):
+            _forward[triton.cdiv(rows, tile), weight.shape[0]](
+                h, branch, weight, total, normed, rows, width, eps, ROWS=tile, BLOCK=block, num_warps=_warps(block)
+            )
     return total, normed
 
 
@@ -50,10 +53,11 @@ def add_norm_backward(
     rows = count // stack
     runs = triton.cdiv(rows, RUN)
     partial = torch.empty((stack, runs, width), dtype=torch.float32, device=total.device)
-    _backward[runs, stack](
-        dnormed, None if dtotal is None else dtotal.contiguous(), total, weight, grad, partial, rows, width, eps,
-        MORE=dtotal is not None, **backward_tile(width, total.element_size()),
-    )  # fmt: skip
+    with on_device(total):
+        _backward[runs, stack](
+            dnormed, None if dtotal is None else dtotal.contiguous(), total, weight, grad, partial, rows, width, eps,
+            MORE=dtotal is not None, **backward_tile(width, total.element_size()),
+        )  # fmt: skip
     return grad, partial.sum(dim=1).to(weight.dtype)
 
 

@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels.launch import on_device, rows_contiguous
 from zoo.kernels.tiles import architecture, load_tile, store_tile
-from zoo.kernels.window import LN2, LOG2E, _on_device, _rows_contiguous, _strides
+from zoo.kernels.window import LN2, LOG2E, _strides
 
 DELTA_ROWS = 32
 PROGRAMS = 528  # of _dkdv at least, where the keys alone make fewer: four for each multiprocessor of a Hopper card
@@ -84,8 +85,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, places: Any, geometry: Any, scale: f
     lse = q.new_empty((batch, length, heads), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    q, k, v = (_rows_contiguous(x) for x in (q, k, v))
-    with _on_device(q):
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    with on_device(q):
         rows, slots, warps, stages = choose_tile("forward", q, group_rows)
         _forward[triton.cdiv(group_rows, rows) * batch * kv_heads,](
             q, k, v, places.place, places.first_block, out, lse, *_strides(q), *_strides(k), *_strides(v),
@@ -101,8 +102,8 @@ def choose(q: Tensor, k: Tensor, lse: Tensor, places: Any, geometry: Any, scale:
     index = torch.empty((batch, length, kv_heads, geometry.top), dtype=torch.int32, device=q.device)
     if q.numel() == 0 or not geometry.top:
         return index
-    q, k = (_rows_contiguous(x) for x in (q, k))
-    with _on_device(q):
+    q, k = (rows_contiguous(x) for x in (q, k))
+    with on_device(q):
         rows, slots, warps, stages = choose_tile("choose", q, length * heads // kv_heads)
         group = triton.next_power_of_2(heads // kv_heads)
         tokens, kept = max(1, rows // group, 16 // group), triton.next_power_of_2(geometry.top)
@@ -137,12 +138,12 @@ def compressed_backward(
     blocks, kv_heads = k.shape[1], k.shape[2]
     if q.numel() == 0 or blocks == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    q, k, v, dout, out = (_rows_contiguous(x) for x in (q, k, v, dout, out))
+    q, k, v, dout, out = (rows_contiguous(x) for x in (q, k, v, dout, out))
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     sizes, switches = _sizes(q, k, scale), _switches(q, k, geometry)
     group_rows = length * heads // kv_heads
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(dout))
-    with _on_device(q):
+    with on_device(q):
         row_lse, delta = row_numbers(dout, dlse, out, lse)
         rows, slots, warps, stages = choose_tile("dq", q, group_rows)
         _dq[triton.cdiv(group_rows, rows) * batch * kv_heads,](

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels.window import _on_device
+from zoo.kernels.launch import on_device
 
 ELEMENTS = 4096  # of each branch in a program
 
@@ -21,7 +21,7 @@ def mix_forward(gates: Tensor, branches: Sequence[Tensor | None]) -> Tensor:
     out = torch.empty_like(next(x for x in branches if x is not None), memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
-    with _on_device(gates):
+    with on_device(gates):
         _mix[_programs(out),](gates.contiguous(), *_contiguous(branches), out, _rows(out), **_switches(out))
     return out
 
@@ -33,7 +33,7 @@ def mix_backward(dout: Tensor, gates: Tensor, branches: Sequence[Tensor | None])
     if dout.numel() == 0:
         dgates.zero_()
     else:
-        with _on_device(gates):
+        with on_device(gates):
             _mix_backward[_programs(dout),](
                 dout.contiguous(), gates.contiguous(), *_contiguous(branches), dgates, *grads, _rows(dout),
                 **_switches(dout),

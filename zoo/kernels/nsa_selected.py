@@ -23,10 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels.launch import on_device, rows_contiguous
 from zoo.kernels.nsa_compressed import load_rows, program, row_numbers, store_rows
 from zoo.kernels.nsa_inverse import Items, Piece, inverse, is_wanted, item_of, pieces
 from zoo.kernels.tiles import architecture, load_tile
-from zoo.kernels.window import LN2, LOG2E, _on_device, _rows_contiguous, _strides
+from zoo.kernels.window import LN2, LOG2E, _strides
 
 FEW_PAIRS = 2048  # up to so many, a program per pair: nothing to sort, and no block is read by many
 NO_ITEMS = (None,) * 4 + (0,) * 4  # as Items.arguments()
@@ -63,8 +64,8 @@ def selected_forward(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    q, k, v = (_rows_contiguous(x) for x in (q, k, v))
-    with _on_device(q):
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    with on_device(q):
         for piece in pieces(q, k, block_index, places, block):
             part_q, part_k, part_v = piece.queries(q), piece.keys(k), piece.keys(v)
             part_out, part_lse = piece.queries(out), piece.queries(lse)
@@ -126,11 +127,11 @@ def selected_backward(
     dim = q.shape[3]
     if q.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    q, k, v, dout, out = (_rows_contiguous(x) for x in (q, k, v, dout, out))
+    q, k, v, dout, out = (rows_contiguous(x) for x in (q, k, v, dout, out))
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     rows, warps, stages = choose_tile("grads", q)
-    with _on_device(q):
+    with on_device(q):
         row_lse, delta = row_numbers(dout, dlse, out, lse)
         for piece in pieces(q, k, block_index, places, block):
             part_q, part_k, part_v, part_dout = piece.queries(q), piece.keys(k), piece.keys(v), piece.queries(dout)

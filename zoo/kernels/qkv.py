@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels.launch import on_device
+
 ELEMENTS = 512  # of one half of the heads in a tile, at least
 EACH = 8  # of them to a thread: a 128-bit load of 16-bit elements
 RUN = 32  # tokens to a row of a tile
@@ -41,7 +43,8 @@ def prepare_forward(
         for n in (heads, call.groups, call.groups)
     ]
     if qkv.numel():
-        qkv_forward_kernel[call.grid](*call.inputs, *outputs, *call.sizes, **call.switches)
+        with on_device(qkv):
+            qkv_forward_kernel[call.grid](*call.inputs, *outputs, *call.sizes, **call.switches)
     return outputs[0], outputs[1], outputs[2]
 
 
@@ -60,7 +63,8 @@ def prepare_backward(
         partial = torch.empty(size, dtype=torch.float32, device=qkv.device)
     if qkv.numel():
         grads = (x.contiguous() for x in (dq, dk, dv))
-        qkv_backward_kernel[call.grid](*call.inputs, *grads, dqkv, dkeep, partial, *call.sizes, **call.switches)
+        with on_device(qkv):
+            qkv_backward_kernel[call.grid](*call.inputs, *grads, dqkv, dkeep, partial, *call.sizes, **call.switches)
     if partial is None or q_weight is None:
         return dqkv, dkeep, None
     return dqkv, dkeep, partial.unflatten(0, (q_weight.shape[0], -1)).flatten(1, 2).sum(dim=1)

@@ -11,29 +11,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels.launch import on_device, rows_contiguous
+
 BLOCK = 1024  # elements of a row: eight to a thread, a 128-bit load of 16-bit elements
 
 
 def swiglu_forward(packed: Tensor) -> Tensor:
     """silu(gate) * value in packed's dtype, computed in float32; packed (N, 2F) = value | gate."""
-    packed = packed if packed.stride(-1) == 1 else packed.contiguous()
+    packed = rows_contiguous(packed)
     rows, width = packed.shape[0], packed.shape[1] // 2
     product = packed.new_empty((rows, width))
     if product.numel():
         grid = (rows, triton.cdiv(width, BLOCK))
-        swiglu_forward_kernel[grid](packed, product, packed.stride(0), width, BLOCK=BLOCK, num_warps=4)
+        with on_device(packed):
+            swiglu_forward_kernel[grid](packed, product, packed.stride(0), width, BLOCK=BLOCK, num_warps=4)
     return product
 
 
 def swiglu_backward(grad: Tensor, packed: Tensor) -> Tensor:
     """The gradient of packed (N, 2F), contiguous, from that of the product (N, F)."""
-    packed, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (packed, grad))
+    packed, grad = (rows_contiguous(x) for x in (packed, grad))
     rows, width = grad.shape
     packed_grad = torch.empty_like(packed, memory_format=torch.contiguous_format)
     if grad.numel():
         grid = (rows, triton.cdiv(width, BLOCK))
         strides = (grad.stride(0), packed.stride(0))
-        swiglu_backward_kernel[grid](grad, packed, packed_grad, *strides, width, BLOCK=BLOCK, num_warps=4)
+        with on_device(packed):
+            swiglu_backward_kernel[grid](grad, packed, packed_grad, *strides, width, BLOCK=BLOCK, num_warps=4)
     return packed_grad
 
 

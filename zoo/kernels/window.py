@@ -20,14 +20,13 @@ GATED, WINDOWED, BOUNDED (start and end bound what a token sees beside the windo
 Shapes: q, out (B,T,H,D); k, v (B,N,G,D); lse (B,T,H); suffix (B,H,N); row_lse, delta (B,H,T); start, end (B,N) int32.
 """
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels import gate as gates
+from zoo.kernels.launch import on_device, rows_contiguous
 from zoo.kernels.tiles import (
     CHUNK,
     Tile,
@@ -79,9 +78,9 @@ def window_forward(
     lse = q.new_empty((batch, length, heads), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    q, k, v = (_rows_contiguous(x) for x in (q, k, v))
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
     tile = (tiles or choose_tiles(q.device, q.dtype, dim, window)).forward
-    with _on_device(q):
+    with on_device(q):
         suffix, total = gates.prefix(gate) if gate else (None, None)
         start, bound_strides = _bound(spans, 0)
         _forward[_query_tiles(q, k, tile) * batch * heads,](
@@ -112,11 +111,11 @@ def window_backward(
     kv_heads = k.shape[2]
     if q.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), tuple(torch.zeros_like(x) for x in gate)
-    q, k, v, dout, out = (_rows_contiguous(x) for x in (q, k, v, dout, out))
+    q, k, v, dout, out = (rows_contiguous(x) for x in (q, k, v, dout, out))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     tiles = tiles or choose_tiles(q.device, q.dtype, dim, window)
     sizes, switches = _sizes(q, k, window, scale), _switches(q, k, gate, window, spans)
-    with _on_device(q):
+    with on_device(q):
         suffix, total = gates.prefix(gate) if gate else (None, None)
         row_lse, delta = (q.new_empty((batch, heads, length), dtype=torch.float32) for _ in range(2))
         key_side = torch.empty_like(suffix) if suffix is not None else None
@@ -179,15 +178,6 @@ def _bound(spans: tuple[Tensor, ...] | None, side: int) -> tuple[Tensor | None, 
         return None, (0, 0, 0)
     bound = spans[side]
     return bound, bound.stride() if bound.dim() == 3 else (bound.stride(0), 0, bound.stride(1))
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    """The kernels take any strides but the last."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _on_device(x: Tensor):
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
 # --------------------------------------------------------------------------------------------------------- the kernels

@@ -52,8 +52,8 @@ class TrainConfig:
     keep              newest checkpoints that stay; 0: all
     max_skipped       non-finite steps in a row that are left out; one more ends the run
     prefetch          batches read ahead by a thread, 1 or more
-    graph             on a GPU the whole step is recorded as a CUDA graph and replayed (graph.py): most for small models,
-                      whose steps wait for Python. With adam or adamw, in one process; with and without compile
+    graph             on a GPU the whole step is recorded as a CUDA graph and replayed (graph.py): it pays most where
+                      small models wait for Python. With adam or adamw, in one process; with and without compile
     device            auto: the GPU where there is one
     """
 
