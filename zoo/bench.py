@@ -450,14 +450,12 @@ def run(out: Path, rounds: int = 3, peers: list[str] | None = None, shapes: list
     without a CUDA device, or when the kernels' tests are not there or do not pass.
     """
     peers, shapes = peers or [], shapes or []
-    choose_peers(peers)
-    [parse_shape(text) for text in shapes]
+    names = [peer.name for peer in choose_peers(peers)]
+    dims = {shape.head_dim for shape in [parse_shape(text) for text in shapes] or SHAPES}
     if rounds < 1:
         raise BenchError(f"rounds = {rounds}; it takes 1 or more")
     if not torch.cuda.is_available():
         raise BenchError("zoo bench kernels measures a GPU, and torch finds none here")
-    names = [peer.name for peer in choose_peers(peers)]
-    dims = {parse_shape(text).head_dim for text in shapes} or {shape.head_dim for shape in SHAPES}
     warming = [start("warm", name, dim) for name in names for dim in dims]
     try:
         workers = max(2, min(12, (os.cpu_count() or 1) - len(warming))) if installed("xdist") else 0

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.ops.block_cases import CASES, norm_results, plain_add_norm, plain_qkv, plain_swiglu, qkv_tensors
 from tests.ops.definition import relative_error
-from zoo.ops import add_norm, backend, precise_linear, prepare_qkv, swiglu
+from zoo.ops import add_norm, backend, precise_linear, prepare_qkv, ring_attention, swiglu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 # The shape of a 125M model, and one whose heads and head_dim fill no tile
@@ -103,3 +103,22 @@ def test_gates_run_on_the_tensor_cores(compiled):
     names = [event.key for event in recorded.key_averages()]
     assert any("narrow_kernel" in name for name in names), names
     assert not [name for name in names if "f32f32_f32f32" in name or "sgemm" in name]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_kernels_run_where_their_tensors_are_not_on_the_current_device():
+    def everything(device):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, 33, 128, generator=generator).to(device, torch.bfloat16).requires_grad_()
+        qkv = torch.randn(2, 33, 6, 64, generator=generator).to(device, torch.bfloat16).requires_grad_()
+        keep = torch.randn(2, 33, 4, generator=generator).to(device)
+        weight = torch.randn(12, 128, generator=generator).to(device)
+        outputs = [swiglu(x), *add_norm(x, x, torch.ones(128, device=device)), *prepare_qkv(qkv, keep, 2)]
+        outputs.append(precise_linear(x, weight))
+        grads = torch.autograd.grad(sum(y.float().sum() for y in outputs), (x, qkv))
+        q, live = qkv[:, :1, :2].detach(), torch.full((2,), 33, dtype=torch.int32, device=device)
+        ring = ring_attention(q, qkv[:, :, 2:4].detach(), qkv[:, :, 4:].detach(), None, live)
+        return [y.detach().cpu() for y in (*outputs, *grads, ring)]
+
+    for here, there in zip(everything("cuda:0"), everything("cuda:1"), strict=True):
+        torch.testing.assert_close(here, there)

@@ -44,7 +44,11 @@ def test_bad_shapes_are_named():
         ring_attention(q, k.expand(2, 5, 3, 4), k.expand(2, 5, 3, 4), None, live)
     with pytest.raises(ValueError, match="decay has shape"):
         ring_attention(q, k, k, torch.zeros(2, 5, 1), live)
-    with pytest.raises(ValueError, match="live has shape"):
+    with pytest.raises(ValueError, match="live is torch.int32"):
         ring_attention(q, k, k, None, live[:1])
+    with pytest.raises(ValueError, match="live is torch.int64"):
+        ring_attention(q, k, k, None, live.long())
+    with pytest.raises(ValueError, match="four dimensions"):
+        ring_attention(q[0], k, k, None, live)
     with pytest.raises(ValueError, match="one dtype"):
         ring_attention(q.half(), k, k, None, live)

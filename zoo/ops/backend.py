@@ -9,7 +9,7 @@ tried in the order of `BACKENDS`; the first that has the op and does not refuse 
 architecture, say) is one more row.
 
 Environment, read at every call:
-    ZOO_BACKEND       a name of `BACKENDS`: that one or an error, never a fallback
+    ZOO_BACKEND       a name of `BACKENDS`: that one or an error for every op that it has, never a fallback
     ZOO_DEBUG=1       check values on the GPU too (log_decay <= 0, cu_seqlens, token ids): stalls the device
     TRITON_INTERPRET=1 lets `triton` run on CPU tensors, slowly (Triton reads it when it is first imported)
 """
@@ -53,14 +53,12 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 
 def choose_backend(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-    forced = os.environ.get("ZOO_BACKEND")
-    if (
-        forced and op in (backend := _by_name(forced)).modules
-    ):  # where it has no kernel for the op, the others are asked
-        reason = backend.refuses(device, dtype, head_dim)
+    forced = _forced(op)
+    if forced is not None:
+        reason = forced.refuses(device, dtype, head_dim)
         if reason is not None:
-            raise BackendError(f"ZOO_BACKEND={forced} can't run this call: {reason}. Unset it to fall back")
-        return backend
+            raise BackendError(f"ZOO_BACKEND={forced.name} can't run this call: {reason}. Unset it to fall back")
+        return forced
     backend, reasons = _first_willing(op, device, dtype, head_dim)
     if device.type == "cuda" and backend is BACKENDS[-1]:
         _warn_once(f"zoo.ops falls back to its {backend.name} path on a CUDA device: {'; '.join(reasons)}")
@@ -70,19 +68,15 @@ def choose_backend(op: str, device: torch.device, dtype: torch.dtype, head_dim: 
 def explain(op: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
     """(name, reason) of the back end that `choose` would take, for people: never raises, never warns."""
     device = torch.device(device)
-    forced = os.environ.get("ZOO_BACKEND")
-    if forced:
-        try:
-            backend = _by_name(forced)
-        except BackendError as error:
-            return "none", str(error)
-        if op in backend.modules:
-            reason = backend.refuses(device, dtype, head_dim)
-            return (
-                (forced, "ZOO_BACKEND asks for it")
-                if reason is None
-                else ("none", f"ZOO_BACKEND={forced}, but {reason}")
-            )
+    try:
+        forced = _forced(op)
+    except BackendError as error:
+        return "none", str(error)
+    if forced is not None:
+        reason = forced.refuses(device, dtype, head_dim)
+        if reason is None:
+            return forced.name, "ZOO_BACKEND asks for it"
+        return "none", f"ZOO_BACKEND={forced.name}, but {reason}"
     backend, reasons = _first_willing(op, device, dtype, head_dim)
     return backend.name, "; ".join(reasons) or f"first choice for {device.type}, {_short(dtype)}, head_dim {head_dim}"
 
@@ -191,10 +185,15 @@ def _first_willing(op: str, device: torch.device, dtype: torch.dtype, head_dim: 
     raise AssertionError("the reference back end refused")
 
 
-def _by_name(name: str) -> Backend:
+def _forced(op: str) -> Backend | None:
+    """What ZOO_BACKEND names; None where it names nothing, or one without a kernel for `op`: the others are asked then.
+    Raises BackendError for a name that is none."""
+    name = os.environ.get("ZOO_BACKEND")
+    if not name:
+        return None
     for backend in BACKENDS:
         if backend.name == name:
-            return backend
+            return backend if op in backend.modules else None
     raise BackendError(f"ZOO_BACKEND={name!r} is not one of {', '.join(backend.name for backend in BACKENDS)}")
 
 

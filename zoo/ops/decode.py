@@ -19,6 +19,8 @@ def ring_attention(
     Inference only: no gradient. Never looks at a value, so a step can be a CUDA graph.
     Raises ValueError for shapes or dtypes other than these.
     """
+    if not q.dim() == k.dim() == 4:
+        raise ValueError(f"ring_attention: q is {tuple(q.shape)} and k {tuple(k.shape)}; they take four dimensions")
     batch, queries, heads, dim = q.shape
     slots, kv_heads = k.shape[1], k.shape[2]
     if queries != 1:
@@ -34,8 +36,8 @@ def ring_attention(
         raise ValueError(f"ring_attention: decay has shape {tuple(decay.shape)}, not {(batch, slots, heads)}")
     if decay is not None and decay.dtype not in {torch.float32, accumulator(q.dtype)}:
         raise ValueError(f"ring_attention: decay is {decay.dtype}, it takes {accumulator(q.dtype)}")
-    if live.shape != (batch,):
-        raise ValueError(f"ring_attention: live has shape {tuple(live.shape)}, not {(batch,)}")
+    if live.shape != (batch,) or live.dtype != torch.int32:
+        raise ValueError(f"ring_attention: live is {live.dtype} {tuple(live.shape)}; it takes int32 {(batch,)}")
     return _ring_attention(q, k, v, decay, live, dim**-0.5 if scale is None else scale)
 
 

@@ -7,8 +7,12 @@ from zoo.ops.stacking import stack_rows
 
 
 def rotary_table(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each (B, T, D/2) float32, for positions (B, T) or (B, T, A): with A axes the D/2 frequencies are
-    dealt out evenly, axis after axis (Su et al., arXiv 2104.09864; 2-D as in arXiv 2403.13298)."""
+    """(cos, sin), each (B, T, D/2) float32, of the angles position * base ** (-2 i / D) in radians.
+
+    positions  (B, T) in tokens, or (B, T, A): with A axes the D/2 frequencies are dealt out evenly, axis after axis (in
+               two dimensions as in arXiv 2403.13298), and `i` counts those of an axis, of D/A
+    Computed in float64. No gradient. Raises ValueError where head_dim D is not a multiple of 2 A.
+    """
     axes = 1 if positions.dim() == 2 else positions.shape[-1]
     if head_dim % (2 * axes):
         raise ValueError(f"head_dim {head_dim} is not a multiple of {2 * axes}, which {axes} rotary axes need")
