@@ -69,15 +69,11 @@ def main() -> None:
             words = [sys.executable, __file__, name, "--one", on, "--steps", str(options.steps)]
             try:
                 done = subprocess.run(words, capture_output=True, text=True, timeout=options.limit)
-                fine = done.returncode == 0
-                told = (
-                    done.stdout.strip().splitlines()[-1]
-                    if fine
-                    else json.dumps({"recipe": name, "graph": on, "error": done.stderr[-800:]})
-                )
+                error = f"exit code {done.returncode}: {done.stderr[-800:]}" if done.returncode else ""
             except subprocess.TimeoutExpired:
-                told = json.dumps({"recipe": name, "graph": on, "error": f"over {options.limit} s"})
-            print(told, flush=True)
+                error = f"no end after {options.limit} s"
+            failed = json.dumps({"recipe": name, "graph": on == "true", "error": error})
+            print(failed if error else done.stdout.strip().splitlines()[-1], flush=True)
 
 
 if __name__ == "__main__":
