@@ -34,14 +34,17 @@ class Halves:
     classes = ("above", "left")
 
     def __init__(self, config):
-        rng = np.random.default_rng(0)
+        self.images = {split: self.made(seed) for seed, split in enumerate(("train", "valid", "test"))}
+
+    def made(self, seed):
+        rng = np.random.default_rng(seed)
         pixels, labels = rng.integers(0, 60, (48, *self.shape), dtype=np.uint8), np.arange(48) % 2
         pixels[labels == 0, : SIDE // 2] += 150
         pixels[labels == 1, :, : SIDE // 2] += 150
-        self.images = Images(pixels, labels)
+        return Images(pixels, labels)
 
     def load(self, split):
-        return self.images
+        return self.images[split]
 
     def provenance(self):
         return {}
@@ -205,13 +208,13 @@ def test_on_a_gpu_pictures_are_drawn_from_a_graph(kind, guidance, tmp_path):
         assert torch.equal(plain, ours)
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", ["pixels", "codes"])
-def test_on_a_gpu_an_evaluation_in_bfloat16_draws_samples(kind, tmp_path):
-    """Under autocast, several recordings one after another, and the same numbers again."""
-    train(recipe(kind, tmp_path, device="cuda", precision="bf16", sample_every=24), tmp_path / "run")
+def test_an_evaluation_in_bfloat16_draws_samples(kind, device, tmp_path):
+    """Under autocast, on a GPU with several recordings one after another; and the same numbers again."""
+    train(recipe(kind, tmp_path, device=device, precision="bf16", sample_every=24), tmp_path / "run")
     drawn = ["task.samples.count=20", "task.samples.batch=8", "task.samples.nearest=2"]
-    first, again = (evaluate_run(tmp_path / "run", device="cuda", overrides=drawn) for _ in range(2))
-    assert first.values["samples"] == 20
-    assert 0.1 < first.values["nearest_train_pixels"] < 10
-    assert first.values == pytest.approx(again.values, rel=1e-3)
+    first, again = (evaluate_run(tmp_path / "run", device=device, overrides=drawn).values for _ in range(2))
+    assert first["samples"] == 20
+    assert 0.1 < first["nearest_train_pixels"] < 10, first  # next to real images, none of which is in both splits
+    assert first == pytest.approx(again, rel=1e-3)
