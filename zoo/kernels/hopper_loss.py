@@ -21,9 +21,9 @@ from zoo.kernels.loss import LOG2E, LOWEST
 
 EACH = gl.constexpr(8)  # elements of a 16-byte copy
 COLUMNS, WARPS = 4096, 16  # a tile of a row, and who walks it
-PROGRAMS = 2  # to a multiprocessor, where shared memory has room for their rows; its registers for no more
+PROGRAMS = 2  # to a multiprocessor, where shared memory has room for their rows; they share its registers
 ROOM, OWN = 228 * 1024, 2048  # bytes of a multiprocessor; of a program beyond its row
-NARROWEST = 4 * COLUMNS  # below, several programs of the portable kernel fit, which do the same
+NARROWEST = 16384  # columns; below, several programs of the portable kernel fit, which do the same
 
 
 def cross_entropy_rows(logits: Tensor, targets: Tensor, ignore_index: int, needs_grad: bool) -> Tensor:
@@ -38,7 +38,7 @@ def cross_entropy_rows(logits: Tensor, targets: Tensor, ignore_index: int, needs
             grid = min(rows, resident(tiles) * programs(logits))
             cross_entropy_kernel[(grid,)](
                 logits, targets, loss, logits.stride(0), rows, width, ignore_index, COLUMNS, tiles,
-                num_warps=WARPS, maxnreg=64,
+                num_warps=WARPS, maxnreg=registers(),
             )  # fmt: skip
         return loss
 
@@ -53,6 +53,11 @@ def takes(logits: Tensor) -> bool:
 def resident(tiles: int) -> int:
     """Programs of a multiprocessor that hold a row of so many tiles each."""
     return min(PROGRAMS, ROOM // (tiles * COLUMNS * 2 + OWN))
+
+
+def registers() -> int:
+    """Of a thread, so that PROGRAMS fit."""
+    return 65536 // (PROGRAMS * WARPS * 32)
 
 
 @gluon.jit(do_not_specialize=["rows", "ignore_index"])
@@ -81,7 +86,7 @@ def cross_entropy_kernel(logits_ptr, targets_ptr, loss_ptr, stride_row, rows, wi
         total = gl.zeros([BLOCK // EACH], gl.float32, gl.SliceLayout(1, layout))
         for i in gl.static_range(TILES):
             async_copy.wait_group(TILES - 1 - i)
-            x = held[i].load(layout).to(gl.float32)
+            x = held[i].load(layout).to(gl.float32)  # type: ignore[var-annotated]
             if i == TILES - 1:
                 x = gl.where(i * BLOCK + place < width, x, float("-inf"))
             higher = gl.maximum(highest, gl.max(x, axis=1))
