@@ -96,9 +96,10 @@ def _sum_loss() -> None:
 
 
 def _reread_loss() -> None:
-    from zoo.kernels import loss
+    from zoo.kernels import hopper_loss, loss
 
     loss.HELD = 0
+    hopper_loss.takes = lambda logits: False
 
 
 def _inductor(**values: Any) -> Callable[[], None]:

@@ -10,7 +10,7 @@ from tests.kernels.interpreter import repair
 from tests.ops.block_cases import CASES, norm_results, plain_add_norm, plain_qkv, plain_swiglu, qkv_tensors
 from tests.ops.cases import poison_new_tensors
 from tests.ops.definition import relative_error
-from zoo.kernels import narrow, norm, qkv, swiglu
+from zoo.kernels import narrow, norm, pieces, qkv, swiglu
 from zoo.ops import add_norm, backend, prepare_qkv
 from zoo.ops import swiglu as swiglu_op
 
@@ -119,3 +119,10 @@ def test_narrow_products(shape, monkeypatch):
     found, exact = narrow.piecewise_product(x, weight), x.double() @ weight.double().T
     assert relative_error(found, exact) <= 2e-6
     assert relative_error(x.half().double() @ weight.half().double().T, exact) > 1e-4  # what the pieces are for
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 24), (2, 1100, 11), (3, 1, 1), (2, 5, 0)], ids=str)
+def test_pieces_add_up(shape):
+    torch.manual_seed(0)
+    partial = torch.randn(shape)
+    torch.testing.assert_close(pieces.add_up(partial), partial.double().sum(dim=1).float(), rtol=0, atol=3e-5)

@@ -5,6 +5,7 @@
 import subprocess
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
@@ -14,7 +15,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from zoo.kernels import hopper_backward, hopper_forward
+from zoo.kernels import hopper_backward, hopper_forward, hopper_loss
 from zoo.kernels.tiles import SHARED_BYTES
 
 ELEMENT_POINTERS = {"out", "dout", "dq_ptr"}
@@ -63,8 +64,53 @@ def test_every_row_compiles_fits_and_stays_asynchronous(name, dim, switches, tmp
     kernel, table = KERNELS[name]
     built = build(kernel, table[dim], dim, **switches)
     assert built.metadata.shared <= SHARED_BYTES["sm90"]
-    source = tmp_path / "kernel.ptx"
-    source.write_text(built.asm["ptx"])
-    command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(tmp_path / "kernel.cubin")]
-    log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    log = assemble(built.asm["ptx"], tmp_path)
     assert "C75" not in log, log  # "wgmma.mma_async instructions are serialized", "setmaxnreg ignored"
+
+
+def assemble(ptx, folder):
+    """What ptxas says about it."""
+    source = folder / "kernel.ptx"
+    source.write_text(ptx)
+    command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(folder / "kernel.cubin")]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+@pytest.mark.parametrize("element", ["bf16", "fp16"])
+@pytest.mark.parametrize("tiles", [4, 13, 28])
+def test_a_row_of_the_loss_fits_as_often_as_it_is_meant_to_and_comes_in_whole_copies(tiles, element, tmp_path):
+    kernel = hopper_loss.cross_entropy_kernel
+    constants = {"BLOCK": hopper_loss.COLUMNS, "TILES": tiles}
+    pointers = {"logits_ptr": f"*{element}", "targets_ptr": "*i64", "loss_ptr": "*fp32"}
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+    places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
+    divisible = {places[name]: [["tt.divisibility", 16]] for name in [*pointers, "stride_row", "width"]}
+    values = {places[name]: value for name, value in constants.items()}
+    options = {"num_warps": hopper_loss.WARPS, "maxnreg": hopper_loss.registers()}
+    source = GluonASTSource(kernel, signature, values, divisible)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    reserved = 1024  # by the system, of every program
+    assert built.metadata.shared <= SHARED_BYTES["sm90"]
+    assert hopper_loss.resident(tiles) * (built.metadata.shared + reserved) <= hopper_loss.ROOM
+    assert sum("cp.async.cg" in line and "0x10" in line for line in built.asm["ptx"].splitlines()) == 2 * tiles
+    assert " 0 bytes spill stores" in assemble(built.asm["ptx"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("width", "programs"), [(16384, 2), (32000, 2), (50304, 2), (57344, 2), (57360, 1), (114688, 1)]
+)
+def test_rows_of_the_loss_that_are_held(width, programs):
+    assert hopper_loss.takes(torch.empty(2, width, dtype=torch.bfloat16))
+    assert hopper_loss.resident(-(-width // hopper_loss.COLUMNS)) == programs
+
+
+@pytest.mark.parametrize("width", [11, 8192, 50257, 50296, 114704, 128256])
+def test_rows_of_the_loss_that_are_not_held(width):
+    assert not hopper_loss.takes(torch.empty(2, width, dtype=torch.bfloat16))
+
+
+def test_rows_of_the_loss_that_begin_between_copies():
+    wide = torch.empty(2, 50320, dtype=torch.bfloat16)
+    assert hopper_loss.takes(wide[:, 16:])
+    assert not hopper_loss.takes(wide[:, 4:50308])
+    assert not hopper_loss.takes(torch.empty(2, 50312, dtype=torch.bfloat16)[:, :50304])

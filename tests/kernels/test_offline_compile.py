@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zoo.kernels import gate, loss, narrow, norm, qkv, swiglu, window
+from zoo.kernels import gate, loss, narrow, norm, pieces, qkv, swiglu, window
 from zoo.kernels.tiles import CHUNK, SHARED_BYTES, TABLE, Tile
 
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90}
@@ -128,6 +128,13 @@ def test_norms_compile(width, element, architecture):
         built = build(norm._backward, architecture, element, tile | more, warps, multiples=("width",))
         assert ("cp.async" in built.asm["ptx"]) == (tile["STAGES"] > 1)  # rows are read ahead
         assert built.metadata.shared <= SHARED_BYTES[architecture]
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm90"])
+def test_adding_pieces_up_compiles(architecture):
+    tile = {"PIECES": pieces.PIECES, "COLUMNS": pieces.COLUMNS}
+    built = build(pieces.add_up_kernel, architecture, "fp32", tile, warps=8, multiples=("width",))
+    assert "ld.global.v4" in built.asm["ptx"]
 
 
 @pytest.mark.parametrize("architecture", ["sm80", "sm90"])

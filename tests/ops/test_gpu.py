@@ -340,6 +340,55 @@ def test_linear_cross_entropy(tokens, vocabulary, dtype):
         assert relative_error(one.detach(), truth.detach()) <= allowed
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "width", "stride"),
+    [
+        (3, 11, 11), (700, 8192, 8192), (700, 16384, 16400), (700, 32000, 32000), (1, 50304, 50304),
+        (900, 50304, 50304), (900, 50304, 50432), (300, 50296, 50304), (300, 50257, 50257), (600, 57344, 57344),
+        (600, 57360, 57360), (300, 114688, 114688), (150, 128256, 128256),
+    ],
+)  # fmt: skip
+def test_cross_entropy_rows(rows, width, stride, dtype):
+    """Against float64, in place, twice the same bits. What isn't scored is never looked at, nothing beyond a row is
+    written, a row's peak may stand anywhere."""
+    torch.manual_seed(0)
+    module = backend.choose("loss", torch.device("cuda"), dtype, backend.NO_HEADS)
+    whole = (3 * torch.randn(rows, stride, device="cuda")).to(dtype)
+    whole[:, 0] = float("-inf")
+    whole[torch.arange(rows), torch.randint(1, width, (rows,))] = 12.0
+    whole[rows // 2, : width - 9] = float("-inf")
+    targets = torch.randint(max(1, width - 9), width, (rows,), device="cuda")
+    targets[::3] = torch.randint(1, width, (len(targets[::3]),), device="cuda")
+    targets[rows // 2] = width - 1
+    if rows > 1:
+        targets[1::7] = -100
+        whole[1::7] = float("nan")
+    whole[:, width:] = float("nan")
+    wide = whole[:, :width].double()
+    expected = reference.cross_entropy_rows(wide, targets, -100, True)
+    scored, before = targets != -100, whole.clone()
+    loss = module.cross_entropy_rows(before[:, :width], targets, -100, False)
+    assert torch.equal(before.view(torch.int16), whole.view(torch.int16))
+    torch.testing.assert_close(loss.double()[scored], expected[scored], rtol=1e-5, atol=1e-5)
+    results = []
+    for _ in range(2):
+        ours = whole.clone()
+        results.append((module.cross_entropy_rows(ours[:, :width], targets, -100, True), ours))
+    (loss, ours), (again, ours_again) = results
+    assert torch.equal(loss, again)
+    assert torch.equal(ours.view(torch.int16), ours_again.view(torch.int16))
+    torch.testing.assert_close(loss.double()[scored], expected[scored], rtol=1e-5, atol=1e-5)
+    assert not loss[~scored].any()
+    assert ours[:, width:].isnan().all()
+    assert not ours[~scored, :width].any()
+    ours, wide, place = ours[scored, :width].double(), wide[scored], targets[scored, None]
+    torch.testing.assert_close(ours.gather(1, place), wide.gather(1, place), rtol=torch.finfo(dtype).eps, atol=1e-5)
+    smallest = 2.0**-24 if dtype == torch.float16 else 1e-12  # a step of fp16 below its normal numbers
+    ours, wide = (x.scatter(1, place, 0.0) for x in (ours, wide))
+    torch.testing.assert_close(ours, wide, rtol=torch.finfo(dtype).eps, atol=smallest)
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_precise_linear_is_float32(dtype, compiled):

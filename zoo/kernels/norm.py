@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.launch import on_device
+from zoo.kernels.pieces import add_up
 
 ELEMENTS = 4096  # of each tensor that a program of the forward pass holds at once: rows times padded width
 ELEMENTS_BACKWARD = 2048
@@ -58,7 +59,7 @@ def add_norm_backward(
             dnormed, None if dtotal is None else dtotal.contiguous(), total, weight, grad, partial, rows, width, eps,
             MORE=dtotal is not None, **backward_tile(width, total.element_size()),
         )  # fmt: skip
-    return grad, partial.sum(dim=1).to(weight.dtype)
+    return grad, add_up(partial).to(weight.dtype)
 
 
 def backward_tile(width: int, element_size: int) -> dict[str, int]:

@@ -8,8 +8,8 @@ A row of a tile walks along RUN tokens, a token a step, all heads; what neighbou
 token passes to the one before it, stays in registers from one step to the next, so everything is read and computed
 once. The tokens to come are under way in shared memory (STAGES). The forward pass walks up; the backward pass walks
 down and computes m and u again from x. It begins with the token after its run, for what that one passes on. Everything
-between load and store is float32. Gradients of the norms' weights are summed per program, then by torch: no atomics,
-the same bits every time.
+between load and store is float32. Gradients of the norms' weights are summed per program, then by another kernel: no
+atomics, the same bits every time.
 
 Shapes: qkv (B, T, H + 2 G, D), heads contiguous, D even; keep (B, T, 2 G) float32, for k then v, before its sigmoid;
 weights (S, H * D) and (S, G * D), or (S, D) for a norm of each head, for B / S rows each; cos, sin (B or 1, T, D / 2)
@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.launch import on_device
+from zoo.kernels.pieces import add_up
 
 ELEMENTS = 512  # of one half of the heads in a tile, at least
 EACH = 8  # of them to a thread: a 128-bit load of 16-bit elements
@@ -67,7 +68,8 @@ def prepare_backward(
             qkv_backward_kernel[call.grid](*call.inputs, *grads, dqkv, dkeep, partial, *call.sizes, **call.switches)
     if partial is None or q_weight is None:
         return dqkv, dkeep, None
-    return dqkv, dkeep, partial.unflatten(0, (q_weight.shape[0], -1)).flatten(1, 2).sum(dim=1)
+    pieces = partial.view(q_weight.shape[0], -1, (heads + call.groups) * dim)
+    return dqkv, dkeep, add_up(pieces).unflatten(1, (-1, dim))
 
 
 class _Call:

@@ -141,7 +141,11 @@ def _refuses_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 
 BACKENDS = (
-    Backend("hopper", {"window": "zoo.kernels.hopper", "nsa": "zoo.kernels.hopper_nsa"}, _refuses_hopper),
+    Backend(
+        "hopper",
+        {"window": "zoo.kernels.hopper", "nsa": "zoo.kernels.hopper_nsa", "loss": "zoo.kernels.hopper_loss"},
+        _refuses_hopper,
+    ),
     Backend(
         "triton",
         {

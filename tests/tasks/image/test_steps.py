@@ -2,6 +2,7 @@
 judged on samples drawn from a graph."""
 
 import copy
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,14 +35,17 @@ class Halves:
     classes = ("above", "left")
 
     def __init__(self, config):
-        rng = np.random.default_rng(0)
+        self.images = {split: self.made(seed) for seed, split in enumerate(("train", "valid", "test"))}
+
+    def made(self, seed):
+        rng = np.random.default_rng(seed)
         pixels, labels = rng.integers(0, 60, (48, *self.shape), dtype=np.uint8), np.arange(48) % 2
         pixels[labels == 0, : SIDE // 2] += 150
         pixels[labels == 1, :, : SIDE // 2] += 150
-        self.images = Images(pixels, labels)
+        return Images(pixels, labels)
 
     def load(self, split):
-        return self.images
+        return self.images[split]
 
     def provenance(self):
         return {}
@@ -83,6 +87,9 @@ KINDS = {
         {"name": "image_classifier_r10", "classes": 2, "widths": [8, 8, 8, 8]},
     ),
 }
+# Batch norms over 8 images multiply rounding: at 3e-3 a difference of 1e-6 in the weights moves the last loss by 3 %;
+# at this rate one of 1e-3 moves it by 0.6 %
+RATES = {"classifier": 3e-4}
 MODELS = [kind for kind in KINDS if kind not in ("tokenizer", "classifier")]
 
 
@@ -91,7 +98,8 @@ def recipe(kind, folder, **settings):
     task["dataset"] = {"name": "image/halves"}
     if kind == "codes":
         task["tokenizer"] = str(fresh_tokenizer(folder))
-    return build(Recipe, {"task": task, "model": model, "train": {**TRAIN, **settings}})
+    optimizer = {"lr": RATES.get(kind, TRAIN["optimizer"]["lr"])}
+    return build(Recipe, {"task": task, "model": model, "train": {**TRAIN, "optimizer": optimizer, **settings}})
 
 
 def fresh_tokenizer(folder):
@@ -165,6 +173,12 @@ def recorded(monkeypatch):
     return seen
 
 
+def logged(run, name):
+    """A number's values, in the order of the steps that it was logged at."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [row[name] for row in rows if name in row]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,17 +186,17 @@ def test_on_a_gpu_steps_in_bfloat16_are_recorded(kind, compiled, tmp_path, recor
     """With the numbers of steps that are not."""
     if compiled and kind in ("nsa", "classes", "softmax"):
         pytest.skip("compiled as pixels are")
-    results = {}
+    settings = {"precision": "bf16", "device": "cuda", "compile": compiled}
+    losses = {}
     for name in ("plain", "graph"):
         torch._dynamo.reset()
-        settings = {"precision": "bf16", "device": "cuda", "compile": compiled, "graph": name == "graph"}
-        results[name] = train(recipe(kind, tmp_path, **settings), tmp_path / name).metrics
-    assert recorded
-    plain, ours = (results[name]["train/loss"] for name in ("plain", "graph"))
-    assert np.isfinite(plain)
-    assert ours == pytest.approx(plain, rel=0.1 if kind == "tokenizer" else 0.03)  # one code for another goes its way
-    first = float((tmp_path / "graph/metrics.jsonl").read_text().partition('"train/loss": ')[2].partition(",")[0])
-    assert ours < first
+        result = train(recipe(kind, tmp_path, **settings, graph=name == "graph"), tmp_path / name)
+        losses[name] = logged(tmp_path / name, "train/loss")
+        assert result.skipped == 0, f"{name}: {result.skipped} steps were not finite; {losses}"
+    assert len(recorded) == 1, f"{len(recorded)} recordings"
+    tolerance = 0.1 if kind == "tokenizer" else 0.03  # one code for another goes its way
+    assert losses["graph"] == pytest.approx(losses["plain"], rel=tolerance), losses
+    assert losses["graph"][-1] < losses["graph"][0], losses
 
 
 @pytest.mark.gpu
@@ -202,16 +216,17 @@ def test_on_a_gpu_pictures_are_drawn_from_a_graph(kind, guidance, tmp_path):
             generate(pipe.model, given, max_new=pipe.task.length(given), sampling=sampling, seed=seed, graph=graph)
             for graph in (False, True)
         )
-        assert torch.equal(plain, ours)
+        parted = (plain != ours).nonzero()
+        assert not len(parted), f"seed {seed}: {len(parted)} of {plain.numel()} differ, first at {parted[0].tolist()}"
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", ["pixels", "codes"])
-def test_on_a_gpu_an_evaluation_in_bfloat16_draws_samples(kind, tmp_path):
-    """Under autocast, several recordings one after another, and the same numbers again."""
-    train(recipe(kind, tmp_path, device="cuda", precision="bf16", sample_every=24), tmp_path / "run")
+def test_an_evaluation_in_bfloat16_draws_samples(kind, device, tmp_path):
+    """Under autocast, on a GPU with several recordings one after another; and the same numbers again."""
+    train(recipe(kind, tmp_path, device=device, precision="bf16", sample_every=24), tmp_path / "run")
     drawn = ["task.samples.count=20", "task.samples.batch=8", "task.samples.nearest=2"]
-    first, again = (evaluate_run(tmp_path / "run", device="cuda", overrides=drawn) for _ in range(2))
-    assert first.values["samples"] == 20
-    assert 0.1 < first.values["nearest_train_pixels"] < 10
-    assert first.values == pytest.approx(again.values, rel=1e-3)
+    first, again = (evaluate_run(tmp_path / "run", device=device, overrides=drawn).values for _ in range(2))
+    assert first["samples"] == 20
+    assert 0.1 < first["nearest_train_pixels"] < 10, first  # next to real images, none of which is in both splits
+    assert first == pytest.approx(again, rel=1e-3)
