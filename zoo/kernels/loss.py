@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels.launch import on_device
+
 COLUMNS = 8192  # a tile of a row
 EACH = tl.constexpr(8)  # of a tile's columns to a thread: a 128-bit load of 16-bit elements
 HELD = 1 << 17  # bytes: half of a multiprocessor's registers
@@ -27,11 +29,12 @@ def cross_entropy_rows(logits: Tensor, targets: Tensor, ignore_index: int, needs
     if rows:
         block = max(EACH.value, min(COLUMNS, triton.next_power_of_2(width)))
         tiles = triton.cdiv(width, block)
-        cross_entropy_kernel[(rows,)](
-            logits, targets, loss, logits.stride(0), width, ignore_index,
-            NEEDS_GRAD=needs_grad, BLOCK=block, HELD=tiles if tiles * block * logits.element_size() <= HELD else 0,
-            num_warps=max(1, block // (32 * EACH.value)),
-        )  # fmt: skip
+        with on_device(logits):
+            cross_entropy_kernel[(rows,)](
+                logits, targets, loss, logits.stride(0), width, ignore_index,
+                NEEDS_GRAD=needs_grad, BLOCK=block, HELD=tiles if tiles * block * logits.element_size() <= HELD else 0,
+                num_warps=max(1, block // (32 * EACH.value)),
+            )  # fmt: skip
     return loss
 
 
