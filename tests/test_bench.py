@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from zoo import bench, tuning
+from zoo import bench, peers, tuning
+from zoo.mixers.base import visible_pairs
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 300])
@@ -15,8 +16,8 @@ def test_tile_pairs_are_counted_one_by_one(tokens, window):
     i, j = torch.meshgrid(torch.arange(tokens), torch.arange(tokens), indexing="ij")
     visible = (j <= i) & (i - j < window)
     tiles = {(int(a) // 64, int(b) // 64) for a, b in visible.nonzero().tolist()}
-    assert bench.tile_pairs(tokens, window) == len(tiles) * 64 * 64
-    assert bench.visible_pairs(tokens, window) == visible.sum()
+    assert peers.tile_pairs(tokens, window) == len(tiles) * 64 * 64
+    assert visible_pairs(tokens, window) == visible.sum()
 
 
 def test_shares_of_the_published_table():

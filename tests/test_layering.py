@@ -34,7 +34,8 @@ ORDER = (
     ("train",),
     ("pipelines",),  # opens a run that train has left
     ("evaluate",),
-    ("doctor", "bench", "publish"),
+    ("doctor", "peers", "publish"),
+    ("bench",),
     ("tuning",),
     ("cli",),
 )
