@@ -1,9 +1,12 @@
-"""What a step must not do if a CUDA graph is to be recorded of it, found on a CPU."""
+"""What a step must not do if a CUDA graph is to be recorded of it, found on a CPU; and what such tests set up."""
 
 import sys
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from zoo import config, frozen
+from zoo.train.recipe import make_model, make_task
 
 
 class Waits(TorchDispatchMode):
@@ -26,3 +29,17 @@ def look_at_nothing(monkeypatch):
     for module in list(sys.modules.values()):
         if hasattr(module, "may_look") and module.__name__.partition(".")[0] in ("zoo", "tasks"):
             monkeypatch.setattr(module, "may_look", lambda tensor: False)
+
+
+def frozen_after_three_batches(made, name, folder):
+    """What `made`, the recipe of a tokenizer or codec, trains, saved in `folder` as `frozen.save` writes it: codebooks
+    and spreads begin with the first batches."""
+    torch.manual_seed(0)
+    task = make_task(made)
+    model, stream = make_model(made, task), iter(task.stream("train", batch_size=8))
+    for _ in range(3):
+        model(next(stream))
+    node = config.to_dict(model.config)
+    folder.mkdir(exist_ok=True)
+    frozen.save(frozen.Frozen(model.eval(), name, node, frozen.digest(model), "test"), folder)
+    return folder

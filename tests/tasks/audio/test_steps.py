@@ -11,8 +11,8 @@ import torch
 from tasks.audio.data import Recordings
 from tasks.audio.music import collate_keys, collate_notes, few_lengths, to_frames, to_tokens
 from tasks.audio.task import AudioPrompt
-from tests.recordable import Waits, look_at_nothing
-from zoo import frozen, generation, registry
+from tests.recordable import Waits, frozen_after_three_batches, look_at_nothing
+from zoo import generation, registry
 from zoo.config import build
 from zoo.generation import Sampling, generate
 from zoo.model import Context
@@ -119,23 +119,8 @@ def recipe(kind, folder, **settings):
     if kind not in ("codec", "classifier"):
         model["backbone"] = SMALL
     if kind == "codes":
-        task["codec"] = str(fresh_codec(folder))
+        task["codec"] = str(frozen_after_three_batches(recipe("codec", folder), "audio_codec_8khz", folder / "codec"))
     return build(Recipe, {"task": task, "model": model, "train": {**TRAIN, **settings}})
-
-
-def fresh_codec(folder):
-    """A codec that has seen a few batches, as `frozen.save` writes it."""
-    made = recipe("codec", folder)
-    torch.manual_seed(0)
-    task = make_task(made)
-    codec, stream = make_model(made, task), iter(task.stream("train", batch_size=8))
-    for _ in range(3):  # codebooks and the spread begin with their first batches
-        codec(next(stream))
-    node = made.model.config
-    kept = frozen.Frozen(codec.eval(), "audio_codec_8khz", frozen.configs.to_dict(node), frozen.digest(codec), "test")
-    (folder / "codec").mkdir(exist_ok=True)
-    frozen.save(kept, folder / "codec")
-    return folder / "codec"
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tasks.image.data import Images
-from tests.recordable import Waits, look_at_nothing
-from zoo import frozen, generation, registry
+from tests.recordable import Waits, frozen_after_three_batches, look_at_nothing
+from zoo import generation, registry
 from zoo.config import build
 from zoo.evaluate.score import evaluate_run
 from zoo.generation import Sampling, generate
@@ -97,24 +97,11 @@ def recipe(kind, folder, **settings):
     task, model = copy.deepcopy(KINDS[kind])
     task["dataset"] = {"name": "image/halves"}
     if kind == "codes":
-        task["tokenizer"] = str(fresh_tokenizer(folder))
+        task["tokenizer"] = str(
+            frozen_after_three_batches(recipe("tokenizer", folder), "image_tokenizer_f2", folder / "tokenizer")
+        )
     optimizer = {"lr": RATES.get(kind, TRAIN["optimizer"]["lr"])}
     return build(Recipe, {"task": task, "model": model, "train": {**TRAIN, "optimizer": optimizer, **settings}})
-
-
-def fresh_tokenizer(folder):
-    """A tokenizer that has seen a few batches, as `frozen.save` writes it."""
-    made = recipe("tokenizer", folder)
-    torch.manual_seed(0)
-    task = make_task(made)
-    tokenizer, stream = make_model(made, task), iter(task.stream("train", batch_size=8))
-    for _ in range(3):  # the codebook begins with its first batch
-        tokenizer(next(stream))
-    node = frozen.configs.to_dict(tokenizer.config)
-    kept = frozen.Frozen(tokenizer.eval(), "image_tokenizer_f2", node, frozen.digest(tokenizer), "test")
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    frozen.save(kept, folder / "tokenizer")
-    return folder / "tokenizer"
 
 
 @pytest.fixture
