@@ -108,6 +108,20 @@ def test_a_shape_is_five_numbers(text, tmp_path):
     assert bench.parse_shape("4,16,16384,64,512") == bench.SHAPES[1]
 
 
+def test_documents_are_the_rows_of_a_batch_one_after_another():
+    shape = peers.Shape(2, 1, 30, 8, 5)
+    q, k, v, dout = torch.randn(4, 2, 30, 1, 8).unbind()
+    x = peers.Inputs(shape, q.requires_grad_(), k.requires_grad_(), v, dout, -torch.rand(2, 30, 1))
+    whole, _, _ = peers.ours(True)(x)
+    packed, leaves, gradient = peers.ours(True, document=30)(x)
+    torch.testing.assert_close(packed().view_as(whole()), whole())
+    assert gradient.shape == packed().shape
+    assert leaves[0] is q
+    cut = peers.ours(True, document=7)(x)[0]().view_as(whole())
+    torch.testing.assert_close(cut[0, :7], whole()[0, :7])
+    assert not torch.allclose(cut[0, 7:], whole()[0, 7:])
+
+
 def test_peers_are_chosen_by_name(tmp_path):
     assert [peer.name for peer in bench.choose_peers(["flex", "zoo"])] == ["flex", "zoo"]
     assert bench.choose_peers([]) == list(bench.PEERS)

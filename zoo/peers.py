@@ -86,8 +86,11 @@ class Skip(Exception):
     pass
 
 
-def ours(gated: bool, prune: float | None = None, closer: float = 0) -> Callable[[Inputs], tuple[Call, list, Tensor]]:
-    """closer: how much lower than those of Inputs (normal around 4) the gates' pre-activations are."""
+def ours(
+    gated: bool, prune: float | None = None, closer: float = 0, document: int | None = None
+) -> Callable[[Inputs], tuple[Call, list, Tensor]]:
+    """closer: how much lower than those of Inputs (normal around 4) the gates' pre-activations are. document: the rows
+    of a batch are one after another, in documents of so many tokens."""
 
     def make(x: Inputs) -> tuple[Call, list[Tensor], Tensor]:
         decay = x.log_decay if gated else None
@@ -95,8 +98,18 @@ def ours(gated: bool, prune: float | None = None, closer: float = 0) -> Callable
             z = decay.detach() - torch.log(-torch.expm1(decay.detach().double())).float()  # logit of e^decay
             decay = F.logsigmoid(z - closer).requires_grad_()
         leaves = [x.q, x.k, x.v, *([] if decay is None else [decay])]
-        call = partial(ops.window_attention, x.q, x.k, x.v, decay, window=x.shape.window, prune=prune)
-        return call, leaves, x.dout
+        options: dict[str, Any] = {"window": x.shape.window, "prune": prune}
+        if document is None:
+            return partial(ops.window_attention, x.q, x.k, x.v, decay, **options), leaves, x.dout
+        total = x.shape.batch * x.shape.tokens
+        starts = [*range(0, total, document), total]
+        options["cu_seqlens"] = torch.tensor(starts, dtype=torch.int32, device=x.q.device)
+
+        def packed() -> Tensor:
+            q, k, v = (t.flatten(0, 1)[None] for t in (x.q, x.k, x.v))
+            return ops.window_attention(q, k, v, None if decay is None else decay.flatten(0, 1)[None], **options)
+
+        return packed, leaves, x.dout.flatten(0, 1)[None]
 
     return make
 
@@ -168,6 +181,7 @@ PEERS = (
     Peer("zoo no gate", False, ours(False)),
     Peer("zoo pruned 1e-3, z 4", True, ours(True, 1e-3)),  # gates normal around z, deviation 1; all tiles are counted
     Peer("zoo pruned 1e-3, z 2", True, ours(True, 1e-3, closer=2)),
+    Peer("zoo documents 1500", True, ours(True, document=1500)),  # as many pairs are counted as without
     Peer("flash-attention-4", False, flash_attention_4),
     Peer("fla forgetting", True, fla_forgetting),
     Peer("flex", True, flex(True)),
