@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch import Tensor
 
 from tests.ops.definition import Case
 
@@ -38,6 +39,47 @@ CASES = [
     Case("key_start_no_window", 35, None, key_start=(20,)),
     Case("key_start_nothing_visible", 20, 8, keys=24, key_start=(24, 3), batch=2),
 ]
+
+TILE = 64  # keys of a step in the Hopper kernels
+
+
+def outgrowing(case: Case) -> dict[str, Tensor]:
+    """`case.tensors()` with logits along an axis: keys of even tiles lie on one side, of odd tiles on the other.
+
+    Every tenth row leans the first way by 40, 60 or 130 nats between the two, and 60 or 130 in a third of the tiles and
+    heads alone: there a row of an odd tile has its largest logits far behind its newest tile.
+    """
+    tensors = case.tensors()
+    batch, length, heads, dim = tensors["q"].shape
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    side = 1 - 2 * (torch.arange(length) // TILE % 2)
+    tensors["k"][..., 0] = 4 * side[None, :, None]
+    nats = torch.tensor([40.0, 60, 130])[torch.randint(3, (batch, length, heads), generator=generator)]
+    far = torch.rand(batch, -(-length // TILE), heads, generator=generator) < 1 / 3
+    far = far.repeat_interleave(TILE, dim=1)[:, :length]
+    leans = torch.rand(batch, length, heads, generator=generator) < 0.1
+    tensors["q"][..., 0] = torch.where(leans & (far | (nats == 40)), nats * dim**0.5 / 8, 0)
+    tensors["log_decay"] /= 50
+    return tensors
+
+
+def beyond_newest_tile(case: Case, tensors: dict[str, Tensor]) -> Tensor:
+    """(T,H): nats from the largest logit of a row's newest tile to the row's log-sum-exp, in float64; B = 1."""
+    q, k, gates = (tensors[name][0].double() for name in ("q", "k", "log_decay"))
+    token = torch.arange(len(q), device=q.device)
+    near = token[:, None] - token
+    start = torch.zeros_like(token)
+    for first in case.cu_seqlens or ():
+        start = torch.where(token >= first, first, start)
+    seen = (near >= 0) & (near < case.window) & (token >= start[:, None])
+    own = token[:, None] // TILE == token // TILE
+    rows = []
+    for h in range(case.heads):
+        prefix = gates[:, h].cumsum(0)
+        logits = q[:, h] @ k[:, h // (case.heads // case.kv_heads)].T * case.dim**-0.5 + prefix[:, None] - prefix
+        logits = logits.masked_fill(~seen, -torch.inf)
+        rows.append(logits.logsumexp(1) - logits.masked_fill(~own, -torch.inf).amax(1))
+    return torch.stack(rows, 1)
 
 
 def poison_new_tensors(monkeypatch):
