@@ -7,11 +7,12 @@ import gc
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
-from tests.ops.cases import CASES, beyond_newest_tile, outgrowing
+from tests.ops.cases import CASES, beyond_newest_tile, outgrowing, poison_new_tensors
 from tests.ops.definition import Case, relative_error
 from tests.ops.run_case import run
 from zoo.ops import (
@@ -21,6 +22,7 @@ from zoo.ops import (
     log_decay,
     precise_linear,
     reference,
+    ring_attention,
     window_attention,
 )
 from zoo.ops.prune import first_tiles, pruned_spans
@@ -108,6 +110,67 @@ def test_same_bits_every_time(case):
     for _ in range(5):
         again = run(case, tensors)
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def window_call(case: Case) -> Callable[[], dict[str, torch.Tensor]]:
+    tensors = on_gpu(case, torch.bfloat16)
+    return lambda: run(case, tensors)
+
+
+def pruned_call() -> Callable[[], dict[str, torch.Tensor]]:
+    q, k, v, dout = torch.randn(4, 1, 1500, 4, 64, device="cuda").bfloat16().unbind()
+    leaves = [x.requires_grad_() for x in (q, k, v, -0.3 * torch.rand(1, 1500, 4, device="cuda"))]
+
+    def call():
+        out, lse = window_attention(*leaves, window=1000, prune=1e-3, return_lse=True)
+        grads = torch.autograd.grad(out, leaves, dout)
+        return {"out": out.detach(), "lse": lse.detach()} | dict(zip(("dq", "dk", "dv", "dgate"), grads, strict=True))
+
+    return call
+
+
+def ring_call() -> Callable[[], dict[str, torch.Tensor]]:
+    """In six shares; of the third row one slot is live, of the second none."""
+    q = torch.randn(3, 1, 16, 128, device="cuda").bfloat16()
+    k, v = torch.randn(2, 3, 700, 4, 128, device="cuda").bfloat16().unbind()
+    decay, live = -torch.rand(3, 700, 16, device="cuda"), torch.tensor([700, 0, 1], dtype=torch.int32, device="cuda")
+    return lambda: {"out": ring_attention(q, k, v, decay, live)}
+
+
+def loss_call() -> Callable[[], dict[str, torch.Tensor]]:
+    """Rows of the width that the Hopper kernel holds."""
+    hidden = torch.randn(1000, 256, device="cuda").bfloat16().requires_grad_()
+    weight = (0.1 * torch.randn(50304, 256, device="cuda")).bfloat16().requires_grad_()
+    targets = torch.randint(0, 50304, (1000,), device="cuda")
+    targets[5:9] = -100
+
+    def call():
+        loss, _ = linear_cross_entropy(hidden, weight, targets)
+        return {"loss": loss.detach()} | dict(
+            zip(("dhidden", "dweight"), torch.autograd.grad(loss, (hidden, weight)), strict=True)
+        )
+
+    return call
+
+
+CALLS = {case.name: partial(window_call, case) for case in (GPU_CASES[0], GPU_CASES[1], GPU_CASES[11])} | {
+    "odd_offset": partial(
+        window_call, Case("odd_offset", 333, 200, "fused", keys=700, batch=2, heads=4, kv_heads=2, dim=128)
+    ),
+    "pruned": pruned_call,
+    "ring": ring_call,
+    "loss": loss_call,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_uninitialised_is_returned(name, monkeypatch):
+    call = CALLS[name]()
+    expected = call()
+    assert all(x.isfinite().all() for x in expected.values())
+    poison_new_tensors(monkeypatch)
+    found = call()
+    assert all(torch.equal(found[key], x) for key, x in expected.items())
 
 
 @pytest.mark.parametrize("groups", [1, 4])
