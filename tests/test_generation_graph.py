@@ -8,13 +8,14 @@ from zoo import generation
 from zoo.generation import Sampling, generate
 from zoo.model import Batch
 
-MIXERS = ["gatedfwa", "softmax", "swa", "fox"]
+MIXERS = ["gatedfwa", "softmax", "swa", "fox", "nsa", "gatedfwa_nsa"]
+SPARSE = {"backbone": {"mixer": {"block": 4, "top": 4}}}  # so that blocks are left out, and several completed
 IMAGE = {"height": 8, "width": 8, "channels": 3, "levels": 256, "classes": 10, "neighbours": True}
 
 
 def text_model(mixer, device):
     torch.manual_seed(0)
-    return zoo.create_model(f"text_{mixer}_1m").to(device)
+    return zoo.create_model(f"text_{mixer}_1m", **SPARSE if "nsa" in mixer else {}).to(device)
 
 
 def text_prompt(device):
