@@ -15,7 +15,9 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from zoo import tuning
 from zoo.kernels import hopper_backward, hopper_forward, hopper_loss
+from zoo.kernels.hopper_band import Schedule
 from zoo.kernels.tiles import SHARED_BYTES
 
 ELEMENT_POINTERS = {"out", "dout", "dq_ptr"}
@@ -66,6 +68,27 @@ def test_every_row_compiles_fits_and_stays_asynchronous(name, dim, switches, tmp
     assert built.metadata.shared <= SHARED_BYTES["sm90"]
     log = assemble(built.asm["ptx"], tmp_path)
     assert "C75" not in log, log  # "wgmma.mma_async instructions are serialized", "setmaxnreg ignored"
+
+
+ROWS = {"TABLE": "forward", "DQ_TABLE": "dq", "DKV_TABLE": "dkv"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("table", "dim", "values"),
+    [
+        (table, dim, values)
+        for table, by_dim in tuning.CANDIDATES.items()
+        for dim, some in by_dim.items()
+        for values in some
+    ],
+)
+def test_every_candidate_compiles_fits_and_stays_asynchronous(table, dim, values, tmp_path):
+    """What `zoo bench kernels --tune` tries: one that could not be a row wastes its time on the device."""
+    built = build(KERNELS[ROWS[table]][0], Schedule(*values), dim)
+    assert built.metadata.shared <= SHARED_BYTES["sm90"]
+    log = assemble(built.asm["ptx"], tmp_path)
+    assert "C75" not in log, log
 
 
 def assemble(ptx, folder):
