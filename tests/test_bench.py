@@ -3,6 +3,7 @@
 import subprocess
 import time
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -203,3 +204,37 @@ def test_candidates_are_schedules_and_hold_what_stands():
         for dim, schedule in table.items():
             assert schedule in [Schedule(*values) for values in tuning.CANDIDATES[name][dim]]
     assert decode.STEPS in [decode.Steps(*values) for values in tuning.RING_STEPS]
+
+
+def test_a_candidate_with_other_results_is_said_and_left_out(monkeypatch, capsys):
+    """Values, a gate's gradient, a NaN: wrong at one window is wrong."""
+    pytest.importorskip("triton.experimental.gluon")
+    from zoo.kernels import hopper_backward, hopper_forward
+    from zoo.kernels.hopper_band import Schedule
+
+    wrong = {"TABLE": (9, 9, True, 9, 9), "DQ_TABLE": (8, 8, True, 8, 8), "DKV_TABLE": (7, 7, True, 7, 7)}
+    rows = {"TABLE": hopper_forward.TABLE, "DQ_TABLE": hopper_backward.DQ_TABLE, "DKV_TABLE": hopper_backward.DKV_TABLE}
+    fine = {table: {64: rows[table][64]} for table in wrong}
+    monkeypatch.setattr(tuning, "CANDIDATES", {t: {64: [wrong[t], tuple(asdict(fine[t][64]).values())]} for t in wrong})
+    monkeypatch.setattr(tuning, "Shape", lambda *_: peers.Shape(1, 2, 40, 64, 16))
+    monkeypatch.setattr(peers.Inputs, "random", partial(peers.Inputs.random, device="cpu"))
+    monkeypatch.setattr(tuning, "queued_ms", lambda call: (1.0 if call() else 0.0, 0.0))
+
+    def forward(q, k, v, gate, *, window, schedule=None, **_):
+        out = ops.window_attention(q, k, v, *gate, window=window)
+        return out + 0.1 * (window == 2048 and schedule == Schedule(*wrong["TABLE"])), out[..., 0].float()
+
+    def backward(dout, dlse, q, k, v, out, lse, gate, *, dq_schedule=None, dkv_schedule=None, **_):
+        if dq_schedule == Schedule(*wrong["DQ_TABLE"]):
+            return q, k, v, (gate[0] * 1.1,)
+        return q, k * float("nan") if dkv_schedule == Schedule(*wrong["DKV_TABLE"]) else k, v, gate
+
+    monkeypatch.setattr(hopper_forward, "window_forward", forward)
+    monkeypatch.setattr(hopper_backward, "window_backward", backward)
+    assert list(tuning.tune_window()) == [f"{table}  64: {fine[table][64]},  # 2.000 ms" for table in wrong]
+    said = capsys.readouterr().err
+    for (table, values), off, width in zip(
+        wrong.items(), ("", "1.0e-01 off", "nan off"), (2048, 512, 512), strict=True
+    ):
+        assert f"{table} 64: {Schedule(*values)} left out, " in said
+        assert f"{off} at window {width}" in said

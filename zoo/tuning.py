@@ -1,10 +1,12 @@
 """`zoo bench kernels --tune`: tiles of the Hopper and ring kernels against each other, as rows for their tables."""
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from zoo.bench import RINGS, BenchError, Inputs, Shape, check_kernels, graph_ms, queued_ms
 
@@ -23,6 +25,7 @@ CANDIDATES = {
         128: [(2, 3, True, 232, 40), (2, 2, True, 232, 40)],
     },
 }
+SAME = 1e-2  # of the largest value: other sums, rounded to bfloat16
 # Fields of decode.Steps: slots of a step, warps, stages, programs to aim for.
 RING_STEPS = [
     (*step, programs)
@@ -46,30 +49,57 @@ def tune(part: str = "all") -> Iterable[str]:
 
 
 def tune_window() -> Iterable[str]:
-    """Schedules of the Hopper kernels, with their time over windows 512 and 2048."""
+    """Schedules of the Hopper kernels, with their time over windows 512 and 2048.
+
+    One whose results are not those of the table's row is left out, and stderr says so."""
     from zoo.kernels import hopper_backward, hopper_forward
     from zoo.kernels.hopper_band import Schedule
 
+    tables = {
+        "TABLE": hopper_forward.TABLE,
+        "DQ_TABLE": hopper_backward.DQ_TABLE,
+        "DKV_TABLE": hopper_backward.DKV_TABLE,
+    }
     for table, by_dim in CANDIDATES.items():
         for dim, candidates in by_dim.items():
-            timed = []
-            for values in candidates:
-                schedule, total = Schedule(*values), 0.0
-                for width in (512, 2048):
-                    x = Inputs.random(Shape(4, 16, 16384, dim, width))
-                    q, k, v, decay = (tensor.detach() for tensor in (x.q, x.k, x.v, x.log_decay))
-                    options: dict[str, Any] = {"window": width, "scale": dim**-0.5, "spans": None}
-                    if table == "TABLE":
-                        forward = partial(hopper_forward.window_forward, q, k, v, (decay,), **options)
-                        total += queued_ms(partial(forward, schedule=schedule))[0]
-                        continue
-                    out, lse = hopper_forward.window_forward(q, k, v, (decay,), **options)
-                    name = "dq_schedule" if table == "DQ_TABLE" else "dkv_schedule"
-                    backward = partial(hopper_backward.window_backward, x.dout, None, q, k, v, out, lse, (decay,))
-                    total += queued_ms(partial(backward, **options, **{name: schedule}))[0]
-                timed.append((total, schedule))
-            for total, schedule in sorted(timed, key=lambda pair: pair[0]):
-                yield f"{table}  {dim}: {schedule},  # {total:.3f} ms"
+            totals = {Schedule(*values): 0.0 for values in candidates}
+            for width in (512, 2048):
+                call = window_call(table, Inputs.random(Shape(4, 16, 16384, dim, width)), width)
+                usual = call(tables[table][dim])
+                for schedule in list(totals):
+                    off = difference(call(schedule), usual)
+                    if off <= SAME:
+                        totals[schedule] += queued_ms(partial(call, schedule))[0]
+                    else:
+                        del totals[schedule]
+                        sys.stderr.write(f"{table} {dim}: {schedule} left out, {off:.1e} off at window {width}\n")
+            for schedule in sorted(totals, key=lambda schedule: totals[schedule]):
+                yield f"{table}  {dim}: {schedule},  # {totals[schedule]:.3f} ms"
+
+
+def window_call(table: str, x: Inputs, width: int) -> Callable[[Any], list[Tensor]]:
+    """The results of the forward or of a whole backward under a Schedule for the kernel of `table`."""
+    from zoo.kernels import hopper_backward, hopper_forward
+
+    q, k, v, decay = (tensor.detach() for tensor in (x.q, x.k, x.v, x.log_decay))
+    options: dict[str, Any] = {"window": width, "scale": q.shape[3] ** -0.5, "spans": None}
+    forward = partial(hopper_forward.window_forward, q, k, v, (decay,), **options)
+    if table == "TABLE":
+        return lambda schedule: list(forward(schedule=schedule))
+    name = "dq_schedule" if table == "DQ_TABLE" else "dkv_schedule"
+    backward = partial(hopper_backward.window_backward, x.dout, None, q, k, v, *forward(), (decay,), **options)
+
+    def call(schedule: Any) -> list[Tensor]:
+        dq, dk, dv, gate = backward(**{name: schedule})
+        return [dq, dk, dv, *gate]
+
+    return call
+
+
+def difference(found: list[Tensor], usual: list[Tensor]) -> float:
+    """The largest one over the largest value of its tensor; NaN where something is."""
+    shares = [(a.float() - b.float()).abs().max() / b.float().abs().max() for a, b in zip(found, usual, strict=True)]
+    return float(torch.stack(shares).max())
 
 
 def tune_ring(best: int = 5) -> Iterable[str]:
