@@ -61,8 +61,44 @@ def test_what_is_lost_is_within_the_bound(kind, name):
     assert -1e-9 <= loss.min() <= loss.max() <= -math.log1p(-PRUNE)
     dout = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     grads, less_grads = (torch.autograd.grad(x, (q, k, v, decay), dout) for x in (out, less))
-    sharpest = 6 * PRUNE * dout.norm(dim=-1).max() * largest  # of a row's sum of |dS' - dS|
-    assert (less_grads[0] - grads[0]).norm(dim=-1).max() <= sharpest * q.shape[-1] ** -0.5 * k.norm(dim=-1).max()
+    changes = [a - b for a, b in zip(less_grads, grads, strict=True)]
+    check_gradients(changes, q, k, v, dout, torch.full_like(lse, PRUNE))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_share_that_is_lost_moves_gradients_within_their_bounds(kind):
+    """Whatever is dropped, and however much: here keys before a start, from rows that see others too."""
+    q, k, v, decay = inputs(kind, queries=400, keys=520)
+    leaves = [x.requires_grad_() for x in (q, k, v, decay / 50)]
+    start = torch.tensor([70, 118], dtype=torch.int32)
+    (out, lse), (less, less_lse) = (window_attention(*leaves, return_lse=True, key_start=x) for x in (None, start))
+    lost = -torch.expm1(less_lse - lse).detach().clamp(max=0) + 1e-12  # rounded in float64
+    assert lost.max() > (0.05 if kind == "resets" else 0.5)
+    dout = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    grads, less_grads = (torch.autograd.grad(x, leaves, dout) for x in (out, less))
+    changes = [a - b for a, b in zip(less_grads, grads, strict=True)]
+    check_gradients(changes, q, k, v, dout, lost)
+
+
+def check_gradients(changes, q, k, v, dout, lost):
+    """That those of q, k, v and log_decay change by no more than zoo/ops/prune.py says. lost (B,T,H): each row's share
+    of its probability. Head dim 8, and its scale."""
+    dq, dk, dv, dgate = changes
+    scale, kv_heads, later = 8**-0.5, k.shape[2], k.shape[1] - q.shape[1]
+    moved = lost * dout.norm(dim=-1)
+    rows = 6 * moved * v.detach().norm(dim=-1).max()  # a row's sum of |dS' - dS|
+    assert (dq.norm(dim=-1) <= scale * rows * k.norm(dim=-1).max()).all()
+
+    def over_rows(x):
+        """(B,T,H) summed over all that share a key head."""
+        return x.unflatten(2, (kv_heads, -1)).sum((1, 3))
+
+    assert (dk.norm(dim=-1).sum(1) <= over_rows(scale * rows * q.norm(dim=-1))).all()
+    assert (dv.norm(dim=-1).sum(1) <= over_rows(2 * moved)).all()
+    assert (dv.norm(dim=-1).amax(1) <= over_rows(moved)).all()
+    after = (rows / 2).flip(1).cumsum(1).flip(1)  # of this row and those that follow
+    after = torch.cat((after[:, :1].expand(-1, later, -1), after), dim=1)
+    assert (dgate.abs() <= after).all()
 
 
 def test_something_is_lost_and_nothing_where_nothing_may_be():

@@ -20,6 +20,15 @@ p |dout| |out' - out|, in sum 4 delta + 2 delta times |dout| V.  (Exact arithmet
 C falls towards older tiles, so what is kept is a run of the newest tiles; to have its mirror (the queries that keep a
 key tile) a run too, a query tile keeps what any later one keeps, which only adds. Query heads that share a key head
 share their tiles. Forward and backward take the same ones: the gradients are those of what was computed.
+
+Corollary. Where no row loses more than delta, the gradients of out's loss change by at most
+    |dq'_t - dq_t| <= 6 delta |scale| K V |dout_t|,      sum_j |dk'_j - dk_j| <= 6 delta |scale| V sum_t |dout_t| |q_t|,
+    |dv'_j - dv_j| <= delta sum_t |dout_t|, over all j together twice that,
+    |dg'_i - dg_i| <= 3 delta V sum_{t >= i} |dout_t|
+with t over the rows of all query heads that share a key head; for g over those of its own.
+Proof. dq_t = scale sum_j dS_tj k_j and dk_j = scale sum_t dS_tj q_t: by the bound on a row. dv_j = sum_t p_tj dout_t;
+a dropped key has p_tj <= delta and p'_tj = 0, any other p'_tj - p_tj = delta p'_tj, both at most delta. dg_i =
+sum_{t >= i} sum_{j < i} dS_tj; a row's dS adds up to 0 before and after, so a part of it changes by at most half.
 """
 
 import math
