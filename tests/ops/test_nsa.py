@@ -117,19 +117,6 @@ def test_the_dense_path_stays_where_it_is_equal(monkeypatch):
         torch.testing.assert_close(found, dense[name])
 
 
-def test_dense_shortcut_is_no_change(monkeypatch):
-    """Just above top * block the sparse path runs; for the same tokens it agrees with the dense one below."""
-    case = NSACase("edge", 16, group=2)
-    x = case.tensors()
-    dense = run(case, x)
-    index = ops.compressed_attention(*(x[n] if n == "q" else ops.pool_blocks(x[n], 4) for n in "qkv"), block=4, top=4)[
-        2
-    ]
-    out = ops.selected_attention(x["q"], x["k"], x["v"], index, block=4)
-    torch.testing.assert_close(out, ops.window_attention(x["q"], x["k"], x["v"]))
-    assert dense["out"].isfinite().all()
-
-
 def test_equal_scores_choose_the_earlier_block():
     q, k = torch.ones(1, 40, 2, 4), torch.ones(1, 10, 1, 4)
     index = ops.compressed_attention(q, k, k, block=4, top=6)[2]
@@ -204,6 +191,54 @@ def test_errors_name_the_argument(fields, named):
     }  # fmt: skip
     with pytest.raises(ValueError, match=named):
         ops.nsa_attention(**arguments | fields)
+
+
+def compressed(**fields):
+    q, k = torch.zeros(1, 8, 2, 4), torch.zeros(1, 3, 1, 4)
+    return ops.compressed_attention(**{"q": q, "k": k, "v": k, "block": 4, "top": 3} | fields)
+
+
+def selected(**fields):
+    q, k = torch.zeros(1, 8, 2, 4), torch.zeros(1, 8, 1, 4)
+    index = torch.zeros(1, 8, 1, 3, dtype=torch.int32)
+    return ops.selected_attention(**{"q": q, "k": k, "v": k, "block_index": index, "block": 4} | fields)
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("call", "fields", "message"),
+    [
+        (compressed, {"query_start": ints(-1)}, r"query_start must lie between 0 and 15, got \[-1\]"),
+        (compressed, {"query_start": ints(16)}, r"query_start must lie between 0 and 15, got \[16\]"),
+        (selected, {"query_start": ints(-1)}, r"query_start must lie between 0 and 8, got \[-1\]"),
+        (selected, {"query_start": ints(9)}, r"query_start must lie between 0 and 8, got \[9\]"),
+        (compressed, {"query_start": ints(0, 1)}, r"query_start has shape \(2,\), it must be \(B,\) = \(1,\)"),
+        (selected, {"query_start": torch.zeros(1)}, r"query_start must be a non-empty int32 vector"),
+        (selected, {"query_start": ints(0), "cu_seqlens": ints(0, 8)}, r"can't be given together"),
+        *(
+            (call, {"cu_seqlens": ints(*bounds)}, r"cu_seqlens must go from 0 to T = 8 and never fall")
+            for call in (compressed, selected)
+            for bounds in ((1, 8), (0, 7), (0, 9), (0, 5, 4, 8))
+        ),
+        *((call, {"cu_seqlens": ints()}, r"cu_seqlens must be a non-empty int32") for call in (compressed, selected)),
+        (selected, {"cu_seqlens": ints(0, 8), "k": torch.zeros(1, 9, 1, 4), "v": torch.zeros(1, 9, 1, 4)}, r"as many"),
+        (selected, {"block_index": ints(0)}, r"block_index must be int32 \(B, T, G, top\)"),
+        (compressed, {"stride": 3}, r"stride must divide both"),
+    ],
+)
+def test_the_branches_refuse_what_they_cannot_place(call, fields, message):
+    call()
+    with pytest.raises(ValueError, match=message):
+        call(**fields)
+
+
+def test_a_ragged_row_may_end_with_its_keys():
+    """Its start is then the first place after them, and what it asks for is padding."""
+    assert selected(query_start=ints(8)).isfinite().all()
+    assert compressed(query_start=ints(15))[0].isfinite().all()
 
 
 @pytest.mark.parametrize("there", [(0, 1, 2), (0, 1), (2,), (1, 2)])

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from zoo.ops import backend, reference
 from zoo.ops.reference_nsa import Geometry, Places
 from zoo.ops.stacking import stack_rows
-from zoo.ops.window import window_attention
+from zoo.ops.window import check_documents, check_index, window_attention
 
 FORCED = 3  # blocks that are always chosen: the first, the previous, the own
 
@@ -121,6 +121,8 @@ def compressed_attention(
     Returns out like q, the natural-log normaliser lse (B,T,H) (-inf, and out 0, where no block is visible) and
     block_index (B,T,G,top) int32: for each query its blocks, counted from its document's start, ascending, then -1.
     Differentiable once in q, k, v, through out and lse.
+    Raises ValueError naming the argument. Values (cu_seqlens, query_start) are looked at on the CPU, and on other
+    devices under ZOO_DEBUG=1 only.
     """
     _check_qkv("k and v", q, k, v)
     geometry = _geometry(block, stride, select, top)
@@ -151,6 +153,7 @@ def selected_attention(
     share them. query_start as in `compressed_attention`: keys beyond a query are never read.
 
     Returns out like q (0 where a query has no block); with return_lse also lse (B,T,H). Differentiable once in q, k, v.
+    Raises ValueError naming the argument, after a look at values as in `compressed_attention`; never at block_index's.
     """
     _check_qkv("k and v", q, k, v)
     if not block >= 1:
@@ -243,6 +246,7 @@ def _compressed_attention(
     query_start: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     geometry = Geometry(block, stride, select, top, printed)
+    _check_values(q, _compressed_limit(k, geometry) - 1, cu_seqlens, query_start)
     places = _compressed_places(q, k, geometry, cu_seqlens, query_start)
     with torch.autocast(q.device.type, enabled=False):
         return _kernels(q).compressed_forward(q, k, v, places, geometry, scale)
@@ -313,6 +317,7 @@ def _selected_attention(
     cu_seqlens: Tensor | None,
     query_start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    _check_values(q, k.shape[1], cu_seqlens, query_start)
     places = _places(q, block, k.shape[1], cu_seqlens, query_start)
     with torch.autocast(q.device.type, enabled=False):
         return _kernels(q).selected_forward(q, k, v, block_index, places, block, scale)
@@ -419,8 +424,12 @@ def _kernels(q: Tensor) -> Any:
 def _compressed_places(
     q: Tensor, k: Tensor, geometry: Geometry, cu_seqlens: Tensor | None, query_start: Tensor | None
 ) -> Places:
-    limit = k.shape[1] * geometry.stride + geometry.block  # the first position that would see a block beyond the last
-    return _places(q, geometry.select, limit, cu_seqlens, query_start)
+    return _places(q, geometry.select, _compressed_limit(k, geometry), cu_seqlens, query_start)
+
+
+def _compressed_limit(k: Tensor, geometry: Geometry) -> int:
+    """The first position that would see a block beyond the last."""
+    return k.shape[1] * geometry.stride + geometry.block
 
 
 # -------------------------------------------------------------------------------------------------------- the checks
@@ -461,12 +470,20 @@ def _check_places(q: Tensor, scale: float | None, cu_seqlens: Tensor | None, que
     if cu_seqlens is not None and query_start is not None:
         raise ValueError("cu_seqlens and query_start can't be given together")
     for name, index in (("cu_seqlens", cu_seqlens), ("query_start", query_start)):
-        if index is None:
-            continue
-        if index.dtype != torch.int32 or index.dim() != 1 or index.device != q.device:
-            raise ValueError(f"{name} must be an int32 vector on {q.device}, got {index.dtype} {_shapes(index)}")
+        if index is not None:
+            check_index(name, index, q)
     if cu_seqlens is not None and q.shape[0] != 1:
         raise ValueError(f"cu_seqlens packs documents in one row: it needs B = 1, got q {_shapes(q)}")
     if query_start is not None and query_start.shape[0] != q.shape[0]:
         raise ValueError(f"query_start has shape {_shapes(query_start)}, it must be (B,) = ({q.shape[0]},)")
     return q.shape[3] ** -0.5 if scale is None else float(scale)
+
+
+def _check_values(q: Tensor, last: int, cu_seqlens: Tensor | None, query_start: Tensor | None) -> None:
+    """What only the values tell, as `window_attention` looks at them. last: where a row's queries may begin at most."""
+    if q.device.type != "cpu" and not backend.debug():
+        return
+    if cu_seqlens is not None:
+        check_documents(cu_seqlens, q.shape[1])
+    if query_start is not None and not 0 <= int(query_start.min()) <= int(query_start.max()) <= last:
+        raise ValueError(f"query_start must lie between 0 and {last}, got {query_start.tolist()[:8]}")

@@ -241,20 +241,20 @@ def _check_options(
     if cu_seqlens is not None and key_start is not None:
         raise ValueError("cu_seqlens and key_start can't be given together: cut the documents at cu_seqlens instead")
     if cu_seqlens is not None:
-        _check_index("cu_seqlens", cu_seqlens, q)
+        check_index("cu_seqlens", cu_seqlens, q)
         if q.shape[0] != 1 or k.shape[1] != q.shape[1]:
             raise ValueError(
                 f"cu_seqlens packs documents in one row: it needs B = 1 and as many keys as queries, "
                 f"got q {tuple(q.shape)} and k {tuple(k.shape)}"
             )
     if key_start is not None:
-        _check_index("key_start", key_start, q)
+        check_index("key_start", key_start, q)
         if key_start.shape[0] != q.shape[0]:
             raise ValueError(f"key_start has shape {tuple(key_start.shape)}, it must be (B,) = ({q.shape[0]},)")
     return q.shape[3] ** -0.5 if scale is None else float(scale)
 
 
-def _check_index(name: str, index: Tensor, q: Tensor) -> None:
+def check_index(name: str, index: Tensor, q: Tensor) -> None:
     if index.dtype != torch.int32 or index.dim() != 1 or index.shape[0] < 1:
         raise ValueError(f"{name} must be a non-empty int32 vector, got {index.dtype} of shape {tuple(index.shape)}")
     if index.device != q.device:
@@ -272,15 +272,20 @@ def _check_values(
         if not (high <= 0 and low > -torch.inf):  # also false for NaN
             raise ValueError(f"log_decay must be finite and <= 0, it lies in [{low}, {high}]")
     if cu_seqlens is not None:
-        first, last, steps = int(cu_seqlens[0]), int(cu_seqlens[-1]), cu_seqlens.diff()
-        if first != 0 or last != q.shape[1] or bool((steps < 0).any()):
-            raise ValueError(
-                f"cu_seqlens must go from 0 to T = {q.shape[1]} and never fall, "
-                f"it ends at {last} and begins {cu_seqlens.tolist()[:8]}"
-            )
+        check_documents(cu_seqlens, q.shape[1])
     if (
         key_start is not None
         and key_start.numel()
         and not 0 <= int(key_start.min()) <= int(key_start.max()) <= k.shape[1]
     ):
         raise ValueError(f"key_start must lie between 0 and N = {k.shape[1]}, got {key_start.tolist()[:8]}")
+
+
+def check_documents(cu_seqlens: Tensor, length: int) -> None:
+    """Looks at the values, so only where `_check_values` may."""
+    first, last, steps = int(cu_seqlens[0]), int(cu_seqlens[-1]), cu_seqlens.diff()
+    if first != 0 or last != length or bool((steps < 0).any()):
+        raise ValueError(
+            f"cu_seqlens must go from 0 to T = {length} and never fall, "
+            f"it ends at {last} and begins {cu_seqlens.tolist()[:8]}"
+        )
