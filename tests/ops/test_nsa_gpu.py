@@ -283,6 +283,34 @@ def test_compiled_equals_eager():
     assert relative_error(compiled(*arguments), ops.nsa_attention(*arguments, **BIG.options).double()) <= 1e-2
 
 
+def swapped_blocks(q, k, ours, theirs, block=64):
+    """(share of queries and key heads with other blocks, the largest relative difference between the scores of a block
+    that only we chose and one that only they did), by the scores in float64. q (T,H,D), compressed k (M,G,D), blocks
+    (T,G,top). As many have to be chosen."""
+    place, slot = torch.arange(len(q), device=q.device), torch.arange(len(k), device=q.device)
+    logits = torch.einsum("tgrd,mgd->tgrm", q.double().unflatten(1, (k.shape[1], -1)), k.double()) * q.shape[2] ** -0.5
+    logits = logits.masked_fill(((slot + 1) * block > place[:, None] + 1)[:, None, None], -torch.inf)
+    score = logits.softmax(-1).nan_to_num(0).sum(2)  # (T,G,M); of a query that sees none, all are chosen
+    own = (place // block)[:, None, None]
+
+    def chosen(index):
+        """(T,G,M) bool"""
+        index = torch.where((index >= 0) & (index <= own), index, len(k)).long()
+        return score.new_zeros(*score.shape[:2], len(k) + 1, dtype=torch.bool).scatter(-1, index, True)[..., :-1]
+
+    ours, theirs = chosen(ours), chosen(theirs)
+    assert torch.equal(ours.sum(-1), theirs.sum(-1))
+    differ = (ours != theirs).any(-1)
+    spans = []
+    for mine, other in ((ours, theirs), (theirs, ours)):
+        only, score_there = (mine & ~other)[differ], score[differ]
+        most, least = (score_there.masked_fill(~only, x) for x in (-torch.inf, torch.inf))
+        spans.append((most.amax(-1), least.amin(-1)))
+    (high, low), (other_high, other_low) = spans
+    gaps = torch.maximum(high - other_low, other_high - low) / torch.minimum(low, other_low)
+    return differ.double().mean().item(), gaps.max().item() if gaps.numel() else 0.0
+
+
 def test_agrees_with_fla():
     """The blocks that flash-linear-attention chooses, and its output and gradients for them (SPEC.md 5.3)."""
     pytest.importorskip("fla", reason="flash-linear-attention is not installed")
@@ -302,13 +330,9 @@ def test_agrees_with_fla():
         q=q, k=means[0], lse=lse, TK=4096, block_counts=16, block_size=64, scale=128**-0.5, cu_seqlens=None
     )
     ours = ops.compressed_attention(q, *means, block=64, top=16)[2]
-    none = 1 << 20
-    theirs = theirs.masked_fill((theirs < 0) | (theirs > torch.arange(4096, device="cuda")[:, None, None] // 64), none)
-    theirs = theirs.sort(-1).values
-    theirs = theirs.masked_fill((theirs == none) | (theirs == theirs.roll(1, -1)), none).sort(-1).values
-    same = (ours.long().masked_fill(ours < 0, none) == theirs.long()).all(-1).float().mean().item()
-    print(f"the same {16} blocks for {same:.4%} of the queries")
-    assert same > 0.97
+    differ, gap = swapped_blocks(q[0], means[0][0], ours[0], theirs[0])
+    print(f"other blocks for {differ:.2%} of the queries, whose scores differ by at most {gap:.1e} of themselves")
+    assert gap <= 2 * torch.finfo(torch.bfloat16).eps  # fla rounds scale * q
 
     leaves = [x.requires_grad_() for x in (q, k, v, gates)]
     out = ops.nsa_attention(*leaves, block=64, top=16, window=64)
