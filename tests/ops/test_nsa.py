@@ -235,6 +235,12 @@ def test_the_branches_refuse_what_they_cannot_place(call, fields, message):
         call(**fields)
 
 
+def test_values_off_the_cpu_are_looked_at_under_debug_only(monkeypatch):
+    """Another device stands behind the same question (zoo/ops/backend.py)."""
+    monkeypatch.setattr(nsa.backend, "may_look", lambda tensor: False)
+    assert selected(query_start=ints(9)).shape == compressed(query_start=ints(16))[0].shape
+
+
 def test_a_ragged_row_may_end_with_its_keys():
     """Its start is then the first place after them, and what it asks for is padding."""
     assert selected(query_start=ints(8)).isfinite().all()

@@ -255,7 +255,7 @@ def _check_options(
 
 
 def check_index(name: str, index: Tensor, q: Tensor) -> None:
-    if index.dtype != torch.int32 or index.dim() != 1 or index.shape[0] < 1:
+    if index.dtype != torch.int32 or index.dim() != 1 or index.shape[0] < min(1, q.shape[0]):
         raise ValueError(f"{name} must be a non-empty int32 vector, got {index.dtype} of shape {tuple(index.shape)}")
     if index.device != q.device:
         raise ValueError(f"{name} is on {index.device}, q on {q.device}: they must be on one device")
