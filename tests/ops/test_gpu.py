@@ -21,7 +21,8 @@ from zoo.ops import (
     reference,
     window_attention,
 )
-from zoo.ops.prune import first_tiles, pruned_spans
+from zoo.ops.prune import kept_tiles
+from zoo.ops.reference_prune import mirror
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -145,13 +146,14 @@ def test_pruned_tiles(documents, window, dim, groups):
     spans = None if cut is None else reference.document_spans(cut, length)
     tile = torch.arange(32, device="cuda")
     first = torch.stack([(tile - 3).clamp(min=0), tile // 2]).int()[None]
-    spans = pruned_spans(first, spans, length)
+    last = mirror(first)
+    spans = reference.visible_spans(spans, (first, last), length)
     found = []
     for dtype in (torch.float64, torch.bfloat16, None):  # exact, plain PyTorch, ours
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         x = [y.detach().to(dtype or y.dtype).requires_grad_() for y in (q, k, v)] + [decay.to(wide).requires_grad_()]
         if dtype is None:
-            out, _ = torch.ops.zoo.window_attention(*x, None, None, window, dim**-0.5, cut, None, first)
+            out, _ = torch.ops.zoo.window_attention(*x, None, None, window, dim**-0.5, cut, None, first, last)
         else:
             out, _ = reference.definition(*x, window=window, spans=spans)
         found.append([out.detach(), *torch.autograd.grad(out, x, dout.to(out.dtype))])
@@ -165,7 +167,7 @@ def test_pruning_stays_within_its_bound():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4000, 4, 64, device="cuda").bfloat16().unbind()
     decay = -0.1 * torch.rand(2, 4000, 4, device="cuda")
-    assert first_tiles(q, k, decay, window=2048, scale=0.125, prune=1e-3).max() > 40
+    assert kept_tiles(q, k, (decay,), window=2048, scale=0.125, prune=1e-3)[0].max() > 40
     out, less = (window_attention(q, k, v, decay, window=2048, prune=prune).double() for prune in (None, 1e-3))
     rounding = 2**-8 * out.abs().max()
     assert (out - less).norm(dim=-1).max() <= 2e-3 * v.double().norm(dim=-1).max() + rounding
