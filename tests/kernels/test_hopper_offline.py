@@ -33,7 +33,8 @@ def build(kernel, schedule, dim, element="bf16", gated=True, bounded=False, prun
     layout = gl.NVMMASharedLayout.get_default_for([1, 64, 1, dim], {"bf16": gl.bfloat16, "fp16": gl.float16}[element])
     constants = {
         "CONSUMERS": schedule.consumers, "D": dim, "GROUP": group, "STAGES": schedule.stages, "GATED": gated,
-        "BOUNDED": bounded, "PRUNED": pruned, "A_SHARED": schedule.in_shared, "HOPEFUL": element == "bf16", "WITH_DLSE": True,
+        "BOUNDED": bounded, "PRUNED": pruned, "A_SHARED": schedule.in_shared, "HOPEFUL": element == "bf16",
+        "WITH_DLSE": True,
         "CONSUMER_REGISTERS": schedule.consumer_registers, "PRODUCER_REGISTERS": schedule.producer_registers,
     }  # fmt: skip
 
@@ -59,8 +60,15 @@ def build(kernel, schedule, dim, element="bf16", gated=True, bounded=False, prun
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(
     "switches",
-    [{}, {"gated": False}, {"bounded": True}, {"pruned": True}, {"bounded": True, "pruned": True, "group": 4},
-     {"element": "fp16"}], ids=str,
+    [
+        {},
+        {"gated": False},
+        {"bounded": True},
+        {"pruned": True},
+        {"bounded": True, "pruned": True, "group": 4},
+        {"element": "fp16"},
+    ],
+    ids=str,
 )
 def test_every_row_compiles_fits_and_stays_asynchronous(name, dim, switches, tmp_path):
     kernel, table = KERNELS[name]

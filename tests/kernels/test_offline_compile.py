@@ -91,7 +91,8 @@ def test_every_row_compiles_and_fits(row):
         assert built.metadata.shared <= SHARED_BYTES[architecture], kernel.__name__
 
 
-@pytest.mark.parametrize("switches", 
+@pytest.mark.parametrize(
+    "switches",
     [{"gated": False}, {"bounded": True}, {"pruned": True}, {"bounded": True, "pruned": True}, {"element": "fp32"}],
     ids=str,
 )

@@ -18,10 +18,10 @@ from torch import Tensor
 from zoo.kernels import EPS
 from zoo.kernels.launch import rows_contiguous
 from zoo.kernels.tiles import CHUNK
+from zoo.kernels.units import LOG2E
 
 HEADS = 16  # per program: a row of the (B,N,H) inputs is read in pieces this wide
 SEGMENTS = 512  # of a row at most, in the backward: their sums are added up by every program anew
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def prefix(gate: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from zoo.kernels import gate as gates
-from zoo.kernels.hopper_band import LOG2E, Schedule, ceil_div, copyable, descriptor, pointers, programs
+from zoo.kernels.hopper_band import Schedule, ceil_div, copyable, descriptor, pointers, programs
 from zoo.kernels.hopper_dkv import dkv_kernel
 from zoo.kernels.hopper_dq import dq_kernel
+from zoo.kernels.units import LOG2E
 
 # by head dim
 DQ_TABLE = {64: Schedule(3, 4, True, 160, 32), 128: Schedule(2, 3, True, 224, 56)}

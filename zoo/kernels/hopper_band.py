@@ -24,8 +24,6 @@ from zoo.kernels.tiles import CHUNK
 TILE = gl.constexpr(64)  # rows of a warpgroup, keys of a step
 TILES_PER_CHUNK = gl.constexpr(CHUNK // 64)
 NOTHING = gl.constexpr(-1.0e30)  # the maximum of no logits; finite, so that a masked logit minus it is still -inf
-LN2 = gl.constexpr(0.6931471805599453)
-LOG2E = gl.constexpr(1.4426950408889634)
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 

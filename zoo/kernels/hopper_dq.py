@@ -13,8 +13,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from zoo.kernels.hopper_band import LOG2E, TILE, Problem, bias_columns, lane_sum, send, start_ring, visible
+from zoo.kernels.hopper_band import TILE, Problem, bias_columns, lane_sum, send, start_ring, visible
 from zoo.kernels.hopper_channels import announce, as_operand, load_held, load_passing, open_channels, score
+from zoo.kernels.units import LOG2E
 
 
 @gluon.jit

@@ -30,8 +30,6 @@ from triton.language.core import _aggregate as aggregate
 
 from zoo.kernels import gate as gates
 from zoo.kernels.hopper_band import (
-    LN2,
-    LOG2E,
     NOTHING,
     TILE,
     Problem,
@@ -47,6 +45,7 @@ from zoo.kernels.hopper_band import (
     start_ring,
     visible,
 )  # fmt: skip
+from zoo.kernels.units import LN2, LOG2E
 
 OUTGROWN = gl.constexpr(2.0**64)  # sums beyond this are not trusted; products with values up to 2^63 still fit in fp32
 

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from zoo.kernels import EPS, FORGOTTEN, KEPT_TILE, ROUNDING, UNITS
 from zoo.kernels.gate import log_decay_at
-from zoo.kernels.launch import on_device, rows_contiguous
+from zoo.kernels.launch import on_device, rows_contiguous, strides_of
 from zoo.kernels.tiles import load_tile
+from zoo.kernels.units import LN2
 
 SCANNED = 1024  # tiles of a step along a head, at most
 SEARCHED = 64  # tiles of a program
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 def kept_tiles(
@@ -35,7 +35,7 @@ def kept_tiles(
     """As `zoo.ops.prune.kept_tiles`."""
     batch, length, heads, dim = q.shape
     keys, kv_heads = k.shape[1:3]
-    q, k, *gate = (rows_contiguous(x) for x in (q, k, *gate))
+    q, k, first_gate, last_gate = (rows_contiguous(x) for x in (q, k, gate[0], gate[-1]))
     tiles = triton.cdiv(keys, KEPT_TILE)
     reach = q.new_empty((batch, kv_heads, tiles), dtype=torch.float32)
     largest, product = (q.new_empty((batch, heads, tiles), dtype=torch.float32) for _ in range(2))
@@ -45,8 +45,8 @@ def kept_tiles(
     group = heads // kv_heads
     with on_device(q):
         _measure[tiles * batch * kv_heads,](
-            q, k, gate[0], gate[-1], reach, largest, product, forgot,
-            *q.stride()[:3], *k.stride()[:3], *gate[0].stride()[:2], *gate[-1].stride()[:2], length, keys, heads,
+            q, k, first_gate, last_gate, reach, largest, product, forgot,
+            *strides_of(q, k), *first_gate.stride()[:2], *last_gate.stride()[:2], length, keys, heads,
             GROUP=group, D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), TILE=KEPT_TILE, EPS=EPS,
             ACTIVATE=len(gate) == 2, UNITS=UNITS, FORGOTTEN=FORGOTTEN,
         )  # fmt: skip

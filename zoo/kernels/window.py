@@ -29,7 +29,7 @@ from torch import Tensor
 
 from zoo.kernels import KEPT_TILE
 from zoo.kernels import gate as gates
-from zoo.kernels.launch import on_device, rows_contiguous
+from zoo.kernels.launch import on_device, rows_contiguous, strides_of
 from zoo.kernels.tiles import (
     CHUNK,
     Tile,
@@ -42,9 +42,8 @@ from zoo.kernels.tiles import (
     store_tile,
     tile_is_full,
 )
+from zoo.kernels.units import LN2, LOG2E
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 ROWS = 32  # per program of the pass that reads out and dout once
 INTEGERS = ["T", "N", "window", "stride_bound"]  # change from call to call: compiling for their values pays nothing
 
@@ -82,7 +81,7 @@ def window_forward(
         bounds, bound_strides = _bounds(spans, kept, 0)
         _forward[_query_tiles(q, k, tile) * batch * heads,](
             q, k, v, suffix, total, *bounds, out, lse,
-            *_strides(q), *_strides(k), *_strides(v), *bound_strides, **_sizes(q, k, window, scale),
+            *strides_of(q, k, v), *bound_strides, **_sizes(q, k, window, scale),
             **_switches(q, k, gate, window, spans, kept), **_schedule(tile),
         )  # fmt: skip
     return out, lse
@@ -120,11 +119,11 @@ def window_backward(
         query_side = torch.empty_like(delta) if suffix is not None else None
         dlse = dlse.contiguous() if dlse is not None else None
         _rows[triton.cdiv(length, ROWS) * batch * heads,](
-            out, dout, lse.contiguous(), dlse, suffix, row_lse, delta, *_strides(out), *_strides(dout),
+            out, dout, lse.contiguous(), dlse, suffix, row_lse, delta, *strides_of(out, dout),
             length, k.shape[1], heads, D=dim, BLOCK_D=switches["BLOCK_D"], BLOCK_Q=ROWS, GATED=bool(gate),
             WITH_DLSE=dlse is not None,
         )  # fmt: skip
-        strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(dout))
+        strides = strides_of(q, k, v, dout)
         bounds, bound_strides = _bounds(spans, kept, 1)
         _dkdv[triton.cdiv(k.shape[1], tiles.dkdv.keys) * batch * kv_heads,](
             q, k, v, dout, suffix, total, *bounds, row_lse, delta, dk, dv, key_side,
@@ -169,10 +168,6 @@ def _switches(
 
 def _schedule(tile: Tile) -> dict[str, int]:
     return {"BLOCK_Q": tile.queries, "BLOCK_K": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}
-
-
-def _strides(x: Tensor) -> tuple[int, ...]:
-    return x.stride()[:3]
 
 
 def _bounds(
@@ -358,8 +353,8 @@ def _rows(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _dkdv(
-    q_ptr, k_ptr, v_ptr, dout_ptr, suffix_ptr, total_ptr, end_ptr, last_tile_ptr, row_lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    key_side_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, suffix_ptr, total_ptr, end_ptr, last_tile_ptr, row_lse_ptr, delta_ptr,
+    dk_ptr, dv_ptr, key_side_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_db, stride_dt, stride_dh, stride_bound, stride_end, T, N, H, window, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -41,8 +41,8 @@ def kept_tiles(
     """(first, last), each (B,G,tiles) int32: the first key tile that each tile of queries keeps, and one past the last
     tile of queries that keeps each key tile. Neither ever falls along the tiles.
 
-    q (B,T,H,D), k (B,N,G,D), the queries being the last T positions; gate is (log_decay,) or (z, u), each (B,N,H). Reads
-    q and k once, nothing on the host.
+    q (B,T,H,D), k (B,N,G,D), the queries being the last T positions; gate is (log_decay,) or (z, u), each (B,N,H).
+    Reads q and k once, nothing on the host.
     """
     first, last = _kept_tiles(q, k, *gate[:1], *gate[1:] or (None,), window, scale, prune)
     return first, last

@@ -11,8 +11,6 @@ over the visible keys max(start_t, t - window + 1) <= j <= t (SPEC.md 1.4). Two 
 Shapes: q (B,T,H,D); k, v (B,N,G,D) with N >= T and H a multiple of G; log_decay (B,N,H). Query i stands at N - T + i.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -27,7 +27,7 @@ def kept_tiles(
     most = float(1 << 61)
     need = torch.where(need < most, need, most).long()  # also where it is not a number: then nothing is dropped
 
-    decay = gate[0] if len(gate) == 1 else reference.activate(*gate)
+    decay = gate[0] if len(gate) == 1 else reference.activate(gate[0], gate[1])
     forgot = -_by_tile(decay).sum(3, dtype=torch.float64)
     forgot = (forgot.clamp(max=FORGOTTEN) * UNITS).long()
     since = (forgot.flip(2).cumsum(2) - forgot.flip(2)).flip(2).contiguous()  # what the tiles after this one forgot
