@@ -375,7 +375,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     add_arguments(parser)
     options = parser.parse_args()
-    if (report := begin(Path(__file__).stem, options.untested)) is None:
+    if (report := open_report(Path(__file__).stem, options.untested)) is None:
         return 1
     compile_ahead(run_once, list(jobs(options.only, options.groups)))
     todo: list[Call] = []
@@ -394,7 +394,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--untested", action="store_true", help="measure without running the GPU tests first")
 
 
-def begin(name: str, untested: bool) -> Report | None:
+def open_report(name: str, untested: bool) -> Report | None:
     """The report to fill, once there is a GPU and its tests have passed; None, and why, where it can't be."""
     if not torch.cuda.is_available():
         sys.stderr.write(f"{name} measures a GPU, and torch finds none here\n")

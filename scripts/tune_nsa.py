@@ -23,10 +23,10 @@ from bench_nsa import (
     Report,
     Row,
     add_arguments,
-    begin,
     compile_ahead,
     finish,
     inputs,
+    open_report,
     ready,
     say,
 )
@@ -162,7 +162,7 @@ def main() -> int:
     parser.add_argument("--kernels", nargs="+", choices=list(TILES), default=list(TILES))
     add_arguments(parser)
     options = parser.parse_args()
-    if (report := begin(Path(__file__).stem, options.untested)) is None:
+    if (report := open_report(Path(__file__).stem, options.untested)) is None:
         return 1
     compile_ahead(
         run_once, [(name, group, t) for group in options.groups for name in options.kernels for t in TILES[name]]
