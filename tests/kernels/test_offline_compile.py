@@ -119,8 +119,8 @@ def test_the_choice_of_tiles_compiles(group, architecture):
     head = {"GROUP": group, "D": 64, "BLOCK_D": 64, "TILE": KEPT_TILE, "UNITS": UNITS, "FORGOTTEN": FORGOTTEN}
     for activate in (False, True):
         gates = {"EPS": 1e-3, "ACTIVATE": activate}
-        built = build(prune._measure, architecture, "bf16", head | gates)
-        assert "ld.global.v4" in built.asm["ptx"]
+        built = build(prune._measure, architecture, "bf16", head | gates, multiples=("stride_kb", "stride_kt"))
+        assert built.asm["ptx"].count("ld.global.v4") == 8  # 64 bytes a thread, of k and of q
     build(prune._limits, architecture, "bf16", {"GROUP": group, "BLOCK": prune.SCANNED})
     build(prune._search, architecture, "bf16", {"GROUP": group, "BLOCK": prune.SEARCHED}, warps=2)
 

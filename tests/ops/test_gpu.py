@@ -19,6 +19,7 @@ from zoo.ops import (
     log_decay,
     precise_linear,
     reference,
+    reference_prune,
     window_attention,
 )
 from zoo.ops.prune import kept_tiles
@@ -134,12 +135,12 @@ def test_many_items_for_each_program(dim, groups):
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("window", [None, 1500])
-@pytest.mark.parametrize("documents", [None, (0, 1, 700, 700, 2000)])
-def test_pruned_tiles(documents, window, dim, groups):
+@pytest.mark.parametrize(("documents", "queries"), [(None, 2000), (None, 1337), ((0, 1, 700, 700, 2000), 2000)])
+def test_pruned_tiles(documents, queries, window, dim, groups):
     """The kernels skip what they are told to, also where it matters: against float64 with the same tiles masked."""
     torch.manual_seed(0)
     length, heads = 2000, 2 * groups
-    q, dout = torch.randn(2, 1, length, heads, dim, device="cuda").bfloat16().unbind()
+    q, dout = torch.randn(2, 1, queries, heads, dim, device="cuda").bfloat16().unbind()
     k, v = torch.randn(2, 1, length, 2, dim, device="cuda").bfloat16().unbind()
     decay = -0.002 * torch.rand(1, length, heads, device="cuda")
     cut = None if documents is None else torch.tensor(documents, dtype=torch.int32, device="cuda")
@@ -160,6 +161,44 @@ def test_pruned_tiles(documents, window, dim, groups):
     for truth, plain, ours in zip(*found, strict=True):
         bound = 2 * relative_error(plain, truth) + 2 * torch.finfo(torch.bfloat16).eps
         assert relative_error(ours, truth) <= bound
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "kv_heads", "dim", "window"),
+    [
+        (5000, 5000, 6, 6, 64, 2048),
+        (3001, 7013, 4, 2, 128, None),
+        (900, 900, 8, 1, 96, 300),
+        (1, 4000, 2, 2, 80, None),
+        (70_000, 70_000, 2, 1, 16, 4096),  # more tiles than a step along a head takes
+    ],
+)
+def test_kept_tiles(queries, keys, heads, kv_heads, dim, window, dtype, fused):
+    """Those of the reference, but for what stands on the edge: as it would keep with a hair's breadth more or less."""
+    torch.manual_seed(0)
+    q = torch.randn(2, queries, heads, dim, device="cuda").to(dtype)
+    k = torch.randn(2, keys, kv_heads, dim, device="cuda").to(dtype)
+    k[:, keys // 3] *= 2
+    scale = dim**-0.5 / 2
+    gate = (2.5 + 0.3 * torch.randn(2, keys, heads, device="cuda"), 0.3 * torch.randn(2, keys, heads, device="cuda"))
+    if not fused:
+        decay = log_decay(*gate)
+        decay[:, keys // 2] -= 200
+        gate = (decay,)
+    assert backend.choose_backend("prune", q.device, dtype, dim).name == "triton"
+    first, last = kept_tiles(q, k, gate, window=window, scale=scale, prune=1e-3)
+    options = {"window": window, "scale": scale}
+    least, most = (reference_prune.kept_tiles(q, k, gate, prune=1e-3 * f, **options)[0] for f in (1 - 1e-4, 1 + 1e-4))
+    assert torch.equal(last, mirror(first))
+    assert bool(((least <= first) & (first <= most)).all())
+    assert (least == most).double().mean() >= 0.95
+    assert bool(first.any())
+    for _ in range(3):
+        again = kept_tiles(q, k, gate, window=window, scale=scale, prune=1e-3)
+        assert torch.equal(first, again[0])
+        assert torch.equal(last, again[1])
 
 
 def test_pruning_stays_within_its_bound():

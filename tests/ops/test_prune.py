@@ -138,6 +138,24 @@ def test_fused_gate(documents):
         assert relative_error(a.detach(), e.detach()) <= 1e-7
 
 
+def test_the_choice_is_an_operator():
+    """One call for the compiler, whatever it runs; S calls under vmap are one on S times the rows."""
+    q, k, v, decay = (x.float() for x in inputs("plain", batch=4, queries=200))
+    options = {"window": 150, "scale": 0.3, "prune": PRUNE}
+    torch.library.opcheck(torch.ops.zoo.kept_tiles, (q, k, decay, None, 150, 0.3, PRUNE))
+    kept = torch.stack(kept_tiles(q, k, (decay,), **options))
+    assert kept[0].any()
+
+    def rows(*x):
+        return torch.stack(kept_tiles(*x[:2], x[2:], **options), dim=1)
+
+    stacked = torch.vmap(rows)(*(x.unflatten(0, (2, 2)) for x in (q, k, decay)))
+    assert torch.equal(stacked.flatten(0, 1), kept.movedim(0, 1))
+    compiled = torch.compile(window_attention, fullgraph=True, backend="aot_eager")
+    q.requires_grad_()
+    assert torch.equal(compiled(q, k, v, decay, **options), window_attention(q, k, v, decay, **options))
+
+
 def test_errors_name_the_argument():
     q, k, v, decay = inputs("plain", queries=4)
     with pytest.raises(ValueError, match="prune needs log_decay"):

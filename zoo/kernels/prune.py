@@ -80,10 +80,8 @@ def _measure(
     kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
     tile = tl.program_id(0) // kv_heads % tiles
     batch = (tl.program_id(0) // kv_heads // tiles).to(tl.int64)
-    k_norm = _norm(
-        load_tile(k_ptr + batch * stride_kb + kv_head * stride_kh, tile * TILE, 0, N, stride_kt, TILE, D, BLOCK_D)
-    )
-    tl.store(reach_ptr + (batch * kv_heads + kv_head) * tiles + tile, tl.max(k_norm, 0))
+    k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
+    k_norm = _norm(load_tile(k_base, tile * TILE, 0, N, stride_kt, TILE, D, BLOCK_D))
     token = tile.to(tl.int64) * TILE + tl.arange(0, TILE)
     for member in range(GROUP):
         head = kv_head * GROUP + member
@@ -98,6 +96,7 @@ def _measure(
         tl.store(product_ptr + at, tl.max(q_norm * k_norm, 0))
         forgot = tl.minimum(tl.sum(decay, 0) * -LN2, FORGOTTEN * 1.0)
         tl.store(forgot_ptr + at, (forgot * UNITS).to(tl.int64))
+    tl.store(reach_ptr + (batch * kv_heads + kv_head) * tiles + tile, tl.max(k_norm, 0))
 
 
 @triton.jit
