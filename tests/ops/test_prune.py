@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.ops.definition import relative_error
+from tests.ops.definition import is_negligible, relative_error
 from zoo.mixers.base import Context, Dims
 from zoo.mixers.gatedfwa import GatedFWA
 from zoo.ops import gated_window_attention, reference, window_attention
@@ -110,6 +110,20 @@ def test_the_spans_mirror_each_other():
     mirrored = (position[:, None] < end[..., None, :]) & (position <= position[:, None])
     assert torch.equal(seen & (position < documents[1][0]) & (position[:, None] < documents[1][0]), seen & mirrored)
     assert torch.equal(seen, mirrored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_dropped_but_what_the_rule_lets_go(kind, dtype):
+    """Whatever is rounded on the way. A tile more would not do."""
+    q, k, _, decay = inputs(kind, queries=1500, keys=1700)
+    q, k, decay = q.to(dtype), k.to(dtype), (decay / 3).to(reference.accumulator(dtype))
+    options = {"window": 900, "scale": 0.3, "prune": PRUNE}
+    first, _ = kept_tiles(q, k, (decay,), **options)
+    assert is_negligible(first, q, k, decay, **options)
+    if kind != "nearly no gate":
+        tile = torch.arange(first.shape[2])
+        assert not is_negligible(torch.minimum(first + 1, tile), q, k, decay, **options)
 
 
 def test_absurd_gates_and_logits_drop_nothing_that_counts():
