@@ -402,19 +402,27 @@ def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot(summary: list[dict[str, Any]], path: Path) -> None:
-    """TFLOP/s on exact pairs over the shapes, a panel each for forward and backward."""
+    """TFLOP/s on exact pairs, a group of bars for each shape and a bar for each peer; a panel each for forward and
+    backward. Where some shapes have several peers, those that have one are left out."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 8), layout="constrained")
+    figure = Figure(figsize=(12, 7), layout="constrained")
     for axes, what in zip(figure.subplots(2, 1), ("forward", "backward"), strict=True):
         rows = [row for row in summary if row["what"] == what]
-        shapes = list(dict.fromkeys((row["tokens"], row["head_dim"], row["window"]) for row in rows))
-        for peer in dict.fromkeys(row["peer"] for row in rows):
-            known = {(r["tokens"], r["head_dim"], r["window"]): r["tflops_exact"] for r in rows if r["peer"] == peer}
-            axes.plot(range(len(shapes)), [known.get(shape) for shape in shapes], marker="o", label=peer)
-        axes.set_xticks(range(len(shapes)), [f"T {t}\nD {d} W {w}" for t, d, w in shapes])
+        peers = list(dict.fromkeys(row["peer"] for row in rows))
+        known: dict[tuple[int, ...], dict[str, float]] = {}
+        for row in rows:
+            shape = tuple(row[name] for name in ("batch", "heads", "tokens", "head_dim", "window"))
+            known.setdefault(shape, {})[row["peer"]] = row["tflops_exact"]
+        shapes = [shape for shape in known if len(known[shape]) > 1] or list(known)
+        for place, peer in enumerate(peers):
+            at = [i for i, shape in enumerate(shapes) if peer in known[shape]]
+            left = [i + (place - (len(peers) - 1) / 2) * 0.8 / len(peers) for i in at]
+            axes.bar(left, [known[shapes[i]][peer] for i in at], 0.8 / len(peers), label=peer)
+        axes.set_xticks(range(len(shapes)), [f"B{b} H{h}\nT {t}\nD {d} W {w}" for b, h, t, d, w in shapes], fontsize=7)
         axes.set_ylabel(f"{what}, TFLOP/s on exact pairs")
-        axes.grid(alpha=0.3)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
