@@ -52,7 +52,7 @@ def kept_tiles(
         )  # fmt: skip
         _limits[batch * heads,](
             reach, largest, product, forgot, since, limit, tiles, abs(scale) * ROUNDING * UNITS,
-            least * ROUNDING * UNITS, GROUP=group, BLOCK=min(SCANNED, triton.next_power_of_2(tiles)),
+            least * ROUNDING * UNITS, GROUP=group, BLOCK=min(SCANNED, max(128, triton.next_power_of_2(tiles))),
         )  # fmt: skip
         _search[triton.cdiv(tiles, SEARCHED) * batch * kv_heads,](
             since, limit, first, last, tiles, tiles.bit_length(), GROUP=group, BLOCK=SEARCHED, num_warps=2
