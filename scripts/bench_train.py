@@ -38,24 +38,31 @@ WARM = 10  # steps before the clock counts, or half of all
 # ------------------------------------------------------------------------------------------------------------ variants
 
 
+def put(owner: Any, name: str, value: Any) -> None:
+    """Replaces what is there: a name that has gone is an error, not a variant that changes nothing."""
+    if not hasattr(owner, name):
+        raise AttributeError(f"{getattr(owner, '__name__', owner)} has no {name!r} to replace")
+    setattr(owner, name, value)
+
+
 def _f32_gates() -> None:
     from zoo.ops import linear
 
-    linear._in_pieces = lambda x: False  # type: ignore[assignment]
+    put(linear, "_in_pieces", lambda x: False)
 
 
 def _inline_rotary() -> None:
     from zoo import backbone
     from zoo.ops import rotary
 
-    backbone.rotary_table = rotary._rotary_table._init_fn  # type: ignore[assignment]
+    put(backbone, "rotary_table", rotary._rotary_table._init_fn)
 
 
 def _loss_rows(rows: int) -> Callable[[], None]:
     def apply() -> None:
         from zoo.ops import loss
 
-        loss.CHUNK_ELEMENTS_GPU = rows * VOCABULARY
+        put(loss, "CHUNK_ELEMENTS_GPU", rows * VOCABULARY)
 
     return apply
 
@@ -67,7 +74,7 @@ def _inductor_swiglu() -> None:
         value, gate = packed.chunk(2, dim=-1)
         return F.silu(gate) * value
 
-    layers.swiglu = plain  # type: ignore[assignment]
+    put(layers, "swiglu", plain)
 
 
 def _inductor_qkv() -> None:
@@ -83,7 +90,7 @@ def _inductor_qkv() -> None:
         q, k = apply_rotary(q, ctx.rotary), apply_rotary(k, ctx.rotary)  # type: ignore[arg-type]
         return q.to(v.dtype), k.to(v.dtype), v, None if self.gate is None else self.gate(x)
 
-    Attention._prepare = prepare  # type: ignore[method-assign]
+    put(Attention, "_prepare", prepare)
 
 
 def _sum_loss() -> None:
@@ -92,14 +99,14 @@ def _sum_loss() -> None:
     def accumulate(grad_weight: Tensor, logits: Tensor, part: Tensor) -> None:
         grad_weight += logits.mT @ part
 
-    loss._accumulate = accumulate
+    put(loss, "_accumulate", accumulate)
 
 
 def _reread_loss() -> None:
     from zoo.kernels import hopper_loss, loss
 
-    loss.HELD = 0
-    hopper_loss.takes = lambda logits: False
+    put(loss, "HELD", 0)
+    put(hopper_loss, "takes", lambda logits: False)
 
 
 def _inductor(**values: Any) -> Callable[[], None]:
@@ -107,8 +114,7 @@ def _inductor(**values: Any) -> Callable[[], None]:
         from torch._inductor import config
 
         for name, value in values.items():
-            assert hasattr(config, name), name
-            setattr(config, name, value)
+            put(config, name, value)
 
     return apply
 
@@ -126,7 +132,7 @@ def _no_sync() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    loop._step = watched  # type: ignore[assignment]
+    put(loop, "_step", watched)
 
 
 # What can be changed in an arm of ours
@@ -165,15 +171,22 @@ def zoo_overrides(arm: str, tokens: int) -> tuple[str, dict[str, Any]]:
     return f"text_{name}_125m", {"backbone": backbone}
 
 
-def run_zoo(arm: str, tokens: int, budget: int, micro: int, steps: int, profile: bool) -> dict[str, Any]:
-    arm, *variants = arm.split("+")
-    for variant in variants:
-        if variant not in CHANGES:
-            VARIANTS[variant]()
+def apply(variants: list[str]) -> list[dict[str, Any]]:
+    """Makes the changes that are made in the code; returns those of the recipe. Exits with a name that is none."""
+    if unknown := [name for name in variants if name not in VARIANTS and name not in CHANGES]:
+        raise SystemExit(f"{'+'.join(unknown)}: the variants are {', '.join([*VARIANTS, *CHANGES])}")
+    for name in variants:
+        if name in VARIANTS:
+            VARIANTS[name]()
+    return [CHANGES[name] for name in variants if name in CHANGES]
+
+
+def recipe_of(arm: str, tokens: int, budget: int, micro: int, steps: int, changes: list[dict[str, Any]]) -> Any:
+    """The zoo.train.Recipe of an arm on made-up tokens."""
     from zoo import config, registry
     from zoo.data import SourceStream, Windows
     from zoo.task import Task
-    from zoo.train import Recipe, train
+    from zoo.train import Recipe
 
     @dataclass
     class RandomConfig:
@@ -194,27 +207,28 @@ def run_zoo(arm: str, tokens: int, budget: int, micro: int, steps: int, profile:
             source = Windows(corpus.numpy(), self.config.context, seed=seed)
             return SourceStream(source, batch_size=batch_size, rank=rank, world=world)
 
-    registry.tasks.register("random")(RandomTask)
+    registry.tasks.register("random", replace=True)(RandomTask)
     model, overrides = zoo_overrides(arm, tokens)
-    recipe = config.build(
-        Recipe,
-        {
-            "task": {"name": "random"},
-            "model": {"name": model, **overrides},
-            "train": {
-                "steps": steps,
-                "batch_size": budget // tokens,
-                "micro_batch_size": micro,
-                "precision": "bf16",
-                "compile": True,
-                "log_every": 1,
-                "save_every": 0,
-                "optimizer": {"lr": 3e-4},
-                "schedule": {"warmup": 20},
-            },
-        },
-        *(CHANGES[variant] for variant in variants if variant in CHANGES),
-    )
+    train = {
+        "steps": steps,
+        "batch_size": budget // tokens,
+        "micro_batch_size": micro,
+        "precision": "bf16",
+        "compile": True,
+        "log_every": 1,
+        "save_every": 0,
+        "optimizer": {"lr": 3e-4},
+        "schedule": {"warmup": 20},
+    }
+    recipe = {"task": {"name": "random"}, "model": {"name": model, **overrides}, "train": train}
+    return config.build(Recipe, recipe, *changes)
+
+
+def run_zoo(arm: str, tokens: int, budget: int, micro: int, steps: int, profile: bool) -> dict[str, Any]:
+    arm, *variants = arm.split("+")
+    recipe = recipe_of(arm, tokens, budget, micro, steps, apply(variants))
+    from zoo.train import train
+
     with tempfile.TemporaryDirectory() as folder:
         train(recipe, Path(folder) / "run", profile=profile)
         rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]

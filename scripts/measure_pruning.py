@@ -23,7 +23,7 @@ from torch import Tensor
 from zoo import ops
 from zoo.bench import queued_ms
 from zoo.model import Context, Model
-from zoo.ops.prune import TILE, first_tiles
+from zoo.ops.prune import KEPT_TILE, kept_tiles
 from zoo.train import autocast, load_run, pick_device
 
 
@@ -70,9 +70,9 @@ def what_layers_attend_to(model: Model, tokens: Tensor, precision: str) -> list[
 
 def tiles(q: Tensor, k: Tensor, decay: Tensor, window: int, prune: float) -> dict[str, Any]:
     """How many key tiles the query tiles see, and how many of them are skipped."""
-    first = first_tiles(q, k, decay, window=window, scale=q.shape[-1] ** -0.5, prune=prune)
+    first, _ = kept_tiles(q, k, (decay,), window=window, scale=q.shape[-1] ** -0.5, prune=prune)
     tile = torch.arange(first.shape[-1], device=first.device)
-    oldest = (tile * TILE - window + 1).clamp(min=0) // TILE
+    oldest = (tile * KEPT_TILE - window + 1).clamp(min=0) // KEPT_TILE
     seen, kept = (tile - oldest + 1).expand_as(first), tile - torch.maximum(first, oldest) + 1
     return {
         "tiles_skipped": 1 - float(kept.sum() / seen.sum()),
@@ -110,7 +110,7 @@ def times(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, window: int, prune: fl
     """Milliseconds on the device of both, forward and backward, and of choosing the tiles, which the forward holds."""
     leaves = [x.clone().requires_grad_() for x in (q, k, v, decay)]
     calls: dict[str, Any] = {
-        "choice": partial(first_tiles, q, k, decay, window=window, scale=q.shape[-1] ** -0.5, prune=prune)
+        "choice": partial(kept_tiles, q, k, (decay,), window=window, scale=q.shape[-1] ** -0.5, prune=prune)
     }
     for name, share in (("full", None), ("pruned", prune)):
         calls[f"{name}_forward"] = partial(ops.window_attention, q, k, v, decay, window=window, prune=share)

@@ -184,7 +184,7 @@ def test_any_near_block_may_be_missing(shape):
     assert relative_error(lse[seen], true_lse[seen]) <= 1e-2
 
 
-# What `bench_nsa.py --only tune` tries beside the table's rows, which the other tests run
+# What `tune_nsa.py` tries beside the table's rows, which the other tests run
 TILES = {
     "near": [(64, 32, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2)],
     "partial": [(64, 4, 3), (64, 4, 1), (64, 8, 2), (128, 4, 2)],

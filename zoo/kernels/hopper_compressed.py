@@ -14,8 +14,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from zoo.kernels.hopper_band import (
-    LN2,
-    LOG2E,
     NOTHING,
     TILE,
     Schedule,
@@ -26,6 +24,7 @@ from zoo.kernels.hopper_band import (
     start_ring,
 )
 from zoo.kernels.hopper_rows import HELD, Rows, mask_rows, open_channels, packed, produce, product, send
+from zoo.kernels.units import LN2, LOG2E
 
 # by head dim
 FORWARD = {64: Schedule(3, 4, True, 160, 32), 128: Schedule(3, 3, True, 160, 32)}

@@ -20,10 +20,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from zoo.kernels.hopper_band import LOG2E, NOTHING, TILE, Schedule, copyable, descriptor, programs, start_ring
+from zoo.kernels.hopper_band import NOTHING, TILE, Schedule, copyable, descriptor, programs, start_ring
 from zoo.kernels.hopper_dkv import query_columns
 from zoo.kernels.hopper_rows import HELD, Rows, mask_rows, open_channels, packed, produce, product, send
 from zoo.kernels.nsa_compressed import row_numbers, seen_by
+from zoo.kernels.units import LOG2E
 
 # by head dim
 DQ = {64: Schedule(2, 4, True, 224, 56), 128: Schedule(2, 3, True, 224, 56)}

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels.launch import on_device, rows_contiguous
+from zoo.kernels.launch import on_device, rows_contiguous, strides_of
 from zoo.kernels.tiles import architecture, load_tile, store_tile
-from zoo.kernels.window import LN2, LOG2E, _strides
+from zoo.kernels.units import LN2, LOG2E
 
 DELTA_ROWS = 32
 PROGRAMS = 528  # of _dkdv at least, where the keys alone make fewer: four for each multiprocessor of a Hopper card
@@ -89,7 +89,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, places: Any, geometry: Any, scale: f
     with on_device(q):
         rows, slots, warps, stages = choose_tile("forward", q, group_rows)
         _forward[triton.cdiv(group_rows, rows) * batch * kv_heads,](
-            q, k, v, places.place, places.first_block, out, lse, *_strides(q), *_strides(k), *_strides(v),
+            q, k, v, places.place, places.first_block, out, lse, *strides_of(q, k, v),
             **_sizes(q, k, scale), **_switches(q, k, geometry), BLOCK_R=rows, BLOCK_K=slots,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -113,7 +113,7 @@ def choose(q: Tensor, k: Tensor, lse: Tensor, places: Any, geometry: Any, scale:
         chunks = triton.cdiv(k.shape[1] // geometry.ratio + 2, at_once)
         room = torch.empty(programs * tokens * chunks * at_once, dtype=torch.float32, device=q.device)
         _choose[programs,](
-            q, k, lse, places.place, places.first_block, room, index, *_strides(q), *_strides(k), items, chunks,
+            q, k, lse, places.place, places.first_block, room, index, *strides_of(q, k), items, chunks,
             **_sizes(q, k, scale), **_switches(q, k, geometry), SELECT=geometry.select, OVERLAP=geometry.overlap,
             SHIFT=geometry.shift, TOP=geometry.top, KEPT=kept, TOKENS=tokens, PADDED_GROUP=group, BLOCK_J=slots,
             BLOCK_S=at_once, num_warps=warps, num_stages=stages, maxnreg=registers(warps),
@@ -142,7 +142,7 @@ def compressed_backward(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     sizes, switches = _sizes(q, k, scale), _switches(q, k, geometry)
     group_rows = length * heads // kv_heads
-    strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(dout))
+    strides = strides_of(q, k, v, dout)
     with on_device(q):
         row_lse, delta = row_numbers(dout, dlse, out, lse)
         rows, slots, warps, stages = choose_tile("dq", q, group_rows)
@@ -169,7 +169,7 @@ def row_numbers(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> 
     row_lse, delta = (out.new_empty((batch, length, heads), dtype=torch.float32) for _ in range(2))
     _row_numbers[triton.cdiv(batch * length * heads, DELTA_ROWS),](
         out, dout, lse.contiguous(), None if dlse is None else dlse.contiguous(), row_lse, delta,
-        *_strides(out), *_strides(dout), batch * length * heads, length, heads, D=dim,
+        *strides_of(out, dout), batch * length * heads, length, heads, D=dim,
         BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_R=DELTA_ROWS, WITH_DLSE=dlse is not None,
     )  # fmt: skip
     return row_lse, delta
