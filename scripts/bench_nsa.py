@@ -31,6 +31,7 @@ from torch import Tensor
 from zoo import bench, ops
 from zoo.kernels import nsa_inverse
 from zoo.ops import nsa
+from zoo.peers import Call
 
 HEADS, DIM, BLOCK, TOP, WINDOW = 64, 128, 64, 16, 512
 DEVICE, DTYPE = "cuda", torch.bfloat16
@@ -38,7 +39,6 @@ CROSSOVER_TOKENS = (1024, 2048, 4096, 8192, 16384)
 CONTEXT = 65536
 WORKERS = 8  # processes that compile ahead
 SAID: set[str] = set()  # reasons that stand in the output already
-Call = Callable[[], Any]
 
 
 # ----------------------------------------------------------------------------------------------------------- what runs
@@ -90,30 +90,16 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def milliseconds(call: Call) -> float:
-    from triton.testing import do_bench
-
-    call()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    once = 1e3 * (time.perf_counter() - begin)
-    return float(do_bench(call, warmup=25, rep=int(max(100, 9 * once)), return_mode="median"))
+def device_ms(call: Call) -> float:
+    return bench.queued_ms(call, least=100)[0]
 
 
-def graphed(call: Call) -> Call:
-    """The call as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+def host_ms(call: Call) -> float:
+    return bench.queued_ms(call)[1]
+
+
+def graph_ms(call: Call) -> float:
+    return bench.graph_ms([call], least=1)
 
 
 class DeviceLost(Exception):
@@ -130,11 +116,13 @@ def check_device(what: str) -> None:
 class Row(dict):
     """One row of the report; a measurement that fails leaves a None and its reason."""
 
-    def time(self, name: str, make: Callable[[], Call], *, gradients: bool = False) -> None:
+    def time(
+        self, name: str, make: Callable[[], Call], *, gradients: bool = False, how: Callable[[Call], float] = device_ms
+    ) -> None:
         """`make` gives the call to be timed, and may fail, too."""
         try:
             with torch.set_grad_enabled(gradients):
-                self[name] = round(milliseconds(make()), 4)
+                self[name] = round(how(make()), 4)
         except Exception as error:  # a peer that is not there, a shape that it does not do, too little memory
             self[name] = None
             self.setdefault("errors", {})[name] = f"{type(error).__name__}: {error}"[:300]
@@ -244,7 +232,7 @@ def stages(x: dict[str, Tensor]) -> Row:
 
 
 def crossover(report: Report, tokens: int, group: int) -> None:
-    """Forward, and forward with backward, each as one CUDA graph; the eager forward shows what launches cost."""
+    """Forward, and forward with backward, each as one CUDA graph; and what the host takes to start an eager forward."""
     x = inputs(tokens, group)
     leaves = [x[name].requires_grad_() for name in ("q", "k", "v")]
     row = Row(tokens=tokens, group=group)
@@ -259,13 +247,13 @@ def crossover(report: Report, tokens: int, group: int) -> None:
         return torch.autograd.grad(call(), leaves, x["dout"])
 
     for name, call in calls.items():
-        row.time(name, partial(graphed, call))
-        row.time(f"{name} backward", partial(graphed, partial(both, call)), gradients=True)
-    row.time("nsa eager", ready(calls["nsa"]))
+        row.time(name, ready(call), how=graph_ms)
+        row.time(f"{name} backward", ready(partial(both, call)), gradients=True, how=graph_ms)
+    row.time("nsa host", ready(calls["nsa"]), how=host_ms)
     report.add("crossover", row)
     say(
         f"crossover, T {tokens}, {group} query heads a kv head, forward / both: "
-        f"{'   '.join(row.text(name) for name in [*calls, 'nsa eager'])}"
+        f"{'   '.join(row.text(name) for name in [*calls, 'nsa host'])}"
     )
     row.reasons()
 
@@ -299,21 +287,26 @@ def decode(report: Report, group: int, batch: int) -> None:
 
     row = Row(context=CONTEXT, group=group, batch=batch)
     heads_first = [y.transpose(1, 2) for y in (q, k, v)]
-    row.time("step", partial(graphed, step))
-    row.time("full ring", partial(graphed, partial(ops.ring_attention, q, k, v, None, full)))
-    row.time("full sdpa", partial(graphed, partial(F.scaled_dot_product_attention, *heads_first, enable_gqa=True)))
+    row.time("step", ready(step), how=graph_ms)
+    row.time("full ring", ready(partial(ops.ring_attention, q, k, v, None, full)), how=graph_ms)
+    sdpa_step = partial(F.scaled_dot_product_attention, *heads_first, enable_gqa=True)
+    row.time("full sdpa", ready(sdpa_step), how=graph_ms)
     parts = row["stages"] = Row()
-    parts.time("compressed", partial(graphed, partial(compressed, 0)))
-    parts.time("with choice", partial(graphed, compressed))
-    parts.time("selected", partial(graphed, partial(selected, compressed()[2])))
-    parts.time("window", partial(graphed, window))
-    read, token_bytes = CONTEXT // BLOCK + TOP * BLOCK + WINDOW, 2 * batch * HEADS // group * DIM * k.element_size()
+    parts.time("compressed", ready(partial(compressed, 0)), how=graph_ms)
+    parts.time("with choice", ready(compressed), how=graph_ms)
+    parts.time("selected", ready(partial(selected, compressed()[2])), how=graph_ms)
+    parts.time("window", ready(window), how=graph_ms)
+    # compressed slots pass twice, for the sums and for the choice; the window is gathered, written and read again
+    read, token_bytes = (
+        2 * (CONTEXT // BLOCK) + TOP * BLOCK + 3 * WINDOW,
+        2 * batch * HEADS // group * DIM * k.element_size(),
+    )
     row["MB read"], row["MB read, full"] = read * token_bytes / 1e6, CONTEXT * token_bytes / 1e6
     report.add("decode", row)
     say(
         f"decode at {CONTEXT}, {group} query heads a kv head, batch {batch}: {row.text('step')}   "
         f"{row.text('full ring')} {row.times('step', 'full ring')}   {row.text('full sdpa')} "
-        f"{row.times('step', 'full sdpa')}   reads {row['MB read']:.1f} of {row['MB read, full']:.1f} MB "
+        f"{row.times('step', 'full sdpa')}   moves {row['MB read']:.1f}, full {row['MB read, full']:.1f} MB "
         f"({CONTEXT / read:.1f}x fewer)"
     )
     say(f"  {parts.line()}")
@@ -405,8 +398,8 @@ def open_report(name: str, untested: bool) -> Report | None:
         except bench.BenchError as error:
             sys.stderr.write(f"{error}\n")
             return None
-    versions = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
-    return Report(name, {**versions, "command": sys.argv[1:], "tests": "not run here" if untested else "passed"})
+    bench.calm()
+    return Report(name, {**bench.provenance(), "tests": "not run here" if untested else "passed"})
 
 
 def finish(todo: list[Call]) -> int:
