@@ -110,6 +110,26 @@ def test_of_equal_blocks_the_earliest_are_chosen(different):
     assert torch.equal(nsa_compressed.choose(x["q"], k, expected[1], places, geometry, 0.3), expected[2])
 
 
+@pytest.mark.parametrize("kind", ["equal", "falling", "rising", "random", "one run"])
+def test_the_last_tokens_of_many_blocks_choose_as_the_reference(kind):
+    """Equal scores: all runs of blocks reach the limit, more than the list has places for. Blocks that are as good as
+    their neighbours, best first or last, or that all stand in a few runs."""
+    generator = torch.Generator().manual_seed(0)
+    blocks, rank = 80, {"falling": -1.0, "rising": 1.0}
+    strength = torch.arange(blocks) * rank[kind] if kind in rank else torch.zeros(blocks)
+    if kind == "random":
+        strength = 20 * torch.rand(blocks, generator=generator)
+    elif kind == "one run":
+        strength[36:47] = 20.0 + torch.arange(11).flip(0)
+    direction = torch.rand(16, generator=generator) + 0.5
+    q = direction.expand(1, 12, 4, 16).contiguous()
+    k = (strength[:, None, None] * direction / direction.norm()).expand(1, blocks, 2, 16).contiguous()
+    geometry = reference_nsa.Geometry(4, 4, 4, 7)
+    places = nsa._compressed_places(q, k, geometry, None, torch.tensor([305], dtype=torch.int32))
+    expected = reference_nsa.compressed_forward(q, k, k, places, geometry, 0.3)
+    assert torch.equal(nsa_compressed.choose(q, k, expected[1], places, geometry, 0.3), expected[2])
+
+
 def test_ragged_rows_equal_the_reference():
     """Rows that start elsewhere, room beyond the last key, padding beyond the room."""
     x = NSACase("ragged", 40, group=2, batch=2).tensors(torch.float32)

@@ -18,7 +18,7 @@ WIDE = {
 }  # fmt: skip
 INDEX = {
     "place_ptr", "first_ptr", "index_ptr", "begin_ptr", "end_ptr", "bounds_ptr", "block_ptr", "first_key_ptr",
-    "first_block_ptr", "key_ptr",
+    "first_block_ptr", "key_ptr", "room_ptr",
 }  # fmt: skip
 
 
@@ -52,11 +52,12 @@ def build_compressed(name, architecture, dim, group=16, element="bf16", tile=Non
             "SELECT": 64, "OVERLAP": overlap, "SHIFT": shift, "TOP": 16, "KEPT": 16,
             "TOKENS": max(1, rows // group, 16 // group), "PADDED_GROUP": group, "BLOCK_J": slots,
         }  # fmt: skip
-        constants["BLOCK_S"] = max(16, min(512, nsa_compressed.SORTED // constants["TOKENS"]))
+        sort = max(16, min(128, nsa_compressed.SORTED // constants["TOKENS"]))
+        constants |= {"BLOCK_C": 2 * sort, "BLOCK_S": sort, "SHORT": 32, "RUN": nsa_compressed.RUN}
     else:
         constants |= {"BLOCK_R": rows, "BLOCK_K": slots}
     kernel = getattr(nsa_compressed, f"_{name}")
-    wide = {"dkdv": {"dk_ptr", "dv_ptr"}, "choose": {"score_ptr"}}.get(name, set())
+    wide = {"dkdv": {"dk_ptr", "dv_ptr"}, "choose": set()}.get(name, set())
     registers = nsa_compressed.registers(warps) if name == "choose" else None
     return build(kernel, architecture, element, constants, warps, stages, wide, registers)
 
