@@ -11,7 +11,7 @@ from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
 from tests.ops.run_nsa import run, spans
 from zoo import ops
-from zoo.kernels import nsa_compressed, nsa_inverse, nsa_mix, nsa_selected
+from zoo.kernels import nsa_compressed, nsa_inverse, nsa_mix, nsa_pool, nsa_selected
 from zoo.ops import backend, nsa, reference_nsa
 
 repair()
@@ -239,6 +239,20 @@ def test_table_tiles_equal_the_loops(monkeypatch):
     monkeypatch.undo()
     found = errors(NSACase("table", 70, group=2, dim=16))
     assert max(found.values()) <= 1e-4, found
+
+
+@pytest.mark.parametrize(("length", "block"), [(37, 4), (3, 8), (40, 20), (64, 32)])
+def test_means_of_blocks_equal_the_reference(length, block, monkeypatch):
+    """Several programs a token, some columns and tokens that are not there, strides that are not those of a tensor."""
+    monkeypatch.setattr(nsa_pool, "WIDTH", 8)
+    poison_new_tensors(monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, length, 24, generator=generator).transpose(1, 2)[..., 5:17]
+    means = nsa_pool.pool_forward(x, block)
+    torch.testing.assert_close(means, reference_nsa.pool_forward(x, block))
+    dmeans = torch.randn(2, 3, means.shape[1], 12, generator=generator).transpose(1, 2)
+    dx = nsa_pool.pool_backward(dmeans, length, block)
+    torch.testing.assert_close(dx, reference_nsa.pool_backward(dmeans, length, block))
 
 
 @pytest.mark.parametrize("there", [(0, 1, 2), (0, 1), (2,)])

@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zoo.kernels import nsa_compressed, nsa_inverse, nsa_mix, nsa_selected
+from zoo.kernels import nsa_compressed, nsa_inverse, nsa_mix, nsa_pool, nsa_selected
 from zoo.kernels.tiles import SHARED_BYTES
 
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90}
@@ -144,3 +144,7 @@ def test_the_small_kernels_compile():
         build(nsa_mix._mix_backward, "sm90", "bf16", mix | {f"d{name}_ptr": None for name in absent}, 4, 3)
     numbers = {"D": 128, "BLOCK_D": 128, "BLOCK_R": nsa_compressed.DELTA_ROWS, "WITH_DLSE": False, "dlse_ptr": None}
     build(nsa_compressed._row_numbers, "sm90", "bf16", numbers, 4, 3)
+    for heads in (4, 64):
+        pool = {"H": heads, "D": 128, "BLOCK": 64, "BLOCK_R": nsa_pool.ROWS, "BLOCK_W": nsa_pool.WIDTH}
+        build(nsa_pool._pool, "sm90", "bf16", pool, 4, 3)
+        build(nsa_pool._pool_backward, "sm90", "bf16", pool, 4, 3)

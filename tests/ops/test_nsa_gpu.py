@@ -88,6 +88,19 @@ def test_both_branches_equal_the_reference_in_float64(shape, dtype, limit):
     assert max(errors.values()) <= limit, errors
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize(("length", "heads", "dim"), [(1000, 4, 128), (777, 3, 96), (31, 1, 64), (640, 64, 128)])
+def test_means_of_blocks_equal_float64(length, heads, dim, dtype, limit):
+    torch.manual_seed(0)
+    wide = torch.randn(2, length, 3, heads, dim, device="cuda").to(dtype)
+    x = wide[:, :, 1].requires_grad_()
+    means = ops.pool_blocks(x, 64)
+    dmeans = torch.randn_like(means)
+    (dx,) = torch.autograd.grad(means, x, dmeans)
+    assert relative_error(means.detach(), reference_nsa.pool_forward(x.detach().double(), 64)) <= limit
+    assert relative_error(dx, reference_nsa.pool_backward(dmeans.double(), length, 64)) <= limit
+
+
 @pytest.mark.parametrize("block", [32, 64])
 def test_the_printed_importance_equals_the_reference(block):
     q, k, _, _, _, _, packed = inputs((1100, 4, 2, 64, block, 16, 64, 6, (0, 40, 41, 1100)), torch.float32)

@@ -386,9 +386,7 @@ def _choose(
 
         best = tl.full([TOKENS, KEPT], -1, tl.int32)
         for c0 in range(0, length, BLOCK_S):
-            _, key = _look(
-                room, short, c0, begin, first, own, found, width, suffices, TOKENS, SHORT, BLOCK_S, RUN
-            )
+            _, key = _look(room, short, c0, begin, first, own, found, width, suffices, TOKENS, SHORT, BLOCK_S, RUN)
             best = _merge_best(best, key, KEPT)
         limit = _top_th(best, TOP, KEPT)
         equals = TOP - tl.sum((best > limit).to(tl.int32), 1)  # so many of those at the limit, the earliest
@@ -397,9 +395,7 @@ def _choose(
         inside = (each < T)[:, None]
         taken = tl.zeros([TOKENS], tl.int32)
         for c0 in range(0, length, BLOCK_S):
-            block, key = _look(
-                room, short, c0, begin, first, own, found, width, suffices, TOKENS, SHORT, BLOCK_S, RUN
-            )
+            block, key = _look(room, short, c0, begin, first, own, found, width, suffices, TOKENS, SHORT, BLOCK_S, RUN)
             above, equal = key > limit, (key == limit) & (key >= 0)
             both = above.to(tl.int32) + (equal.to(tl.int32) << 16)  # two counts in one scan
             ranks, counts = tl.cumsum(both, 1), tl.sum(both, 1)
