@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.launch import on_device, rows_contiguous
+from zoo.kernels.nsa_choice import MOST, keys, look, merge_best, top_th
 from zoo.kernels.tiles import architecture, load_tile, store_tile
 from zoo.kernels.window import LN2, LOG2E, _strides
 
@@ -26,7 +27,6 @@ DELTA_ROWS = 32
 PROGRAMS = 528  # of _dkdv at least, where the keys alone make fewer: four for each multiprocessor of a Hopper card
 CHOOSERS = 2  # programs of _choose on a multiprocessor; each walks an equal share of the items, and has room for one
 SORTED = 1024  # scores that a program of _choose sorts at once: more would make warps share a token
-MOST = tl.constexpr(0x7FFFFFFE)  # as a key: importance is at most that, the bits of a float and not more
 RUN = 4  # neighbouring blocks that _choose passes over together unless one of them is good enough: a vector of loads
 INTEGERS = ["T", "M", "rows_each", "items", "chunks"]
 # (rows, slots, warps, stages) by bytes of a head's row in units of two; float32 reads the row of twice its head_dim
@@ -359,7 +359,7 @@ def _choose(
             column = c0 + tl.arange(0, BLOCK_C)[None, :]
             key = tl.minimum(tl.load(room + row * width + column), MOST)
             if (c0 < free) | (c0 + BLOCK_C > until):  # else all are free to be chosen by every token
-                key = _keys(key, begin + column - first[:, None], own[:, None])
+                key = keys(key, begin + column - first[:, None], own[:, None])
             peak = tl.max(tl.reshape(key, [TOKENS, BLOCK_C // RUN, RUN]), 2)
             tl.store(peak_room + row * peaks + c0 // RUN + tl.arange(0, BLOCK_C // RUN)[None, :], peak)
         tl.debug_barrier()
@@ -368,8 +368,8 @@ def _choose(
         for r0 in range(0, runs, BLOCK_S):
             run = r0 + tl.arange(0, BLOCK_S)[None, :]
             peak = tl.load(peak_room + row * peaks + run)
-            best = _merge_best(best, tl.where(run < runs, peak, -1), KEPT)
-        least = tl.maximum(_top_th(best, TOP, KEPT), 0)  # peaks below it are too small, or nobody's
+            best = merge_best(best, tl.where(run < runs, peak, -1), KEPT)
+        least = tl.maximum(top_th(best, TOP, KEPT), 0)  # peaks below it are too small, or nobody's
         found = tl.zeros([TOKENS], tl.int32)
         for r0 in range(0, runs, BLOCK_S):
             run = r0 + tl.arange(0, BLOCK_S)[None, :]
@@ -386,16 +386,16 @@ def _choose(
 
         best = tl.full([TOKENS, KEPT], -1, tl.int32)
         for c0 in range(0, length, BLOCK_S):
-            _, key = _look(room, short, c0, begin, first, own, found, width, suffices, TOKENS, SHORT, BLOCK_S, RUN)
-            best = _merge_best(best, key, KEPT)
-        limit = _top_th(best, TOP, KEPT)
+            _, key = look(room, short, c0, begin, first, own, found, width, suffices, TOKENS, SHORT, BLOCK_S, RUN)
+            best = merge_best(best, key, KEPT)
+        limit = top_th(best, TOP, KEPT)
         equals = TOP - tl.sum((best > limit).to(tl.int32), 1)  # so many of those at the limit, the earliest
 
         where = index_ptr + ((batch * T + each) * G + kv_head)[:, None] * TOP
         inside = (each < T)[:, None]
         taken = tl.zeros([TOKENS], tl.int32)
         for c0 in range(0, length, BLOCK_S):
-            block, key = _look(room, short, c0, begin, first, own, found, width, suffices, TOKENS, SHORT, BLOCK_S, RUN)
+            block, key = look(room, short, c0, begin, first, own, found, width, suffices, TOKENS, SHORT, BLOCK_S, RUN)
             above, equal = key > limit, (key == limit) & (key >= 0)
             both = above.to(tl.int32) + (equal.to(tl.int32) << 16)  # two counts in one scan
             ranks, counts = tl.cumsum(both, 1), tl.sum(both, 1)
@@ -442,84 +442,6 @@ def _scores(
             score += weight * p
         column = (j - begin)[:, None]
         tl.store(room + each[None, :] * width + column, score.to(tl.int32, bitcast=True), mask=column < width)
-
-
-@triton.jit
-def _keys(score, block, own):
-    """Keys order like importance, which is not negative; the first, own and previous block stand above all, those that
-    are not the token's at -1. The free ones are 1 .. own - 2."""
-    key = tl.where((block == 0) | (block >= own - 1), MOST + 1, tl.minimum(score, MOST))
-    return tl.where((block >= 0) & (block <= own), key, -1)
-
-
-@triton.jit
-def _look(
-    room, short, c0, begin, first, own, found, width, suffices,
-    TOKENS: tl.constexpr, SHORT: tl.constexpr, BLOCK_S: tl.constexpr, RUN: tl.constexpr,
-):  # fmt: skip
-    """(block, key), (TOKENS, BLOCK_S): the runs of the list from its place c0 / RUN on, or where it doesn't suffice of
-    all runs. A token's blocks ascend; a key of -1: there is none."""
-    at = c0 + tl.arange(0, BLOCK_S)[None, :]
-    row = tl.arange(0, TOKENS)[:, None]
-    there = at // RUN < found[:, None]
-    run = tl.load(short + row * SHORT + at // RUN, mask=there & suffices, other=0)
-    column = tl.where(suffices, run, tl.where(there, at // RUN, 0)) * RUN + at % RUN
-    block = begin + column - first[:, None]
-    key = _keys(tl.load(room + row * width + column), block, own[:, None])
-    return block, tl.where(there, key, -1)
-
-
-@triton.jit
-def _top_th(best, TOP: tl.constexpr, KEPT: tl.constexpr):
-    """The TOP-th largest of `best`, ascending: (TOKENS, 1)."""
-    return tl.sum(tl.where(tl.arange(0, KEPT)[None, :] == KEPT - TOP, best, 0), 1)[:, None]
-
-
-@triton.constexpr_function
-def _log2(n):
-    return n.bit_length() - 1
-
-
-@triton.jit
-def _merge_best(best, key, KEPT: tl.constexpr):
-    """The KEPT best of `best`, ascending, and of the rows of `key`: tl.topk's network, at half its instructions."""
-    BITS: tl.constexpr = _log2(KEPT)
-    ROWS: tl.constexpr = _log2(key.shape[0])
-    COLUMNS: tl.constexpr = _log2(key.shape[1])
-    x = tl.reshape(key, [2] * (ROWS + COLUMNS))
-    for stage in tl.static_range(1, BITS + 1):
-        x = _sort_stage(x, ROWS + COLUMNS, stage, stage == COLUMNS)
-    for i in tl.static_range(COLUMNS - BITS):
-        x = tl.max(x, ROWS + COLUMNS - i - BITS - 1)  # ascending against descending: the best of both
-        x = _sort_stage(x, ROWS + COLUMNS - i - 1, BITS, i + 1 == COLUMNS - BITS)
-    x = tl.maximum(tl.reshape(best, [2] * (ROWS + BITS)), x)
-    for i in tl.static_range(BITS):
-        x = _exchange(x, ROWS + BITS, BITS - 1 - i, 0)
-    return tl.reshape(x, best.shape)
-
-
-@triton.jit
-def _sort_stage(x, BITS: tl.constexpr, stage: tl.constexpr, LAST: tl.constexpr):
-    """Bitonic runs of 2^stage to sorted ones: by turns ascending and descending, or, the last, descending."""
-    for i in tl.static_range(stage):
-        if LAST:
-            x = _exchange(x, BITS, stage - 1 - i, 1)
-        else:
-            x = _exchange(x, BITS, stage - 1 - i, _bit(BITS, stage))
-    return x
-
-
-@triton.jit
-def _exchange(x, BITS: tl.constexpr, i: tl.constexpr, descending):
-    """Of each pair along the i-th innermost of 2 x 2 x ..., the smaller one first, or where descending the larger."""
-    other = x ^ tl.xor_sum(x, BITS - 1 - i, keep_dims=True)
-    return tl.where((descending ^ _bit(BITS, i)) != 0, tl.maximum(x, other), tl.minimum(x, other))
-
-
-@triton.jit
-def _bit(BITS: tl.constexpr, i: tl.constexpr):
-    """Index along the i-th innermost of 2 x 2 x ..."""
-    return tl.reshape(tl.arange(0, 2), [1] * (BITS - i - 1) + [2] + [1] * i)
 
 
 @triton.jit
