@@ -327,7 +327,8 @@ def _choose(
     room, (TOKENS, width), and the largest key of each run of RUN blocks. The TOP-th largest of those is at most the
     TOP-th largest key, so only runs that reach it hold what is wanted: as a rule TOP of them. They are listed, in
     order, and the list, with SHORT places for a token, is what is looked at closely: once for the TOP-th largest key,
-    once for those above it. Where it doesn't suffice (many equal ones), all runs are."""
+    once for those above it. Where there are few runs, or the list doesn't suffice (many equal ones), all of them are.
+    """
     width = chunks * (RUN * BLOCK_S)
     peaks = width // RUN
     room = room_ptr + tl.cast(tl.program_id(0), tl.int64) * TOKENS * (width + peaks + SHORT)
@@ -354,35 +355,36 @@ def _choose(
 
         first = tl.load(firsts + each, mask=each < T, other=0)
         own = tl.load(places + each, mask=each < T, other=0) // SELECT
-        free, until = tl.load(firsts + last) + 1 - begin, tl.load(places + t0) // SELECT - 1
-        for c0 in range(0, count, BLOCK_C):
-            column = c0 + tl.arange(0, BLOCK_C)[None, :]
-            key = tl.minimum(tl.load(room + row * width + column), MOST)
-            if (c0 < free) | (c0 + BLOCK_C > until):  # else all are free to be chosen by every token
-                key = keys(key, begin + column - first[:, None], own[:, None])
-            peak = tl.max(tl.reshape(key, [TOKENS, BLOCK_C // RUN, RUN]), 2)
-            tl.store(peak_room + row * peaks + c0 // RUN + tl.arange(0, BLOCK_C // RUN)[None, :], peak)
-        tl.debug_barrier()
         runs = tl.cdiv(count, RUN)
-        best = tl.full([TOKENS, KEPT], -1, tl.int32)  # ascending
-        for r0 in range(0, runs, BLOCK_S):
-            run = r0 + tl.arange(0, BLOCK_S)[None, :]
-            peak = tl.load(peak_room + row * peaks + run)
-            best = merge_best(best, tl.where(run < runs, peak, -1), KEPT)
-        least = tl.maximum(top_th(best, TOP, KEPT), 0)  # peaks below it are too small, or nobody's
-        found = tl.zeros([TOKENS], tl.int32)
-        for r0 in range(0, runs, BLOCK_S):
-            run = r0 + tl.arange(0, BLOCK_S)[None, :]
-            peak = tl.load(peak_room + row * peaks + run)
-            reaches = ((peak >= least) & (run < runs)).to(tl.int32)
-            at = found[:, None] + tl.cumsum(reaches, 1) - 1
-            tl.store(short + row * SHORT + at, run, mask=(reaches != 0) & (at < SHORT))
-            found += tl.sum(reaches, 1)
-        tl.debug_barrier()
-        most = tl.max(found, 0)
-        suffices = most <= SHORT
-        length = tl.where(suffices, most, runs) * RUN
-        found = tl.where(suffices, found, runs)
+        suffices, found = False, tl.full([TOKENS], runs, tl.int32)
+        if (count > BLOCK_S) & (count > TOP * RUN):
+            free, until = tl.load(firsts + last) + 1 - begin, tl.load(places + t0) // SELECT - 1
+            for c0 in range(0, count, BLOCK_C):
+                column = c0 + tl.arange(0, BLOCK_C)[None, :]
+                key = tl.minimum(tl.load(room + row * width + column), MOST)
+                if (c0 < free) | (c0 + BLOCK_C > until):  # else all are free to be chosen by every token
+                    key = keys(key, begin + column - first[:, None], own[:, None])
+                peak = tl.max(tl.reshape(key, [TOKENS, BLOCK_C // RUN, RUN]), 2)
+                tl.store(peak_room + row * peaks + c0 // RUN + tl.arange(0, BLOCK_C // RUN)[None, :], peak)
+            tl.debug_barrier()
+            best = tl.full([TOKENS, KEPT], -1, tl.int32)  # ascending
+            for r0 in range(0, runs, BLOCK_S):
+                run = r0 + tl.arange(0, BLOCK_S)[None, :]
+                peak = tl.load(peak_room + row * peaks + run)
+                best = merge_best(best, tl.where(run < runs, peak, -1), KEPT)
+            least = tl.maximum(top_th(best, TOP, KEPT), 0)  # peaks below it are too small, or nobody's
+            listed = tl.zeros([TOKENS], tl.int32)
+            for r0 in range(0, runs, BLOCK_S):
+                run = r0 + tl.arange(0, BLOCK_S)[None, :]
+                peak = tl.load(peak_room + row * peaks + run)
+                reaches = ((peak >= least) & (run < runs)).to(tl.int32)
+                at = listed[:, None] + tl.cumsum(reaches, 1) - 1
+                tl.store(short + row * SHORT + at, run, mask=(reaches != 0) & (at < SHORT))
+                listed += tl.sum(reaches, 1)
+            tl.debug_barrier()
+            if tl.max(listed, 0) <= SHORT:
+                suffices, found = True, listed
+        length = tl.max(found, 0) * RUN
 
         best = tl.full([TOKENS, KEPT], -1, tl.int32)
         for c0 in range(0, length, BLOCK_S):
