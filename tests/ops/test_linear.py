@@ -10,7 +10,7 @@ from zoo.ops import linear, precise_linear
 @pytest.fixture
 def pieces(monkeypatch):
     """The path of a GPU under autocast, on the CPU."""
-    monkeypatch.setattr(linear, "_in_pieces", lambda x: True)
+    monkeypatch.setattr(linear, "in_pieces", lambda x: True)
 
 
 def tensors(dtype=torch.float32):
@@ -87,7 +87,7 @@ def test_operator_keeps_its_promises(pieces):
 def test_autocast_is_asked_before_it_is_switched_off(monkeypatch):
     """float32 activations under autocast take the pieces, eager and compiled."""
     taken = []
-    monkeypatch.setattr(linear, "_in_pieces", lambda x: torch.is_autocast_enabled("cpu"))
+    monkeypatch.setattr(linear, "in_pieces", lambda x: torch.is_autocast_enabled("cpu"))
     operator = linear._piecewise_linear
     monkeypatch.setattr(linear, "_piecewise_linear", lambda *x: taken.append(1) or operator(*x))
     x, weight, bias = tensors()

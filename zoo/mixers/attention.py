@@ -108,33 +108,25 @@ class Attention(Mixer):
 
     # -- projections ---------------------------------------------------------------------------------------------------
 
-    def _packed(self, x: Tensor) -> Tensor:
-        return self.qkv(x).unflatten(-1, (self.dims.heads + 2 * self.kv_heads, self.dims.head_dim))
-
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self._packed(x).split((self.dims.heads, self.kv_heads, self.kv_heads), dim=2)
+        packed = self.qkv(x).unflatten(-1, (self.dims.heads + 2 * self.kv_heads, self.dims.head_dim))
+        q, k, v = packed.split((self.dims.heads, self.kv_heads, self.kv_heads), dim=2)
         return q, k, v
 
     def _prepare(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Whole rows, projected, shifted, normalised and rotated in one operator; and the gate, whose projection is
-        one product with that of the shift, for x is most of what it reads."""
+        """Whole rows, projected, shifted, normalised and rotated in one operator, and the gate."""
         assert self.shift is not None
-        keep, gate = self.shift.weight, None
-        if self.gate is None:
-            keep = ops.precise_linear(x, keep)
-        else:
-            weights = (self.gate.weight, keep)
-            pre, keep = ops.precise_linear(x, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
-            gate = self.gate.biased(pre)
-        q, k, v = ops.prepare_qkv(
-            self._packed(x),
-            keep,
+        q, k, v, pre = ops.attention_inputs(
+            x,
+            self.qkv.weight,
+            self.shift.weight,
             self.dims.heads,
+            gates=None if self.gate is None else self.gate.weight,
             norms=None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight),
             table=ctx.rotary if self.config.rotary else None,
             starts=None if ctx.cu_seqlens is None else document_starts(ctx.cu_seqlens, x.shape[1]),
         )
-        return q, k, v, gate
+        return q, k, v, None if self.gate is None else self.gate.biased(pre)
 
     def _shift(self, x: Tensor, k: Tensor, v: Tensor, ctx: Context, state: Any) -> tuple[Tensor, Tensor]:
         assert self.shift is not None

@@ -18,13 +18,14 @@ from zoo.ops.nsa import (
     runs_dense,
     selected_attention,
 )
-from zoo.ops.qkv import prepare_qkv
+from zoo.ops.qkv import attention_inputs
 from zoo.ops.rotary import rotary_table
 from zoo.ops.swiglu import swiglu
 from zoo.ops.window import gated_window_attention, window_attention
 
 __all__ = [
     "add_norm",
+    "attention_inputs",
     "compressed_attention",
     "gated_window_attention",
     "gather_blocks",
@@ -35,7 +36,6 @@ __all__ = [
     "nsa_attention",
     "pool_blocks",
     "precise_linear",
-    "prepare_qkv",
     "ring_attention",
     "rotary_table",
     "runs_dense",

@@ -24,9 +24,9 @@ def precise_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     ones, and its gradients have the precision that autocast gives those of any linear layer.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    in_pieces = _in_pieces(x)  # asked before autocast is switched off
+    pieces = in_pieces(x)  # asked before autocast is switched off
     with torch.autocast(x.device.type, enabled=False):
-        if not in_pieces:
+        if not pieces:
             return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
         high = x.to(torch.bfloat16).flatten(0, -2)
         whole = None if x.dtype == torch.bfloat16 else x.detach().flatten(0, -2)
@@ -34,17 +34,19 @@ def precise_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         return y if bias is None else y + bias.float()
 
 
-def _in_pieces(x: Tensor) -> bool:
+def in_pieces(x: Tensor) -> bool:
+    """Whether such an x takes part in three products of pieces."""
     if x.device.type != "cuda" or x.dtype == torch.float64:
         return False
     return x.dtype != torch.float32 or torch.is_autocast_enabled("cuda")
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of bfloat16 matrices, or of stacks of them, summed and returned in float32."""
-    if not a.is_cuda:
-        return a.float() @ b.float()
-    return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of matrices, or of stacks of them, summed and returned in float32 at least."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    if not a.is_cuda or a.dtype == wide:
+        return a.to(wide) @ b.to(wide)
+    return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=wide)
 
 
 @torch.library.custom_op("zoo::piecewise_linear", mutates_args=())
@@ -64,7 +66,7 @@ def _(high, x, weight):
 @torch.library.custom_op("zoo::piecewise_linear_backward", mutates_args=())
 def _piecewise_linear_backward(dy: Tensor, high: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     dy = dy.to(torch.bfloat16)
-    return dy @ weight.to(torch.bfloat16), _product(dy.mT, high).to(weight.dtype)
+    return dy @ weight.to(torch.bfloat16), wide_product(dy.mT, high).to(weight.dtype)
 
 
 @_piecewise_linear_backward.register_fake
