@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.ops.linear import wide_linear
 from zoo.ops.swiglu import swiglu
 
 
@@ -57,14 +58,24 @@ def init_normal(parts: Iterable[nn.Module | None], std: float) -> None:
                 nn.init.normal_(module.weight, std=std)
 
 
+class Linear(nn.Linear):
+    """Without a bias; under autocast the weight's gradient stays float32 (zoo.ops.wide_linear)."""
+
+    def __init__(self, inner: int, outer: int):
+        super().__init__(inner, outer, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return wide_linear(x, self.weight)
+
+
 class MLP(nn.Module):
     """SwiGLU (Shazeer, arXiv 2002.05202) or GELU; (…, C) -> (…, C)."""
 
     def __init__(self, width: int, hidden: int, kind: Literal["swiglu", "gelu"]):
         super().__init__()
         self.gated = kind == "swiglu"
-        self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.up = Linear(width, 2 * hidden if self.gated else hidden)
+        self.down = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:

@@ -1,4 +1,4 @@
-"""Cases of `attention_inputs`, and what it, `swiglu` and `add_norm` stand for, step by step with torch's own operations."""
+"""Cases of `attention_inputs`, and what it, `swiglu` and `add_norm` stand for, step by step, in torch's operations."""
 
 from dataclasses import dataclass
 
@@ -91,7 +91,7 @@ def plain_inputs(x, weight, keep, heads, *, gates=None, norms=None, table=None, 
 
 
 def input_tensors(case, dtype, device="cpu", seed=0):
-    """(leaves by name, other options; gradients of q, k, v and the gates). Weights are float32, or float64 with that."""
+    """(leaves by name, other options, gradients of q, k, v and gates). Weights are float32, or float64 with that."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)
 
@@ -114,7 +114,7 @@ def input_tensors(case, dtype, device="cpu", seed=0):
         "weight": (share * normal(heads * dim, case.width)).requires_grad_(),
         "keep": (2 * share * normal(2 * case.kv_heads, case.width)).requires_grad_(),
         **({"gates": (share * normal(case.gates, case.width)).requires_grad_()} if case.gates else {}),
-        **dict(zip(("q_norm", "k_norm"), norms)),
+        **dict(zip(("q_norm", "k_norm"), norms, strict=bool(norms))),
     }
     options = {"table": rotary_table(places, dim, 100.0) if case.rotary else None, "starts": starts}
     grads = [normal(*rows, n, dim, dtype=dtype) for n in (case.heads, case.kv_heads, case.kv_heads)]

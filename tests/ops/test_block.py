@@ -75,7 +75,6 @@ def test_under_autocast_gates_keep_their_precision(monkeypatch):
     """The path of a GPU, on the CPU: products in bfloat16, what gates make of x in float32, gradients as wide as
     the weights."""
     monkeypatch.setattr(linear, "in_pieces", lambda x: True)
-    monkeypatch.setattr("zoo.ops.qkv.in_pieces", lambda x: True)
     case = CASES[0]
     tensors = input_tensors(case, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

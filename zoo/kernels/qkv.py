@@ -57,8 +57,8 @@ def prepare_backward(
     k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, starts: Tensor | None, heads: int, per_head: bool,
     eps: float, width: int,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The gradients of qkv, gates and keep side by side in a row of `width` columns, zeros behind them: (B, T, width) of
-    qkv's dtype; and those of the weights of q and k, head by head: (S, H + G, D) float32."""
+    """The gradients of qkv, gates and keep side by side in a row of `width` columns, zeros behind them: (B, T, width)
+    of qkv's dtype; and those of the weights of q and k, head by head: (S, H + G, D) float32."""
     call = _Call(qkv, keep, q_weight, k_weight, cos, sin, starts, heads, per_head, eps)
     batch, tokens, _, dim = qkv.shape
     packed = torch.empty((batch, tokens, width), dtype=qkv.dtype, device=qkv.device)

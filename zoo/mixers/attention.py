@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo import ops
-from zoo.layers import apply_rotary, document_starts, init_normal, token_shift
+from zoo.layers import Linear, apply_rotary, document_starts, init_normal, token_shift
 from zoo.mixers.base import Context, Dims, Mixer, visible_pairs
 from zoo.mixers.cache import cache_bytes, check_room, init_cache, past_in_order, put_chunk, put_token, start_of, take
 from zoo.state import State
@@ -81,7 +81,7 @@ class Attention(Mixer):
         self.kv_heads = kv_sets * dims.kv_heads
         queries, keys = dims.heads * dims.head_dim, self.kv_heads * dims.head_dim
         self.qkv = nn.Linear(dims.width, queries + 2 * keys, bias=False)
-        self.out = nn.Linear(queries, dims.width, bias=False)
+        self.out = Linear(queries, dims.width)
         self.shift = nn.Linear(dims.width, 2 * self.kv_heads, bias=False) if config.token_shift else None
         per_head = config.qk_norm == "head"
         self.q_norm = None if config.qk_norm == "none" else nn.RMSNorm(dims.head_dim if per_head else queries, eps=1e-6)

@@ -6,7 +6,7 @@ Layout (B, T, H, D) everywhere. `window` counts the visible keys, the token's ow
 from zoo.ops.backend import may_look
 from zoo.ops.decode import ring_attention
 from zoo.ops.gate import log_decay
-from zoo.ops.linear import precise_linear
+from zoo.ops.linear import precise_linear, wide_linear
 from zoo.ops.loss import linear_cross_entropy
 from zoo.ops.norm import add_norm
 from zoo.ops.nsa import (
@@ -41,5 +41,6 @@ __all__ = [
     "runs_dense",
     "selected_attention",
     "swiglu",
+    "wide_linear",
     "window_attention",
 ]

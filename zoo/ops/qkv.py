@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.ops import backend
-from zoo.ops.linear import in_pieces, wide_product
+from zoo.ops import backend, linear
+from zoo.ops.linear import as_matrix, product, wide_product
 from zoo.ops.stacking import fold, in_front
 
 ALIGNED = 8  # columns: a row of 16-bit elements then begins at a multiple of 16 bytes, as fast products want it
@@ -72,7 +72,7 @@ def attention_inputs(
     both = torch.cat([part.detach() for part in (weight, narrow, spare) if part.shape[0]]).to(high.dtype)
     stacked = (None if y is None else y.unsqueeze(0) for y in (both, weight, narrow, q_weight, k_weight))
     cos, sin = (None, None) if table is None else table
-    options = (heads, kv_heads, per_head, in_pieces(x), eps)
+    options = (heads, kv_heads, per_head, linear.in_pieces(x), eps)
     q, k, v, pre, _ = _inputs(high, whole, *stacked, cos, sin, starts, *options)
     return q, k, v, pre[..., : narrow.shape[0] - 2 * kv_heads]
 
@@ -93,13 +93,13 @@ def _inputs(
     """q, k, v; the products with narrow (B, T, N + 2 G); and, for the backward pass, qkv (B, T, H + 2 G, D)."""
     with torch.autocast(high.device.type, enabled=False):
         x = high if whole is None else whole
-        qkv = _by_stack(high, both[:, : weight.shape[1]].mT)
+        qkv = product(high, both[:, : weight.shape[1]].mT)
         if pieces:
             module = backend.choose("linear", x.device, x.dtype, backend.NO_HEADS)
-            pre = module.piecewise_product(_rows(x, narrow.shape[0]), narrow).view(*x.shape[:2], -1)
+            pre = module.piecewise_product(as_matrix(x, narrow.shape[0]), narrow).view(*x.shape[:2], -1)
         else:
             wide = torch.promote_types(x.dtype, torch.float32)
-            pre = _by_stack(x.to(wide), narrow.mT.to(wide))
+            pre = product(x.to(wide), narrow.mT.to(wide))
         qkv = qkv.unflatten(2, (heads + 2 * kv_heads, -1))
         module = backend.choose("qkv", qkv.device, qkv.dtype, qkv.shape[3])
         keep = pre[..., pre.shape[2] - 2 * kv_heads :]
@@ -122,7 +122,7 @@ def _inputs_backward(
     q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, starts: Tensor | None,
     heads: int, per_head: bool, eps: float,
 ) -> list[Tensor]:  # fmt: skip
-    """dx, of high's dtype; the gradient of both (S, …, C), in float32 at least; then those of both norms in one, head by
+    """dx, of high's dtype; the gradient of both (S, …, C), in float32 at least; then those of the norms in one, head by
     head (S, H + G, D), where there are any."""
     gates = pre.shape[2] - 2 * dk.shape[2]
     dgates = None if not gates else pre.new_zeros(pre[..., :gates].shape) if dpre is None else dpre[..., :gates]
@@ -132,9 +132,9 @@ def _inputs_backward(
         both.shape[1],
     )  # fmt: skip
     with torch.autocast(high.device.type, enabled=False):
-        columns = _rows(packed, both.shape[0])
-        dboth = wide_product(columns.mT, _rows(high, both.shape[0]))
-        found = [_by_stack(packed, both), dboth.view(both.shape)]
+        columns = as_matrix(packed, both.shape[0])
+        dboth = wide_product(columns.mT, as_matrix(high, both.shape[0]))
+        found = [product(packed, both), dboth.view(both.shape)]
     return found if dnorms is None else [*found, dnorms]
 
 
@@ -185,17 +185,6 @@ def _backward(ctx, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dpre
 
 
 _inputs.register_autograd(_backward, setup_context=_save)
-
-
-def _rows(x: Tensor, stack: int) -> Tensor:
-    """(B, T, C) as one matrix (B * T, C), or as a stack of S > 1 of them."""
-    return x.flatten(0, 1) if stack == 1 else x.unflatten(0, (stack, -1)).flatten(1, 2)
-
-
-def _by_stack(x: Tensor, matrix: Tensor) -> Tensor:
-    """x (B, T, K) @ matrix (S, K, N), each row with its own."""
-    y = _rows(x, matrix.shape[0]) @ (matrix[0] if matrix.shape[0] == 1 else matrix)
-    return y.view(*x.shape[:2], -1)
 
 
 def _stacked(operator: Any, rows: int) -> None:

@@ -75,8 +75,8 @@ def prepare_backward(
     k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, starts: Tensor | None, heads: int, per_head: bool,
     eps: float, width: int,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The gradients of qkv, gates and keep side by side in a row of `width` columns, zeros behind them: (B, T, width) of
-    qkv's dtype; and those of the weights of q and k, head by head: (S, H + G, D)."""
+    """The gradients of qkv, gates and keep side by side in a row of `width` columns, zeros behind them: (B, T, width)
+    of qkv's dtype; and those of the weights of q and k, head by head: (S, H + G, D)."""
     parts = _parts(qkv, keep, q_weight, k_weight, cos, sin, heads)
     found = [_part_backward(grad, *part, starts, per_head, eps) for grad, part in zip((dq, dk, dv), parts, strict=True)]
     columns = [dx.flatten(2) for dx, _, _ in found]
