@@ -69,7 +69,7 @@ def attention_inputs(
     whole = None if high is x else x.detach()
     narrow = keep if gates is None else torch.cat((gates, keep))
     spare = narrow.new_zeros((-(columns + narrow.shape[0]) % ALIGNED, width))
-    both = torch.cat([part.detach() for part in (weight, narrow, spare) if part.shape[0]]).to(high.dtype)
+    both = torch.cat([part.detach().to(high.dtype) for part in (weight, narrow, spare) if part.shape[0]])
     stacked = (None if y is None else y.unsqueeze(0) for y in (both, weight, narrow, q_weight, k_weight))
     cos, sin = (None, None) if table is None else table
     options = (heads, kv_heads, per_head, linear.in_pieces(x), eps)
