@@ -35,7 +35,6 @@ from torch import Tensor, nn
 
 WIDTH, DEPTH, HEADS, VOCABULARY, WINDOW = 768, 12, 12, 50304, 512
 WARM = 10  # steps before the clock counts, or half of all
-PIECES = 4  # of a long row's MLP: the compiler sees each of them in every layer, forward, recomputed and backward
 
 # ------------------------------------------------------------------------------------------------------------ variants
 
@@ -95,12 +94,12 @@ def _rounded_gradients() -> None:
 
 
 def _sum_loss() -> None:
-    from zoo.ops import loss
+    from zoo.ops import linear
 
-    def accumulate(grad_weight: Tensor, logits: Tensor, part: Tensor) -> None:
-        grad_weight += logits.mT @ part
+    def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+        total += a @ b
 
-    loss._accumulate = accumulate
+    linear.add_product = add_product
 
 
 def _reread_loss() -> None:
@@ -170,7 +169,7 @@ def zoo_overrides(arm: str, tokens: int) -> tuple[str, dict[str, Any]]:
     if variant == "wide":
         backbone |= {"width": 1024, "heads": 16, "kv_heads": 1, "depth": 12}
     if tokens > 1 << 18:
-        backbone |= {"checkpoint": True, "mlp_chunk": -(-tokens // PIECES)}
+        backbone |= {"checkpoint": True, "mlp_chunk": 65536}
     return f"text_{name}_125m", {"backbone": backbone}
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.ops.linear import wide_linear
+from zoo.ops.mlp import mlp_in_pieces
 from zoo.ops.swiglu import swiglu
 
 
@@ -77,7 +78,10 @@ class MLP(nn.Module):
         self.up = Linear(width, 2 * hidden if self.gated else hidden)
         self.down = Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, chunk: int = 0) -> Tensor:
+        """chunk: tokens of each row at once, recomputed in the backward pass; 0: all, kept for it."""
+        if chunk:
+            return mlp_in_pieces(x, self.up.weight, self.down.weight, tokens=chunk, gated=self.gated)
         if self.gated:
             return self.down(swiglu(self.up(x)))
         return self.down(F.gelu(self.up(x)))

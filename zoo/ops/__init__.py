@@ -8,6 +8,7 @@ from zoo.ops.decode import ring_attention
 from zoo.ops.gate import log_decay
 from zoo.ops.linear import precise_linear, wide_linear
 from zoo.ops.loss import linear_cross_entropy
+from zoo.ops.mlp import mlp_in_pieces
 from zoo.ops.norm import add_norm
 from zoo.ops.nsa import (
     compressed_attention,
@@ -33,6 +34,7 @@ __all__ = [
     "log_decay",
     "may_look",
     "mix_branches",
+    "mlp_in_pieces",
     "nsa_attention",
     "pool_blocks",
     "precise_linear",

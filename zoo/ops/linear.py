@@ -43,6 +43,16 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=wide)
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, of matrices or stacks of them; one pass over total where a GPU's product can add to its float32
+    output. total may have a stack of one more in front."""
+    total = total[0] if total.dim() > a.dim() else total
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        (torch.addmm if a.dim() == 2 else torch.baddbmm)(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += wide_product(a, b)
+
+
 # ---------------------------------------------------------------------------------------------------------- wide_linear
 
 
