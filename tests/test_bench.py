@@ -2,11 +2,12 @@
 
 import subprocess
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
 
-from zoo import bench, peers, tuning
+from zoo import bench, bench_report, ops, peers, tuning
 from zoo.mixers.base import visible_pairs
 
 
@@ -23,9 +24,9 @@ def test_tile_pairs_are_counted_one_by_one(tokens, window):
 def test_shares_of_the_published_table():
     """ANCHORS: at T 16k, 88.9% of a window of 512 is visible in 64 x 64 tiles, 97.0% of one of 2048."""
     for window, share in ((512, 88.9), (2048, 97.0)):
-        shape = bench.Shape(4, 16, 16384, 64, window)
+        shape = peers.Shape(4, 16, 16384, 64, window)
         assert 100 * shape.exact / shape.tiled == pytest.approx(share, abs=0.1)
-    assert bench.Shape(4, 16, 16384, 64, 512).exact / 1e9 == pytest.approx(135.3, abs=0.1)
+    assert peers.Shape(4, 16, 16384, 64, 512).exact / 1e9 == pytest.approx(135.3, abs=0.1)
 
 
 def rows():
@@ -37,14 +38,35 @@ def rows():
 
 
 def test_medians_and_spread_over_rounds(tmp_path):
-    forward, backward, decode = bench.summarise(list(rows()))
+    forward, backward, decode = bench_report.summarise(list(rows()))
     assert (forward["ms"], forward["tflops_exact"]) == (1.0, 100.0)
     assert forward["ms_spread"] == pytest.approx(0.3)
     assert (backward["what"], decode["tb_per_s"]) == ("backward", 3.0)
-    bench.write_csv(list(rows()), tmp_path / "bench.csv")
+    bench_report.write_csv(list(rows()), tmp_path / "bench.csv")
     assert len((tmp_path / "bench.csv").read_text().splitlines()) == 8
-    bench.plot([forward, backward, decode], tmp_path / "bench.png")
+    bench_report.plot([forward, backward, decode], tmp_path / "bench.png")
     assert (tmp_path / "bench.png").stat().st_size > 5_000
+
+
+def test_the_picture_holds_what_a_whole_round_measures():
+    """Bars of the published shapes, a line over windows for each peer and head dim, one over T for each head dim."""
+    from matplotlib.figure import Figure
+
+    measured = [
+        {"peer": peer.name, "what": "forward", "ms": 1.0, "tflops_exact": 9.0, **asdict(shape)}
+        for shape, peer in bench.plan(["zoo", "flash-attention-4"], [])
+    ]
+    bars, windows, lengths = Figure().subplots(1, 3)
+    bench_report.draw_shapes(bars, measured)
+    bench_report.draw_windows(windows, [row for row in measured if not row["kv_heads"] and not row["document"]])
+    bench_report.draw_lengths(lengths, [row for row in measured if row["peer"] == "zoo"])
+    assert len(bars.patches) == 2 * len([*peers.SHAPES, *peers.OTHERS])
+    assert [line.get_label() for line in windows.lines] == [
+        "zoo D 64", "flash-attention-4 D 64", "zoo D 128", "flash-attention-4 D 128",
+    ]  # fmt: skip
+    assert list(windows.lines[0].get_xdata()) == [128, 256, 512, 1024, 2048, 4096]
+    assert [line.get_label() for line in lengths.lines] == ["D 64 W 512", "D 128 W 512"]
+    assert list(lengths.lines[0].get_xdata()) == [1 << 14, 1 << 16, 1 << 18, 1 << 20]
 
 
 def test_ratios_are_those_of_each_round(monkeypatch):
@@ -52,7 +74,7 @@ def test_ratios_are_those_of_each_round(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     peer = [{**row, "peer": "other", "ms": 2 * row["ms"]} for row in rows() if row["what"] == "forward"]
     timed = [{**row, "host_ms": 0.1} for row in [*rows(), *peer]]
-    _, forward, backward, decode = bench.table(timed).splitlines()
+    _, forward, backward, decode = bench_report.table(timed).splitlines()
     assert forward.startswith("forward B1 H2 T4096 D64 W512: zoo 1.0000 ±15%")
     assert "122.070 ns" in forward  # 1 ms over 2 x 4096
     assert "other 2.0000 ±15% 2.00x (2.00-2.00)" in forward
@@ -62,9 +84,9 @@ def test_ratios_are_those_of_each_round(monkeypatch):
 
 
 def test_rows_of_all_lengths_hold_as_many_tokens():
-    for shape in bench.LENGTHS:
+    for shape in peers.LENGTHS:
         assert shape.batch * shape.heads * shape.tokens == 4 << 20
-        assert bench.Shape(1, 4, 1 << 20, shape.head_dim, shape.window) in bench.SHAPES
+        assert peers.Shape(1, 4, 1 << 20, shape.head_dim, shape.window) in peers.SHAPES
 
 
 @pytest.mark.gpu
@@ -96,16 +118,68 @@ def test_no_gpu_no_bench(tmp_path):
 
 def test_no_speed_without_green_tests(monkeypatch):
     failed = subprocess.CompletedProcess([], 1, stdout="2 failed", stderr="")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    asked = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: asked.extend(command) or failed)
     with pytest.raises(bench.BenchError, match=r"(?s)no speed without green tests.*2 failed"):
-        bench.check_kernels()
+        bench.check_kernels(workers=2)
+    assert asked[-2:] == ["-n", "2"]
+    assert "no:benchmark" in asked  # whose warning about the workers would be an error
 
 
-@pytest.mark.parametrize("text", ["", "1,2,3,4", "4,16,16384,64,0", "4,16,16384,64,-5", "a,b,c,d,e", "1,2,3,4,5,6"])
+def test_our_own_failure_is_no_gap_in_the_table(monkeypatch, capsys):
+    def fail(shape, peer):
+        raise AssertionError(f"{peer.name} cannot")
+
+    monkeypatch.setattr(bench, "calm", lambda: None)
+    monkeypatch.setattr(bench, "measure_attention", fail)
+    monkeypatch.setattr(bench, "measure_gate", lambda: [{"what": "gate"}])
+    monkeypatch.setattr(bench, "measure_decode", list)
+    assert list(bench.one_round(["flex"], ["1,2,64,64,8"])) == [{"what": "gate"}]
+    assert "flex, B1 H2 T64 D64 W8: left out, AssertionError flex cannot" in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="zoo no gate cannot"):
+        list(bench.one_round(["zoo no gate"], ["1,2,64,64,8"]))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1,2,3,4", "4,16,16384,64,0", "4,16,16384,64,-5", "a,b,c,d,e", "1,2,3,4,5,-6", "1,2,3,4,5,2,7,8"]
+)
 def test_a_shape_is_five_numbers(text, tmp_path):
     with pytest.raises(bench.BenchError, match="it takes five numbers of 1 or more"):
         bench.run(tmp_path, shapes=[text])
-    assert bench.parse_shape("4,16,16384,64,512") == bench.SHAPES[1]
+    assert bench.parse_shape("4,16,16384,64,512") == peers.SHAPES[1]
+    assert bench.parse_shape("4,16,16384,128,512,4") == peers.OTHERS[0]
+    assert bench.parse_shape("1,16,65536,64,512,0,1500") == peers.OTHERS[1]
+    with pytest.raises(bench.BenchError, match="16 heads are no multiple of 5 key/value heads"):
+        bench.parse_shape("1,16,65536,64,512,5")
+
+
+@pytest.mark.parametrize("document", [0, 30, 64, 70])
+@pytest.mark.parametrize("window", [1, 20, 64, 500])
+def test_pairs_of_documents_are_counted_one_by_one(document, window):
+    shape = peers.Shape(2, 3, 100, 8, window, document=document)
+    i, j = torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij")
+    visible = (j <= i) & (i - j < window) & (i // (document or 100) == j // (document or 100))
+    assert shape.exact == 4 * 3 * 8 * int(visible.sum())
+    if document:
+        tiles = {(int(a) // 64, int(b) // 64) for a, b in visible.nonzero().tolist()}
+        assert shape.tiled == 4 * 3 * 8 * len(tiles) * 64 * 64
+
+
+def test_inputs_have_their_shape_and_peers_take_them():
+    plain = peers.Inputs.random(peers.Shape(2, 4, 30, 8, 5, kv_heads=2), device="cpu")
+    assert (plain.q.shape, plain.k.shape, plain.cu_seqlens) == ((2, 30, 4, 8), (2, 30, 2, 8), None)
+    packed = peers.Inputs.random(peers.Shape(2, 4, 30, 8, 5, document=25), device="cpu")
+    assert packed.q.shape == packed.k.shape == (1, 60, 4, 8)
+    assert packed.cu_seqlens.tolist() == [0, 25, 50, 60]
+    for x in (plain, packed):
+        out, leaves, dout = (made := peers.ours(True)(x))[0](), *made[1:]
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(out, leaves, dout))
+        from_z, leaves, dout = (made := peers.from_pre_activations(x))[0](), *made[1:]
+        torch.testing.assert_close(from_z, out, rtol=0.02, atol=0.02)  # eps of the gate's strength, SPEC.md 1.2
+        assert len(torch.autograd.grad(from_z, leaves, dout)) == 5
+    cut = peers.ours(True)(packed)[0]()[:, 25:50]
+    alone = ops.window_attention(*(x[:, 25:50] for x in (packed.q, packed.k, packed.v, packed.log_decay)), window=5)
+    torch.testing.assert_close(cut, alone, rtol=0.02, atol=0.02)
 
 
 def test_peers_are_chosen_by_name(tmp_path):

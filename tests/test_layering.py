@@ -35,6 +35,7 @@ ORDER = (
     ("pipelines",),  # opens a run that train has left
     ("evaluate",),
     ("doctor", "peers", "publish"),
+    ("bench_report",),
     ("bench",),
     ("tuning",),
     ("cli",),

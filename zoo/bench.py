@@ -5,11 +5,12 @@ a kernel's speed differs between starts; what is printed is the median over roun
 device's: calls wait behind a kernel that only waits, until all of them are queued (`queued_ms`), or are replayed as a
 CUDA graph where they are short (`graph_ms`), ours and the peers' alike; what the host takes to start one stands beside
 it. Speeds count exact visible pairs (4 D FLOPs each forward, 2.5 times that backward) and, beside it, the pairs of the
-64 x 64 tiles computed.
-Peers that cannot be imported, or do not do a shape, are left out by name.
+64 x 64 tiles computed; TB/s, the bytes that must be moved at least.
+Peers that cannot be imported, or do not do a shape, are left out by name; where ours fails, the bench does.
 """
 
-import csv
+import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -29,9 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo import ops
-from zoo.mixers.base import visible_pairs
+from zoo.bench_report import plot, summarise, table, write_csv
 from zoo.ops import backend
-from zoo.peers import PEERS, Call, Inputs, Peer, Shape, Skip, ours
+from zoo.peers import LENGTHS, OTHERS, PEERS, SHAPES, WINDOWS, Call, Inputs, Peer, Shape, ours
+from zoo.train import git_commit, versions
 
 MILLISECONDS = 50  # of repeats behind each median
 CYCLES = 2e9  # a second of the device's clock, at least
@@ -40,25 +42,6 @@ CALM = 0.3  # seconds of work before the first figure of a process: it has been 
 
 class BenchError(ValueError):
     """What keeps a bench from running; a figure that cannot be trusted is none."""
-
-
-# The seven shapes of the published comparison, and a million tokens.
-SHAPES = (
-    Shape(16, 16, 4096, 64, 512),
-    Shape(4, 16, 16384, 64, 512),
-    Shape(4, 16, 16384, 64, 2048),
-    Shape(4, 16, 16384, 128, 512),
-    Shape(4, 16, 16384, 128, 2048),
-    Shape(1, 16, 65536, 64, 512),
-    Shape(1, 16, 65536, 128, 1024),
-    Shape(1, 4, 1 << 20, 64, 512),
-    Shape(1, 4, 1 << 20, 128, 512),
-)
-
-# A million tokens in rows of other lengths: what a token costs must not depend on it.
-LENGTHS = tuple(
-    Shape((1 << 20) // tokens, 4, tokens, dim, 512) for dim in (64, 128) for tokens in (1 << 14, 1 << 16, 1 << 18)
-)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,7 +53,8 @@ def queued_ms(call: Call, least: float = MILLISECONDS, tries: int = 4) -> tuple[
     host to start one. A kernel that only waits holds the calls back until all are queued: nobody waits for Python.
 
     Where the host cannot get ahead in `tries` attempts (a peer that waits for the device in its call), the device's
-    time holds its waits. Inputs should be larger than the L2 cache: it is not emptied between calls."""
+    time holds its waits, and a line on stderr says so. Inputs should be larger than the L2 cache: it is not emptied
+    between calls."""
     for _ in range(2):
         call()
     torch.cuda.synchronize()
@@ -82,6 +66,7 @@ def queued_ms(call: Call, least: float = MILLISECONDS, tries: int = 4) -> tuple[
     wait = 2 * host * calls + 2e-3  # seconds
     spans: list[float] = []
     hosts: list[float] = []
+    waits = False
     while sum(spans) < least:
         torch.cuda._sleep(int(wait * CYCLES))
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
@@ -96,7 +81,10 @@ def queued_ms(call: Call, least: float = MILLISECONDS, tries: int = 4) -> tuple[
         if late and tries > 0:
             tries, wait = tries - 1, 2 * wait
             continue
+        waits = waits or late
         spans += [one.elapsed_time(other) for one, other in pairwise(marks)]
+    if waits:
+        sys.stderr.write("the host was late: the device's time of the next figure holds waits for it\n")
     return statistics.median(spans), 1e3 * statistics.median(hosts)
 
 
@@ -131,17 +119,18 @@ def graph_ms(calls: Sequence[Call], least: int = 16, replays: int = 20) -> float
 def measure_attention(shape: Shape, peer: Peer) -> Iterable[dict[str, Any]]:
     """Rows for forward and backward of one peer on one shape."""
     call, leaves, dout = peer.make(Inputs.random(shape))
-    pairs = visible_pairs(shape.tokens, None if peer.name.endswith("full") else shape.window)
+    flops = shape.flops(None if peer.name.endswith("full") else shape.window)
     with torch.no_grad():
         forward = queued_ms(call)
     out = call()
     backward = queued_ms(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
-    for what, (ms, host), factor in (("forward", forward, 1.0), ("backward", backward, 2.5)):
-        rate = factor / ms / 1e9
+    # the backward reads q, k, v, out and dout and writes dq, dk, dv: twice what the forward moves
+    for what, (ms, host), times, moves in (("forward", forward, 1.0, 1), ("backward", backward, 2.5, 2)):
         yield {
             **{"peer": peer.name, "gated": peer.gated, "what": what, "ms": ms, "host_ms": host, **asdict(shape)},
-            "tflops_exact": shape.flops(pairs) * rate,
-            "tflops_tiles": shape.tiled * rate if not peer.name.endswith("full") else None,
+            "tflops_exact": times * flops / ms / 1e9,
+            "tflops_tiles": times * shape.tiled / ms / 1e9 if not peer.name.endswith("full") else None,
+            "tb_per_s": moves * shape.bytes / ms / 1e9,
         }
 
 
@@ -160,12 +149,14 @@ def measure_gate(sets: int = 12) -> Iterable[dict[str, Any]]:
         "eager formula": formula,
     }
     shape = {"batch": 1, "heads": 16, "tokens": 65536}
+    plane = 4 * 16 * 65536 / 1e9  # bytes, over milliseconds in TB/s
     for name, forward in forwards.items():
         ms = graph_ms([partial(forward, *pair) for pair in pairs])
-        yield {"peer": name, "what": "gate forward", "ms": ms, **shape}
+        yield {"peer": name, "what": "gate forward", "ms": ms, "tb_per_s": 3 * plane / ms, **shape}
     grads = [torch.randn(1, 16, 65536, device="cuda") for _ in pairs]
     calls = [partial(gate.prefix_backward, grad, grad, pair, None) for grad, pair in zip(grads, pairs, strict=True)]
-    yield {"peer": "zoo", "what": "gate backward", "ms": graph_ms(calls), **shape}
+    ms = graph_ms(calls)
+    yield {"peer": "zoo", "what": "gate backward", "ms": ms, "tb_per_s": 6 * plane / ms, **shape}
 
 
 @dataclass(frozen=True)
@@ -231,29 +222,39 @@ def choose_peers(names: list[str]) -> list[Peer]:
 
 
 def parse_shape(text: str) -> Shape:
-    """B,H,T,D,window, five numbers of 1 or more."""
-    numbers = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
-    if len(numbers) != 5 or min(numbers) < 1:
+    """B,H,T,D,window, five numbers of 1 or more; key/value heads and tokens of a document may follow."""
+    numbers = [int(part) if part.isdecimal() else -1 for part in text.split(",")]
+    if not 5 <= len(numbers) <= 7 or min(numbers[:5]) < 1 or min(numbers) < 0:
         raise BenchError(
-            f"shapes = {text}; it takes five numbers of 1 or more, B,H,T,D,window, such as 4,16,16384,64,512"
+            f"shapes = {text}; it takes five numbers of 1 or more, B,H,T,D,window, such as 4,16,16384,64,512, and "
+            "after them key/value heads and tokens of a document, 0 for as many as heads and for whole rows"
         )
-    return Shape(*numbers)
+    shape = Shape(*numbers)
+    if shape.heads % (shape.kv_heads or 1):
+        raise BenchError(f"shapes = {text}; {shape.heads} heads are no multiple of {shape.kv_heads} key/value heads")
+    return shape
+
+
+def plan(peers: list[str], shapes: list[str]) -> list[tuple[Shape, Peer]]:
+    """What a round measures: without shapes all of this file, LENGTHS of the first peer alone."""
+    chosen = choose_peers(peers)
+    some = [parse_shape(text) for text in shapes] or [*SHAPES, *OTHERS, *WINDOWS]
+    return [(shape, peer) for shape in some for peer in chosen] + [
+        (shape, chosen[0]) for shape in LENGTHS if not shapes
+    ]
 
 
 def one_round(peers: list[str], shapes: list[str]) -> Iterable[dict[str, Any]]:
-    """Everything once, in this process; what a peer cannot do is said on stderr. Without shapes also LENGTHS, of ours
-    with a gate alone."""
-    plan = [(shape, choose_peers(peers)) for shape in [parse_shape(text) for text in shapes] or SHAPES]
-    if not shapes:
-        plan += [(shape, [PEERS[0]]) for shape in LENGTHS]
+    """Everything once, in this process; what a peer cannot do is said on stderr."""
     calm()
-    for shape, chosen in plan:
-        for peer in chosen:
-            try:
-                yield from measure_attention(shape, peer)
-            except (ImportError, Skip, RuntimeError, NotImplementedError) as error:
-                sys.stderr.write(f"{peer.name}, {shape}: left out, {type(error).__name__} {str(error)[:160]}\n")
-            torch.cuda.empty_cache()
+    for shape, peer in plan(peers, shapes):
+        try:
+            yield from measure_attention(shape, peer)
+        except Exception as error:
+            if peer.name.startswith("zoo"):
+                raise
+            sys.stderr.write(f"{peer.name}, {shape}: left out, {type(error).__name__} {str(error)[:160]}\n")
+        torch.cuda.empty_cache()
     yield from measure_gate()
     yield from measure_decode()
 
@@ -269,10 +270,13 @@ def calm() -> None:
         torch.cuda.synchronize()
 
 
-def warm(peer: str, head_dim: int) -> Iterable[dict[str, Any]]:
-    """Compiles what a round will need of one peer, into the caches on disk. No rows."""
-    call, leaves, dout = choose_peers([peer])[0].make(Inputs.random(Shape(1, 16, 4096, head_dim, 512)))
-    torch.autograd.grad(call(), leaves, dout)
+def warm(peer: str, *shape: int) -> Iterable[dict[str, Any]]:
+    """Compiles what a round will need of one peer for shapes like this one, into the caches on disk. No rows."""
+    try:
+        call, leaves, dout = choose_peers([peer])[0].make(Inputs.random(Shape(*shape)))
+        torch.autograd.grad(call(), leaves, dout)
+    except Exception as error:  # the round says it again, and whether it matters
+        sys.stderr.write(f"{peer}: {error}\n")
     return ()
 
 
@@ -283,17 +287,21 @@ def warm(peer: str, head_dim: int) -> Iterable[dict[str, Any]]:
 def run(out: Path, rounds: int = 3, peers: list[str] | None = None, shapes: list[str] | None = None) -> str:
     """Test, measure `rounds` times in processes of their own, write bench.csv and bench.png to `out`; returns a table.
 
-    peers: names of PEERS; shapes: "B,H,T,D,window"; None: all. Raises BenchError for one that is none,
-    without a CUDA device, or when the kernels' tests are not there or do not pass.
+    peers: names of PEERS; shapes: as `parse_shape` takes them; None: all. bench.json says what was measured: device,
+    versions, commit. Raises BenchError for a peer or shape that is none, without a CUDA device, or when the kernels'
+    tests are not there or do not pass.
     """
     peers, shapes = peers or [], shapes or []
-    names = [peer.name for peer in choose_peers(peers)]
-    dims = {shape.head_dim for shape in [parse_shape(text) for text in shapes] or SHAPES}
+    # a short call of each kind that is compiled apart
+    kinds = {
+        (peer.name, 1, shape.heads, 4096, shape.head_dim, 512, shape.kv_heads, shape.document)
+        for shape, peer in plan(peers, shapes)
+    }
     if rounds < 1:
         raise BenchError(f"rounds = {rounds}; it takes 1 or more")
     if not torch.cuda.is_available():
         raise BenchError("zoo bench kernels measures a GPU, and torch finds none here")
-    warming = [start("warm", name, dim) for name in names for dim in dims]
+    warming = [start("warm", *kind) for kind in sorted(kinds)]
     try:
         workers = max(2, min(12, (os.cpu_count() or 1) - len(warming))) if installed("xdist") else 0
         check_kernels(workers=workers)
@@ -301,6 +309,7 @@ def run(out: Path, rounds: int = 3, peers: list[str] | None = None, shapes: list
         for process in warming:
             process.wait()
     out.mkdir(parents=True, exist_ok=True)
+    (out / "bench.json").write_text(json.dumps(provenance(), indent=1) + "\n", encoding="utf-8")
     rows: list[dict[str, Any]] = []
     for number in range(rounds):
         process = start("one_round", peers, shapes, stdout=subprocess.PIPE, stderr=None)
@@ -325,6 +334,19 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+def provenance() -> dict[str, Any]:
+    """Device, driver's CUDA, versions of ours and the peers' packages, commit, command."""
+    found = {}
+    for package in ("triton", "flash-attn-4", "flash-linear-attention", "fla-core"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        **{"device": device, "cuda": torch.version.cuda, "commit": git_commit(), "command": sys.argv[1:]},
+        **{"versions": {**versions(), **found}},
+    }
+
+
 def check_kernels(name: str = "test_gpu.py", workers: int = 0) -> None:
     """The GPU tests of the checkout in tests/ops/<name>, in a process of their own, or in `workers` of them.
 
@@ -333,90 +355,15 @@ def check_kernels(name: str = "test_gpu.py", workers: int = 0) -> None:
     tests = Path(__file__).resolve().parents[1] / "tests" / "ops" / name
     if not tests.is_file():
         raise BenchError("no speed without green tests, and these come with a checkout: run zoo bench from one")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(tests)]
+    command = [
+        sys.executable,
+        *["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:benchmark"],
+        str(tests),
+    ]
     command += ["-n", str(workers)] if workers else []
     done = subprocess.run(command, cwd=tests.parents[2], capture_output=True, text=True)
     if done.returncode:
         raise BenchError(f"no speed without green tests; {' '.join(command)} ended with:\n{done.stdout[-3000:]}")
-
-
-def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Median and spread over rounds for everything that was measured in each."""
-    measured = {"ms", "host_ms", "tflops_exact", "tflops_tiles", "tb_per_s", "round"}
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple((k, v) for k, v in row.items() if k not in measured), []).append(row)
-    summary = []
-    for key, group in groups.items():
-        entry: dict[str, Any] = dict(key)
-        for name in sorted(measured - {"round"}):
-            values = [row[name] for row in group if row.get(name) is not None]
-            if values:
-                entry[name] = statistics.median(values)
-                entry[f"{name}_spread"] = (max(values) - min(values)) / statistics.median(values)
-        summary.append(entry)
-    return summary
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """A line for each thing measured: medians over rounds of the peers that did it, and how many times the first one's
-    time they took, with the least and the most of any round."""
-    lines = [
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16; ms ±half the spread (x: times the first "
-        "peer's of the round), TFLOP/s on exact pairs (on tiles), host ms of a call, ns of a token and head"
-    ]
-    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for row in rows:
-        place = " ".join(f"{letter}{row[field]}" for field, letter in SIZES.items() if field in row)
-        groups.setdefault(f"{row['what']} {place}", {}).setdefault(row["peer"], []).append(row)
-    for name, by_peer in groups.items():
-        ours = next(iter(by_peer.values()))
-        lines.append(f"{name}: " + "; ".join(figures(peer, of, ours) for peer, of in by_peer.items()))
-    return "\n".join(lines)
-
-
-def figures(peer: str, rows: list[dict[str, Any]], first: list[dict[str, Any]]) -> str:
-    (entry,) = summarise(rows)
-    text = f"{peer} {entry['ms']:.4f} ±{50 * entry['ms_spread']:.0f}%"
-    if rows is not first:
-        base = {row["round"]: row["ms"] for row in first}
-        ratios = sorted(row["ms"] / base[row["round"]] for row in rows if row["round"] in base)
-        if ratios:
-            text += f" {statistics.median(ratios):.2f}x ({ratios[0]:.2f}-{ratios[-1]:.2f})"
-    elif "tflops_exact" in entry:
-        per_token = 1e6 * entry["ms"] / (entry["batch"] * entry["heads"] * entry["tokens"])
-        text += f" {entry['tflops_exact']:.0f} ({entry.get('tflops_tiles') or 0:.0f})"
-        text += f" host {entry['host_ms']:.2f}, {per_token:.3f} ns"
-    return text + (f" {entry['tb_per_s']:.2f} TB/s" if "tb_per_s" in entry else "")
-
-
-SIZES = {"batch": "B", "heads": "H", "kv_heads": "G", "tokens": "T", "slots": "S", "head_dim": "D", "window": "W"}
-
-
-def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    fields = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def plot(summary: list[dict[str, Any]], path: Path) -> None:
-    """TFLOP/s on exact pairs over the shapes, a panel each for forward and backward."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    for axes, what in zip(figure.subplots(2, 1), ("forward", "backward"), strict=True):
-        rows = [row for row in summary if row["what"] == what]
-        shapes = list(dict.fromkeys((row["tokens"], row["head_dim"], row["window"]) for row in rows))
-        for peer in dict.fromkeys(row["peer"] for row in rows):
-            known = {(r["tokens"], r["head_dim"], r["window"]): r["tflops_exact"] for r in rows if r["peer"] == peer}
-            axes.plot(range(len(shapes)), [known.get(shape) for shape in shapes], marker="o", label=peer)
-        axes.set_xticks(range(len(shapes)), [f"T {t}\nD {d} W {w}" for t, d, w in shapes])
-        axes.set_ylabel(f"{what}, TFLOP/s on exact pairs")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -178,10 +178,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", allow_abbrev=False, help="measure the kernels beside their peers, on a GPU")
     bench.add_argument("what", choices=["kernels"])
-    bench.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for bench.csv and bench.png")
+    bench.add_argument(
+        "--out", type=Path, default=Path("runs/bench"), help="folder for bench.csv, bench.json and bench.png"
+    )
     bench.add_argument("--rounds", type=int, default=3, help="processes to measure in (default 3)")
     bench.add_argument("--peers", nargs="+", metavar="NAME", help="some of the peers; all by default")
-    bench.add_argument("--shapes", nargs="+", metavar="B,H,T,D,W", help="such as 4,16,16384,64,512; nine by default")
+    bench.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="B,H,T,D,W[,G[,DOC]]",
+        help="such as 4,16,16384,64,512; G key/value heads, documents of DOC tokens",
+    )
     bench.add_argument(
         "--tune",
         nargs="?",

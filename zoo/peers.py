@@ -21,39 +21,85 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Shape:
+    """One call: `batch` rows of `tokens`. kv_heads: key/value heads, 0: as many as heads. document: the rows, one after
+    another, are packed as documents of so many tokens, 0: they are not."""
+
     batch: int
     heads: int
     tokens: int
     head_dim: int
     window: int
+    kv_heads: int = 0
+    document: int = 0
 
-    def flops(self, pairs: int) -> float:
-        return 4.0 * self.batch * self.heads * self.head_dim * pairs
+    def flops(self, window: int | None) -> float:
+        """Of the forward's two products on visible pairs, all rows."""
+        whole, rest = divmod(self.batch * self.tokens, self.document or self.tokens)
+        pairs = whole * visible_pairs(self.document or self.tokens, window) + visible_pairs(rest, window)
+        return 4.0 * self.heads * self.head_dim * pairs
 
     @property
     def exact(self) -> float:
-        return self.flops(visible_pairs(self.tokens, self.window))
+        return self.flops(self.window)
 
     @property
     def tiled(self) -> float:
-        return self.flops(tile_pairs(self.tokens, self.window))
+        """The same on all pairs of the tiles that hold a visible one."""
+        rows, tokens = (1, self.batch * self.tokens) if self.document else (self.batch, self.tokens)
+        pairs = tile_pairs(tokens, self.window, document=self.document)
+        return 4.0 * rows * self.heads * self.head_dim * pairs
+
+    @property
+    def bytes(self) -> int:
+        """What the forward moves at least: q, k and v once, out and lse once."""
+        kv = self.kv_heads or self.heads
+        return self.batch * self.tokens * ((2 * self.heads + 2 * kv) * 2 * self.head_dim + 4 * self.heads)
 
     def __str__(self) -> str:
-        return f"B{self.batch} H{self.heads} T{self.tokens} D{self.head_dim} W{self.window}"
+        text = f"B{self.batch} H{self.heads} T{self.tokens} D{self.head_dim} W{self.window}"
+        grouped, packed = f" G{self.kv_heads}", f" documents of {self.document}"
+        return text + grouped * bool(self.kv_heads) + packed * bool(self.document)
 
 
-def tile_pairs(tokens: int, window: int, tile: int = TILE) -> int:
+# The seven shapes of the published comparison, and a million tokens.
+SHAPES = (
+    Shape(16, 16, 4096, 64, 512),
+    Shape(4, 16, 16384, 64, 512),
+    Shape(4, 16, 16384, 64, 2048),
+    Shape(4, 16, 16384, 128, 512),
+    Shape(4, 16, 16384, 128, 2048),
+    Shape(1, 16, 65536, 64, 512),
+    Shape(1, 16, 65536, 128, 1024),
+    Shape(1, 4, 1 << 20, 64, 512),
+    Shape(1, 4, 1 << 20, 128, 512),
+)
+# What must cost no more than the like of it above: shared key/value heads, packed documents.
+OTHERS = (
+    Shape(4, 16, 16384, 128, 512, kv_heads=4),
+    Shape(1, 16, 65536, 64, 512, document=1500),
+    Shape(1, 16, 65536, 128, 1024, document=6000),
+)
+# A million tokens in rows of other lengths: what a token costs must not depend on it.
+LENGTHS = tuple(
+    Shape((1 << 20) // tokens, 4, tokens, dim, 512) for dim in (64, 128) for tokens in (1 << 14, 1 << 16, 1 << 18)
+)
+WINDOWS = tuple(Shape(4, 16, 16384, dim, window) for dim in (64, 128) for window in (128, 256, 1024, 4096))
+
+
+def tile_pairs(tokens: int, window: int, tile: int = TILE, document: int = 0) -> int:
     """Pairs in the tile x tile blocks that hold at least one visible pair."""
     touched = 0
     for first in range(0, tokens, tile):
         last = min(first + tile, tokens) - 1
-        touched += last // tile - max(0, first - window + 1) // tile + 1
+        begin = first // document * document if document else 0
+        touched += last // tile - max(begin, first - window + 1) // tile + 1
     return touched * tile * tile
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """q, k, v, dout (B, T, H, D) bf16 and log_decay (B, T, H) float32, random; gates as a trained model has them."""
+    """q, dout (B, T, H, D), k, v (B, T, G, D) bf16 and log_decay (B, T, H) float32, random; gates as a trained model
+    has them. Of packed documents B is 1, and cu_seqlens (documents + 1,) int32 says where they begin."""
 
     shape: Shape
     q: Tensor
@@ -61,15 +107,24 @@ class Inputs:
     v: Tensor
     dout: Tensor
     log_decay: Tensor
+    cu_seqlens: Tensor | None = None
 
     @classmethod
-    def random(cls, shape: Shape, seed: int = 0) -> "Inputs":
-        generator = torch.Generator("cuda").manual_seed(seed)
-        size = (shape.batch, shape.tokens, shape.heads, shape.head_dim)
-        tensors = [torch.randn(size, device="cuda", generator=generator).bfloat16() for _ in range(4)]
-        z = 4 + torch.randn(size[:3], device="cuda", generator=generator)
-        q, k, v = (x.requires_grad_() for x in tensors[:3])
-        return cls(shape, q, k, v, tensors[3], F.logsigmoid(z).requires_grad_())
+    def random(cls, shape: Shape, seed: int = 0, device: str = "cuda") -> "Inputs":
+        generator = torch.Generator(device).manual_seed(seed)
+        rows = (1, shape.batch * shape.tokens) if shape.document else (shape.batch, shape.tokens)
+
+        def normal(heads: int) -> Tensor:
+            return torch.randn(*rows, heads, shape.head_dim, device=device, generator=generator).bfloat16()
+
+        q, dout = normal(shape.heads).requires_grad_(), normal(shape.heads)
+        k, v = (normal(shape.kv_heads or shape.heads).requires_grad_() for _ in range(2))
+        z = 4 + torch.randn(*rows, shape.heads, device=device, generator=generator)
+        starts = None
+        if shape.document:
+            begins = [*range(0, rows[1], shape.document), rows[1]]
+            starts = torch.tensor(begins, dtype=torch.int32, device=device)
+        return cls(shape, q, k, v, dout, F.logsigmoid(z).requires_grad_(), starts)
 
 
 @dataclass(frozen=True)
@@ -95,27 +150,46 @@ def ours(gated: bool, prune: float | None = None, closer: float = 0) -> Callable
             z = decay.detach() - torch.log(-torch.expm1(decay.detach().double())).float()  # logit of e^decay
             decay = F.logsigmoid(z - closer).requires_grad_()
         leaves = [x.q, x.k, x.v, *([] if decay is None else [decay])]
-        call = partial(ops.window_attention, x.q, x.k, x.v, decay, window=x.shape.window, prune=prune)
-        return call, leaves, x.dout
+        options: dict[str, Any] = {"window": x.shape.window, "prune": prune, "cu_seqlens": x.cu_seqlens}
+        return partial(ops.window_attention, x.q, x.k, x.v, decay, **options), leaves, x.dout
 
     return make
 
 
+def from_pre_activations(x: Inputs) -> tuple[Call, list[Tensor], Tensor]:
+    """The gate's activation too: z whose decay is that of `x`, but for a thousandth, where u is 0."""
+    decay = x.log_decay.detach()
+    z = (decay - torch.log(-torch.expm1(decay.double())).float()).requires_grad_()
+    u = torch.zeros_like(z).requires_grad_()
+    options: dict[str, Any] = {"window": x.shape.window, "cu_seqlens": x.cu_seqlens}
+    return partial(ops.gated_window_attention, x.q, x.k, x.v, z, u, **options), [x.q, x.k, x.v, z, u], x.dout
+
+
 def flash_attention_4(x: Inputs) -> tuple[Call, list[Tensor], Tensor]:
-    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
+    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func  # type: ignore[import-not-found]
+
+    options: dict[str, Any] = {"causal": True, "window_size": (x.shape.window - 1, 0)}
+    if x.cu_seqlens is not None:
+        lengths: dict[str, Any] = {f"cu_seqlens_{side}": x.cu_seqlens for side in "qk"}
+        lengths |= {f"max_seqlen_{side}": x.shape.document for side in "qk"}
 
     def call() -> Tensor:
-        out = flash_attn_func(x.q, x.k, x.v, causal=True, window_size=(x.shape.window - 1, 0))
+        if x.cu_seqlens is None:
+            out = flash_attn_func(x.q, x.k, x.v, **options)
+        else:
+            out = flash_attn_varlen_func(x.q[0], x.k[0], x.v[0], **lengths, **options)
         return out[0] if isinstance(out, tuple) else out
 
-    return call, [x.q, x.k, x.v], x.dout
+    return call, [x.q, x.k, x.v], x.dout if x.cu_seqlens is None else x.dout[0]
 
 
 def fla_forgetting(x: Inputs) -> tuple[Call, list[Tensor], Tensor]:
     from fla.ops.forgetting_attn import parallel_forgetting_attn  # type: ignore[import-not-found]
 
+    starts = None if x.cu_seqlens is None else x.cu_seqlens.long()
+
     def call() -> Tensor:
-        return parallel_forgetting_attn(x.q, x.k, x.v, x.log_decay, window_size=x.shape.window)
+        return parallel_forgetting_attn(x.q, x.k, x.v, x.log_decay, window_size=x.shape.window, cu_seqlens=starts)
 
     return call, [x.q, x.k, x.v, x.log_decay], x.dout
 
@@ -130,6 +204,8 @@ def flex(gated: bool) -> Callable[[Inputs], tuple[Call, list[Tensor], Tensor]]:
     def make(x: Inputs) -> tuple[Call, list[Tensor], Tensor]:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+        if x.shape.document:
+            raise Skip("no mask of documents is built for it")
         window, tokens = x.shape.window, x.shape.tokens
         mask = create_block_mask(
             lambda b, h, i, j: (j <= i) & (i - j < window), None, None, tokens, tokens, _compile=True
@@ -139,7 +215,8 @@ def flex(gated: bool) -> Callable[[Inputs], tuple[Call, list[Tensor], Tensor]]:
         score = (lambda s, b, h, i, j: s + bias[b, h, j]) if gated else None
         compiled = torch.compile(flex_attention)
         leaves = [q, k, v, *([bias] if gated else [])]
-        return (lambda: compiled(q, k, v, score_mod=score, block_mask=mask)), leaves, dout
+        options: dict[str, Any] = {"score_mod": score, "block_mask": mask, "enable_gqa": bool(x.shape.kv_heads)}
+        return (lambda: compiled(q, k, v, **options)), leaves, dout
 
     return make
 
@@ -150,13 +227,13 @@ def sdpa(kind: str) -> Callable[[Inputs], tuple[Call, list[Tensor], Tensor]]:
     def make(x: Inputs) -> tuple[Call, list[Tensor], Tensor]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        if x.shape.tokens > 65536:
-            raise Skip("full attention over a million tokens")
+        if x.shape.tokens > 65536 or x.shape.document:
+            raise Skip("full attention over a million tokens, or packed documents")
         q, k, v, dout = (by_head(t) for t in (x.q, x.k, x.v, x.dout))
 
         def call() -> Tensor:
             with sdpa_kernel(getattr(SDPBackend, kind)):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=bool(x.shape.kv_heads))
 
         return call, [q, k, v], dout
 
@@ -168,6 +245,7 @@ PEERS = (
     Peer("zoo no gate", False, ours(False)),
     Peer("zoo pruned 1e-3, z 4", True, ours(True, 1e-3)),  # gates normal around z, deviation 1; all tiles are counted
     Peer("zoo pruned 1e-3, z 2", True, ours(True, 1e-3, closer=2)),
+    Peer("zoo from z, u", True, from_pre_activations),
     Peer("flash-attention-4", False, flash_attention_4),
     Peer("fla forgetting", True, fla_forgetting),
     Peer("flex", True, flex(True)),

@@ -126,9 +126,11 @@ class ImageHead(Head):
     def embed(self, inputs: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """(B, T) int64, `levels` first and then elements -> (B, T, C)."""
         known: Any = self.init_state(inputs) if state is None else state
-        steps = torch.arange(inputs.shape[1], device=inputs.device)
-        begin = 0 if state is None else known["place"].unsqueeze(1)
-        place = (begin + steps).clamp(max=self.config.elements - 1).view(-1, len(steps))  # (1, T) where all rows begin
+        place = torch.arange(inputs.shape[1], device=inputs.device).unsqueeze(0)  # (1, T) where all rows begin
+        if state is not None:
+            place = (known["place"].unsqueeze(1) + place).clamp(max=self.config.elements - 1)
+        elif inputs.shape[1] > self.config.elements:
+            raise ValueError(f"a row of {inputs.shape[1]} elements: an image here has {self.config.elements}")
         embedding = self._modules["embed"]
         assert embedding is not None
         h = embedding(inputs)

@@ -25,9 +25,6 @@ from zoo.ops.stacking import stack_rows
 from zoo.ops.window import window_attention
 
 FORCED = 3  # blocks that are always chosen: the first, the previous, the own
-# Keys from which on the sparse kernels beat dense attention, as `python scripts/bench_nsa.py --only crossover` measures
-# it; None: not measured. `runs_dense` alone reads it.
-CROSSOVER: int | None = None
 
 
 def nsa_attention(
@@ -77,9 +74,8 @@ def nsa_attention(
 
 
 def runs_dense(keys: int, block: int, top: int) -> bool:
-    """Whether the selected branch runs as dense causal attention: every block is chosen, so that both are the same, and
-    the sequence is not beyond the measured crossover, where it exists."""
-    return keys <= top * block and (CROSSOVER is None or keys <= CROSSOVER)
+    """Whether the selected branch runs as dense causal attention: every block is chosen, so that both are the same."""
+    return keys <= top * block
 
 
 def mix_branches(
