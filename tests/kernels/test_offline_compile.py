@@ -15,7 +15,7 @@ from zoo.kernels.tiles import CHUNK, SHARED_BYTES, TABLE, Tile
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90}
 INDEX_POINTERS = {"start_ptr", "end_ptr"}
 OTHER_POINTERS = {"targets_ptr": "i64", "starts_ptr": "i1"}
-NOT_ALIGNED = {"stride_kb", "stride_kt", "stride_gb", "stride_gt"}  # of a narrow projection
+NOT_ALIGNED = {"stride_kb", "stride_kt"}  # of a narrow projection
 FLOAT32_POINTERS = {
     "suffix_ptr",
     "total_ptr",
@@ -143,7 +143,7 @@ def test_qkv_compile(kind, architecture):
     special, norm, groups = kind.startswith("documents"), kind != "no norm", 1 if kind == "one kv head" else 12
     gates = 24 if norm else 0
     absent = (set() if special else {"starts_ptr"}) | (
-        set() if norm else {"q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "partial_ptr", "dgates_ptr"}
+        set() if norm else {"q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "partial_ptr"}
     )
     switches = {
         "H": 12, "G": groups, "D": 64, "NORM": norm, "PER_HEAD": special, "ROTATE": norm, "CUT": special,

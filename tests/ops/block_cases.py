@@ -68,13 +68,14 @@ def norm_results(function, shape, dtype, device="cpu", *, kind=None, sum_used=Tr
     return [x.detach() for x in (total, normed, *torch.autograd.grad(outputs, leaves, grads))]
 
 
-def plain_inputs(x, weight, keep, heads, *, gates=None, norms=None, table=None, starts=None, eps=1e-6):
+def plain_inputs(x, weight, keep, heads, *, gates=None, bias=None, norms=None, table=None, starts=None, eps=1e-6):
     """`attention_inputs`, one step after the other."""
     wide = torch.promote_types(x.dtype, torch.float32)
     kv_heads = keep.shape[0] // 2
     qkv = F.linear(x, weight.to(x.dtype)).unflatten(-1, (heads + 2 * kv_heads, -1))
     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
     pre = x.new_empty((*x.shape[:2], 0), dtype=wide) if gates is None else F.linear(x.to(wide), gates.to(wide))
+    pre = pre if bias is None else pre + bias.to(wide)
     keep_k, keep_v = F.linear(x.to(wide), keep.to(wide)).sigmoid().chunk(2, dim=-1)
     k, v = token_shift(k, keep_k, starts=starts), token_shift(v, keep_v, starts=starts)
 
@@ -114,6 +115,7 @@ def input_tensors(case, dtype, device="cpu", seed=0):
         "weight": (share * normal(heads * dim, case.width)).requires_grad_(),
         "keep": (2 * share * normal(2 * case.kv_heads, case.width)).requires_grad_(),
         **({"gates": (share * normal(case.gates, case.width)).requires_grad_()} if case.gates else {}),
+        **({"bias": normal(case.gates).requires_grad_()} if case.gates > 3 else {}),
         **dict(zip(("q_norm", "k_norm"), norms, strict=bool(norms))),
     }
     options = {"table": rotary_table(places, dim, 100.0) if case.rotary else None, "starts": starts}
@@ -134,4 +136,4 @@ def input_results(function, case, tensors, kind=None):
 def called(function, case, leaves, options):
     norms = (leaves["q_norm"], leaves["k_norm"]) if "q_norm" in leaves else None
     arguments = (leaves["x"], leaves["weight"], leaves["keep"], case.heads)
-    return function(*arguments, gates=leaves.get("gates"), norms=norms, **options)
+    return function(*arguments, gates=leaves.get("gates"), bias=leaves.get("bias"), norms=norms, **options)

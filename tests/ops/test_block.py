@@ -80,8 +80,8 @@ def test_under_autocast_gates_keep_their_precision(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         ours = input_results(attention_inputs, case, tensors)
     exact = input_results(plain_inputs, case, tensors, torch.float64)
-    assert [x.dtype for x in ours] == [torch.bfloat16] * 3 + [torch.float32] * 7
-    bounds = [1e-2] * 3 + [1e-5] + [2e-2] * 6
+    assert [x.dtype for x in ours] == [torch.bfloat16] * 3 + [torch.float32] * 8
+    bounds = [1e-2] * 3 + [1e-5] + [2e-2] * 7
     for number, (one, other, bound) in enumerate(zip(ours, exact, bounds, strict=True)):
         assert relative_error(one, other) <= bound, number
 
@@ -157,7 +157,16 @@ def test_operators_keep_their_promises():
     stack = [y.detach().unsqueeze(0).requires_grad_() for y in (leaves["weight"], narrow)]
     norms = [leaves[name].detach().unsqueeze(0).requires_grad_() for name in ("q_norm", "k_norm")]
     arguments = (
-        *(x, None, both.unsqueeze(0), *stack, *norms, *options["table"], None),
+        *(
+            x,
+            None,
+            both.unsqueeze(0),
+            *stack,
+            leaves["bias"].detach().unsqueeze(0).requires_grad_(),
+            *norms,
+            *options["table"],
+            None,
+        ),
         *(case.heads, case.kv_heads, False, False, 1e-6),
     )
     torch.library.opcheck(torch.ops.zoo.attention_inputs.default, arguments)

@@ -53,7 +53,7 @@ def prepare_forward(
 
 
 def prepare_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, dgates: Tensor | None, qkv: Tensor, keep: Tensor, q_weight: Tensor | None,
+    dq: Tensor, dk: Tensor, dv: Tensor, dgates: Tensor, qkv: Tensor, keep: Tensor, q_weight: Tensor | None,
     k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, starts: Tensor | None, heads: int, per_head: bool,
     eps: float, width: int,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -62,20 +62,17 @@ def prepare_backward(
     call = _Call(qkv, keep, q_weight, k_weight, cos, sin, starts, heads, per_head, eps)
     batch, tokens, _, dim = qkv.shape
     packed = torch.empty((batch, tokens, width), dtype=qkv.dtype, device=qkv.device)
-    gates = 0 if dgates is None else dgates.shape[2]
+    gates = dgates.shape[2]
     columns = {"GATES": gates, "OUT": width, "SPARE": width - qkv.shape[2] * dim - gates - keep.shape[2]}
     partial = None
     if q_weight is not None:
         size = (batch, call.grid[0], heads + call.groups, dim)
         partial = torch.empty(size, dtype=torch.float32, device=qkv.device)
     if qkv.numel():
-        if dgates is not None and dgates.stride(2) != 1:
-            dgates = dgates.contiguous()
-        grads = (*(x.contiguous() for x in (dq, dk, dv)), dgates)
-        strides = (0, 0) if dgates is None else dgates.stride()[:2]
+        grads = (x.contiguous() for x in (dq, dk, dv, dgates))
         with on_device(qkv):
             qkv_backward_kernel[call.grid](
-                *call.inputs, *grads, packed, partial, *call.sizes, *strides, **call.switches, **columns
+                *call.inputs, *grads, packed, partial, *call.sizes, **call.switches, **columns
             )
     if partial is None or q_weight is None:
         return packed, None
@@ -152,7 +149,7 @@ def qkv_forward_kernel(
 def qkv_backward_kernel(
     qkv_ptr, keep_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, starts_ptr, dq_ptr, dk_ptr, dv_ptr, dgates_ptr,
     packed_ptr, partial_ptr,
-    stride_b, stride_t, stride_kb, stride_kt, table_rows, rows_each, T, eps, stride_gb, stride_gt,
+    stride_b, stride_t, stride_kb, stride_kt, table_rows, rows_each, T, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr,
     ROTATE: tl.constexpr, CUT: tl.constexpr, ROWS_Q: tl.constexpr, ROWS_KV: tl.constexpr, HALF: tl.constexpr,
     RUN: tl.constexpr, STAGES: tl.constexpr, GATES: tl.constexpr, OUT: tl.constexpr, SPARE: tl.constexpr,
@@ -180,8 +177,8 @@ def qkv_backward_kernel(
     elif part == 1:
         if GATES + SPARE > 0:
             _copy_gates(
-                None if dgates_ptr is None else dgates_ptr + batch * stride_gb, gates_ptr, program * (ROWS_Q * RUN),
-                stride_gt, T, GATES, 2 * G, SPARE, OUT, ROWS_Q * RUN,
+                dgates_ptr + batch * T * GATES, gates_ptr, program * (ROWS_Q * RUN), T, GATES, 2 * G, SPARE, OUT,
+                ROWS_Q * RUN,
             )  # fmt: skip
         _down(
             qkv_ptr, keep_ptr, q_weight_ptr, cos_ptr, sin_ptr, starts_ptr, dq_ptr + batch * T * (H * D),
@@ -200,15 +197,15 @@ def qkv_backward_kernel(
 
 @triton.jit
 def _copy_gates(
-    dgates_ptr, gates_ptr, first, stride_gt, T, GATES: tl.constexpr, KEEP: tl.constexpr, SPARE: tl.constexpr,
-    OUT: tl.constexpr, TOKENS: tl.constexpr,
+    dgates_ptr, gates_ptr, first, T, GATES: tl.constexpr, KEEP: tl.constexpr, SPARE: tl.constexpr, OUT: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of gates (T, GATES) into their columns, and zeros into those that stand behind the KEEP next ones."""
     COLUMNS: tl.constexpr = triton.next_power_of_2(GATES + SPARE)
     token, column = first + tl.arange(0, TOKENS)[:, None], tl.arange(0, COLUMNS)[None, :]
     grad = tl.zeros([TOKENS, COLUMNS], tl.float32)
     if GATES > 0:
-        grad += tl.load(dgates_ptr + token * stride_gt + column, mask=(token < T) & (column < GATES), other=0.0)
+        grad += tl.load(dgates_ptr + token * GATES + column, mask=(token < T) & (column < GATES), other=0.0)
     place = tl.where(column < GATES, column, column + KEEP)
     tl.store(gates_ptr + token * OUT + place, grad, mask=(token < T) & (column < GATES + SPARE))
 

@@ -61,11 +61,7 @@ class Gate(nn.Module):
             self.bias[dims.heads :] = amplitude
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.biased(ops.precise_linear(x, self.weight))
-
-    def biased(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        """z and u of x @ weight.T, (B, T, 2 H)."""
-        z, u = (pre + self.bias.to(pre.dtype)).chunk(2, dim=-1)
+        z, u = ops.precise_linear(x, self.weight, self.bias).chunk(2, dim=-1)
         return z, u
 
 
@@ -122,11 +118,15 @@ class Attention(Mixer):
             self.shift.weight,
             self.dims.heads,
             gates=None if self.gate is None else self.gate.weight,
+            bias=None if self.gate is None else self.gate.bias,
             norms=None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight),
             table=ctx.rotary if self.config.rotary else None,
             starts=None if ctx.cu_seqlens is None else document_starts(ctx.cu_seqlens, x.shape[1]),
         )
-        return q, k, v, None if self.gate is None else self.gate.biased(pre)
+        if self.gate is None:
+            return q, k, v, None
+        z, u = pre.chunk(2, dim=-1)
+        return q, k, v, (z, u)
 
     def _shift(self, x: Tensor, k: Tensor, v: Tensor, ctx: Context, state: Any) -> tuple[Tensor, Tensor]:
         assert self.shift is not None

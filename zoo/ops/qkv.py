@@ -1,7 +1,7 @@
 """What attention begins with, as one operator: queries, keys, values and gates of a block's input.
 
     qkv = x W^T        m_t = keep_t x_t + (1 - keep_t) x_{t-1}  (k and v)
-    gates, keep = x N^T  (narrow, in float32)        y = rotate(rms_norm(m))  (q and k)     (SPEC.md 3.1, 3.2)
+    gates, keep = x N^T  (+ bias; narrow, float32)        y = rotate(rms_norm(m))  (q and k)     (SPEC.md 3.1, 3.2)
 
 Only both projections are kept for the backward pass. It writes the gradients of all columns side by side, so that what
 arrives at x is one product, and so are the gradients of W and N together. B batch, T tokens, C width, H query heads,
@@ -27,12 +27,13 @@ def attention_inputs(
     heads: int,
     *,
     gates: Tensor | None = None,
+    bias: Tensor | None = None,
     norms: tuple[Tensor, Tensor] | None = None,
     table: tuple[Tensor, Tensor] | None = None,
     starts: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q (B, T, H, D), k and v (B, T, G, D), contiguous, of x's dtype or autocast's; x @ gates.T (B, T, N) float32.
+    """q (B, T, H, D), k and v (B, T, G, D) of x's dtype or autocast's; x @ gates.T + bias (B, T, N), float32.
 
     x       (B, T, C), any float dtype
     weight  ((H + 2 G) * D, C), D even
@@ -40,6 +41,7 @@ def attention_inputs(
             (zeros before the first)
     heads   H
     gates   (N, C); None: N is 0
+    bias    (N,) or None
     norms   weights of the RMS norms of q and k: (H * D,) and (G * D,) over a whole token, or (D,) and (D,) per head
     table   cos, sin (B or 1, T, D / 2) of `rotary_table`; None does not rotate
     starts  (T,) bool, True where a packed document begins: nothing is shifted in there
@@ -70,11 +72,11 @@ def attention_inputs(
     narrow = keep if gates is None else torch.cat((gates, keep))
     spare = narrow.new_zeros((-(columns + narrow.shape[0]) % ALIGNED, width))
     both = torch.cat([part.detach().to(high.dtype) for part in (weight, narrow, spare) if part.shape[0]])
-    stacked = (None if y is None else y.unsqueeze(0) for y in (both, weight, narrow, q_weight, k_weight))
+    stacked = (None if y is None else y.unsqueeze(0) for y in (both, weight, narrow, bias, q_weight, k_weight))
     cos, sin = (None, None) if table is None else table
     options = (heads, kv_heads, per_head, linear.in_pieces(x), eps)
-    q, k, v, pre, _ = _inputs(high, whole, *stacked, cos, sin, starts, *options)
-    return q, k, v, pre[..., : narrow.shape[0] - 2 * kv_heads]
+    q, k, v, pre, _, _ = _inputs(high, whole, *stacked, cos, sin, starts, *options)
+    return q, k, v, pre
 
 
 def _rounds(x: Tensor) -> bool:
@@ -86,11 +88,11 @@ def _rounds(x: Tensor) -> bool:
 # spare. Weights have a stack of S in front: row b takes those of b * S / B
 @torch.library.custom_op("zoo::attention_inputs", mutates_args=())
 def _inputs(
-    high: Tensor, whole: Tensor | None, both: Tensor, weight: Tensor, narrow: Tensor, q_weight: Tensor | None,
-    k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, starts: Tensor | None, heads: int, kv_heads: int,
-    per_head: bool, pieces: bool, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """q, k, v; the products with narrow (B, T, N + 2 G); and, for the backward pass, qkv (B, T, H + 2 G, D)."""
+    high: Tensor, whole: Tensor | None, both: Tensor, weight: Tensor, narrow: Tensor, bias: Tensor | None,
+    q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, starts: Tensor | None,
+    heads: int, kv_heads: int, per_head: bool, pieces: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k, v, gates; for the backward pass, the products with narrow (B, T, N + 2 G) and qkv (B, T, H + 2 G, D)."""
     with torch.autocast(high.device.type, enabled=False):
         x = high if whole is None else whole
         qkv = product(high, both[:, : weight.shape[1]].mT)
@@ -102,34 +104,51 @@ def _inputs(
             pre = product(x.to(wide), narrow.mT.to(wide))
         qkv = qkv.unflatten(2, (heads + 2 * kv_heads, -1))
         module = backend.choose("qkv", qkv.device, qkv.dtype, qkv.shape[3])
-        keep = pre[..., pre.shape[2] - 2 * kv_heads :]
+        gates, keep = pre.split((pre.shape[2] - 2 * kv_heads, 2 * kv_heads), dim=2)
         q, k, v = module.prepare_forward(qkv, keep, q_weight, k_weight, cos, sin, starts, heads, per_head, eps)
-    return q, k, v, pre, qkv
+        gates = gates.clone() if bias is None else _by_stack(gates, bias.shape[0]) + bias[:, None, None]
+    return q, k, v, gates.view(*pre.shape[:2], -1), pre, qkv
 
 
 @_inputs.register_fake
-def _(high, whole, both, weight, narrow, q_weight, k_weight, cos, sin, starts, heads, kv_heads, per_head, pieces, eps):
+def _(
+    high,
+    whole,
+    both,
+    weight,
+    narrow,
+    bias,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    starts,
+    heads,
+    kv_heads,
+    per_head,
+    pieces,
+    eps,
+):
     rows, every = high.shape[:2], heads + 2 * kv_heads
     dim = weight.shape[1] // every
     q, k, v, qkv = (high.new_empty((*rows, n, dim)) for n in (heads, kv_heads, kv_heads, every))
-    pre = high.new_empty((*rows, narrow.shape[1]), dtype=torch.promote_types(high.dtype, torch.float32))
-    return q, k, v, pre, qkv
+    wide, columns = torch.promote_types(high.dtype, torch.float32), narrow.shape[1]
+    gates, pre = (high.new_empty((*rows, n), dtype=wide) for n in (columns - 2 * kv_heads, columns))
+    return q, k, v, gates, pre, qkv
 
 
 @torch.library.custom_op("zoo::attention_inputs_backward", mutates_args=())
 def _inputs_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, dpre: Tensor | None, high: Tensor, qkv: Tensor, pre: Tensor, both: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, dgates: Tensor, high: Tensor, qkv: Tensor, pre: Tensor, both: Tensor,
     q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, starts: Tensor | None,
     heads: int, per_head: bool, eps: float,
 ) -> list[Tensor]:  # fmt: skip
     """dx, of high's dtype; the gradient of both (S, …, C), in float32 at least; then those of the norms in one, head by
     head (S, H + G, D), where there are any."""
-    gates = pre.shape[2] - 2 * dk.shape[2]
-    dgates = None if not gates else pre.new_zeros(pre[..., :gates].shape) if dpre is None else dpre[..., :gates]
     module = backend.choose("qkv", qkv.device, qkv.dtype, qkv.shape[3])
     packed, dnorms = module.prepare_backward(
-        dq, dk, dv, dgates, qkv, pre[..., gates:], q_weight, k_weight, cos, sin, starts, heads, per_head, eps,
-        both.shape[1],
+        dq, dk, dv, dgates, qkv, pre[..., dgates.shape[2] :], q_weight, k_weight, cos, sin, starts, heads, per_head,
+        eps, both.shape[1],
     )  # fmt: skip
     with torch.autocast(high.device.type, enabled=False):
         columns = as_matrix(packed, both.shape[0])
@@ -139,7 +158,7 @@ def _inputs_backward(
 
 
 @_inputs_backward.register_fake
-def _(dq, dk, dv, dpre, high, qkv, pre, both, q_weight, k_weight, cos, sin, starts, heads, per_head, eps):
+def _(dq, dk, dv, dgates, high, qkv, pre, both, q_weight, k_weight, cos, sin, starts, heads, per_head, eps):
     wide = torch.promote_types(high.dtype, torch.float32)
     found = [high.new_empty(high.shape), both.new_empty(both.shape, dtype=wide)]
     if q_weight is not None:
@@ -149,27 +168,33 @@ def _(dq, dk, dv, dpre, high, qkv, pre, both, q_weight, k_weight, cos, sin, star
 
 
 def _save(ctx, inputs, output) -> None:
-    high, _, both, weight, narrow, *rest, heads, _, per_head, _, eps = inputs
-    _, _, _, pre, qkv = output
-    ctx.mark_non_differentiable(qkv)
+    high, _, both, weight, narrow, bias, *rest, heads, _, per_head, _, eps = inputs
+    pre, qkv = output[4:]
+    ctx.mark_non_differentiable(pre, qkv)
     ctx.save_for_backward(high, qkv, pre, both, *rest)
     ctx.options = heads, per_head, eps
     ctx.columns = weight.shape[1], narrow.shape[1]
     ctx.dtypes = weight.dtype, narrow.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dpre: Tensor | None, _):
+def _backward(ctx, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dgates: Tensor | None, *_):
     tensors = ctx.saved_tensors
+    _, qkv, pre, weights = tensors[:4]
     heads, per_head, _ = ctx.options
-    kv_heads, dim = (tensors[1].shape[2] - heads) // 2, tensors[1].shape[3]
-    size = tensors[1].shape[:2]
+    kv_heads, dim = (qkv.shape[2] - heads) // 2, qkv.shape[3]
     dq, dk, dv = (
-        tensors[1].new_zeros((*size, n, dim)) if grad is None else grad
+        qkv.new_zeros((*qkv.shape[:2], n, dim)) if grad is None else grad
         for grad, n in ((dq, heads), (dk, kv_heads), (dv, kv_heads))
     )
-    dx, dboth, *both = _inputs_backward(dq, dk, dv, dpre, *tensors, *ctx.options)
     wide, narrow = ctx.columns
+    if dgates is None:
+        dgates = pre.new_zeros((*pre.shape[:2], narrow - 2 * kv_heads))
+    dx, dboth, *both = _inputs_backward(dq, dk, dv, dgates, *tensors, *ctx.options)
+    dbias = None
+    if ctx.bias_dtype is not None:
+        dbias = _by_stack(dgates, weights.shape[0]).sum(dim=(1, 2)).to(ctx.bias_dtype)
     dweight, dnarrow = (
         part.to(dtype)
         for part, dtype in zip((dboth[:, :wide], dboth[:, wide : wide + narrow]), ctx.dtypes, strict=True)
@@ -181,10 +206,15 @@ def _backward(ctx, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dpre
             (part.sum(dim=1) if per_head else part.flatten(1)).to(norm.dtype)
             for part, norm in zip(parts, tensors[4:6], strict=True)
         ]
-    return dx, None, None, dweight, dnarrow, *dnorms, *[None] * 8
+    return dx, None, None, dweight, dnarrow, dbias, *dnorms, *[None] * 8
 
 
 _inputs.register_autograd(_backward, setup_context=_save)
+
+
+def _by_stack(x: Tensor, stack: int) -> Tensor:
+    """(B, T, N) -> (S, B / S, T, N)."""
+    return x.unflatten(0, (stack, -1))
 
 
 def _stacked(operator: Any, rows: int) -> None:
@@ -211,5 +241,5 @@ def _table(x: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor |
     return stack.expand(size, batch, *stack.shape[2:]).flatten(0, 1)
 
 
-_stacked(_inputs, 7)
+_stacked(_inputs, 8)
 _stacked(_inputs_backward, 10)

@@ -71,7 +71,7 @@ def prepare_forward(
 
 
 def prepare_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, dgates: Tensor | None, qkv: Tensor, keep: Tensor, q_weight: Tensor | None,
+    dq: Tensor, dk: Tensor, dv: Tensor, dgates: Tensor, qkv: Tensor, keep: Tensor, q_weight: Tensor | None,
     k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, starts: Tensor | None, heads: int, per_head: bool,
     eps: float, width: int,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -80,7 +80,7 @@ def prepare_backward(
     parts = _parts(qkv, keep, q_weight, k_weight, cos, sin, heads)
     found = [_part_backward(grad, *part, starts, per_head, eps) for grad, part in zip((dq, dk, dv), parts, strict=True)]
     columns = [dx.flatten(2) for dx, _, _ in found]
-    columns += [x.to(qkv.dtype) for x in (dgates, *(dkeep for _, dkeep, _ in found)) if x is not None]
+    columns += [x.to(qkv.dtype) for x in (dgates, *(dkeep for _, dkeep, _ in found if dkeep is not None))]
     packed = torch.cat(columns, dim=2)
     dweights = [dweight for _, _, dweight in found if dweight is not None]
     return F.pad(packed, (0, width - packed.shape[2])), torch.cat(dweights, dim=1) if dweights else None
