@@ -149,7 +149,7 @@ def test_qkv_compile(kind, architecture):
         "H": 12, "G": groups, "D": 64, "NORM": norm, "PER_HEAD": special, "ROTATE": norm, "CUT": special,
         "ROWS_Q": 1, "ROWS_KV": 16 if groups == 1 else 1, "HALF": 32, "RUN": qkv.RUN, "STAGES": qkv.STAGES,
     }  # fmt: skip
-    columns = {"GATES": gates, "OUT": -(-((12 + 2 * groups) * 64 + gates + 2 * groups) // 8) * 8}
+    columns = {"GATES": gates, "OUT": -(-((12 + 2 * groups) * 64 + gates + 2 * groups) // 64) * 64}
     columns["SPARE"] = columns["OUT"] - (12 + 2 * groups) * 64 - gates - 2 * groups
     for kernel, more in ((qkv.qkv_forward_kernel, {}), (qkv.qkv_backward_kernel, columns)):
         constants = switches | more | {name: None for name in absent if name in kernel.arg_names}

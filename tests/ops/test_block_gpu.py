@@ -5,9 +5,11 @@ pytest -m gpu tests/ops/test_block_gpu.py
 
 import dataclasses
 import warnings
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from tests.ops.block_cases import (
@@ -20,7 +22,16 @@ from tests.ops.block_cases import (
     plain_swiglu,
 )
 from tests.ops.definition import relative_error
-from zoo.ops import add_norm, attention_inputs, backend, precise_linear, ring_attention, swiglu, wide_linear
+from zoo.ops import (
+    add_norm,
+    attention_inputs,
+    backend,
+    mlp_in_pieces,
+    precise_linear,
+    ring_attention,
+    swiglu,
+    wide_linear,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 # The shape of a 125M model, and one whose heads and head_dim fill no tile
@@ -68,6 +79,33 @@ def test_a_weights_gradient_is_not_rounded_under_autocast():
     exact = dy.flatten(0, 1).double().T @ x.flatten(0, 1).double()
     assert found.dtype == torch.float32
     assert relative_error(found, exact) <= 1e-5
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
+def test_an_mlp_in_pieces_is_no_further_from_float64_than_in_one(gated):
+    """Under autocast; and never more of its inner activations than a piece's."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    sizes = ((1, 20001, 256), (2048 if gated else 1024, 256), (256, 1024))
+    leaves = [0.1 * torch.randn(size, generator=generator, device="cuda") for size in sizes]
+    dy = torch.randn(sizes[0], generator=generator, device="cuda").bfloat16()
+
+    def whole(x, up, down):
+        projected = F.linear(x, up)
+        return F.linear(plain_swiglu(projected) if gated else F.gelu(projected), down)
+
+    found, peaks = [], []
+    pieces = partial(mlp_in_pieces, tokens=1000, gated=gated)
+    for function, dtype in ((pieces, torch.float32), (whole, torch.float32), (whole, torch.float64)):
+        own = [x.to(dtype).requires_grad_() for x in leaves]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.float32):
+            y = function(*own)
+        found.append([y.detach(), *torch.autograd.grad(y, own, dy.to(y.dtype))])
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    for ours, theirs, exact in zip(*found, strict=True):
+        assert relative_error(ours, exact) <= 1.05 * relative_error(theirs, exact) + 1e-6
+    assert peaks[0] < peaks[1] / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

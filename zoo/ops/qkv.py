@@ -17,7 +17,7 @@ from zoo.ops import backend, linear
 from zoo.ops.linear import as_matrix, product, wide_product
 from zoo.ops.stacking import fold, in_front
 
-ALIGNED = 8  # columns: a row of 16-bit elements then begins at a multiple of 16 bytes, as fast products want it
+ALIGNED = 64  # columns: rows of 16-bit elements then begin with a cache line, as fast products want them
 
 
 def attention_inputs(
