@@ -98,7 +98,7 @@ def _inputs(
         qkv = product(high, both[:, : weight.shape[1]].mT)
         if pieces:
             module = backend.choose("linear", x.device, x.dtype, backend.NO_HEADS)
-            pre = module.piecewise_product(as_matrix(x, narrow.shape[0]), narrow).view(*x.shape[:2], -1)
+            pre = module.piecewise_product(as_matrix(x, narrow.shape[0]), narrow).view(*x.shape[:2], narrow.shape[1])
         else:
             wide = torch.promote_types(x.dtype, torch.float32)
             pre = product(x.to(wide), narrow.mT.to(wide))
@@ -107,28 +107,13 @@ def _inputs(
         gates, keep = pre.split((pre.shape[2] - 2 * kv_heads, 2 * kv_heads), dim=2)
         q, k, v = module.prepare_forward(qkv, keep, q_weight, k_weight, cos, sin, starts, heads, per_head, eps)
         gates = gates.clone() if bias is None else _by_stack(gates, bias.shape[0]) + bias[:, None, None]
-    return q, k, v, gates.view(*pre.shape[:2], -1), pre, qkv
+    return q, k, v, gates.view(*pre.shape[:2], gates.shape[-1]), pre, qkv
 
 
 @_inputs.register_fake
 def _(
-    high,
-    whole,
-    both,
-    weight,
-    narrow,
-    bias,
-    q_weight,
-    k_weight,
-    cos,
-    sin,
-    starts,
-    heads,
-    kv_heads,
-    per_head,
-    pieces,
-    eps,
-):
+    high, whole, both, weight, narrow, bias, q_weight, k_weight, cos, sin, starts, heads, kv_heads, per_head, pieces, eps
+):  # fmt: skip
     rows, every = high.shape[:2], heads + 2 * kv_heads
     dim = weight.shape[1] // every
     q, k, v, qkv = (high.new_empty((*rows, n, dim)) for n in (heads, kv_heads, kv_heads, every))
