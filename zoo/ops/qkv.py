@@ -112,7 +112,8 @@ def _inputs(
 
 @_inputs.register_fake
 def _(
-    high, whole, both, weight, narrow, bias, q_weight, k_weight, cos, sin, starts, heads, kv_heads, per_head, pieces, eps
+    high, whole, both, weight, narrow, bias, q_weight, k_weight, cos, sin, starts, heads, kv_heads, per_head, pieces,
+    eps,
 ):  # fmt: skip
     rows, every = high.shape[:2], heads + 2 * kv_heads
     dim = weight.shape[1] // every
