@@ -2,7 +2,7 @@
 
     python scripts/bench_train.py                          every arm at T 4096 and 16384, 65,536 tokens a step
     python scripts/bench_train.py --arms gatedfwa flex     some of them
-    python scripts/bench_train.py --arms gatedfwa --tokens 1048576 --budget 1048576 --micro 1 --steps 4    a long row
+    python scripts/bench_train.py --arms gatedfwa+narrow --tokens 1048576 --budget 1048576 --micro 1 --steps 4
     python scripts/bench_train.py --arms gatedfwa --tokens 4096 --profile    where a step's time goes, kernel by kernel
     python scripts/bench_train.py --arms gatedfwa+sync     an error if a step waits for the device
     python scripts/bench_train.py --curves gatedfwa gatedfwa+reference --tokens 1024 --budget 16384    losses compared
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def put(owner: Any, name: str, value: Any) -> None:
 def _f32_gates() -> None:
     from zoo.ops import linear
 
-    put(linear, "_in_pieces", lambda x: False)
+    put(linear, "in_pieces", lambda x: False)
 
 
 def _inline_rotary() -> None:
@@ -93,13 +94,19 @@ def _inductor_qkv() -> None:
     put(Attention, "_prepare", prepare)
 
 
+def _rounded_gradients() -> None:
+    from zoo.layers import Linear
+
+    put(Linear, "forward", nn.Linear.forward)
+
+
 def _sum_loss() -> None:
-    from zoo.ops import loss
+    from zoo.ops import linear
 
-    def accumulate(grad_weight: Tensor, logits: Tensor, part: Tensor) -> None:
-        grad_weight += logits.mT @ part
+    def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+        total += a @ b
 
-    put(loss, "_accumulate", accumulate)
+    put(linear, "add_product", add_product)
 
 
 def _reread_loss() -> None:
@@ -140,6 +147,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "f32gates": _f32_gates,  # gate and token shift projected in float32, off the tensor cores
     "inductorswiglu": _inductor_swiglu,  # the compiler makes SwiGLU's product
     "inductorqkv": _inductor_qkv,  # the compiler shifts, normalises and rotates
+    "roundedgradients": _rounded_gradients,  # weights' gradients leave their products in bfloat16
     "sumloss": _sum_loss,  # the weight's gradient in the loss is added up apart from its products
     "rereadloss": _reread_loss,  # the loss's rows are read twice, not held in registers
     "inlinerotary": _inline_rotary,  # the compiler sees how rotary angles are computed
@@ -167,7 +175,7 @@ def zoo_overrides(arm: str, tokens: int) -> tuple[str, dict[str, Any]]:
     if variant == "wide":
         backbone |= {"width": 1024, "heads": 16, "kv_heads": 1, "depth": 12}
     if tokens > 1 << 18:
-        backbone |= {"checkpoint": True, "mlp_chunk": 16384}
+        backbone |= {"checkpoint": True, "mlp_chunk": 65536}
     return f"text_{name}_125m", {"backbone": backbone}
 
 
@@ -407,8 +415,10 @@ def say(found: dict[str, Any]) -> None:
 
 
 def compare_curves(options: argparse.Namespace) -> None:
-    """The two losses of each step beside each other: their largest and mean difference, and every 20th."""
-    found = [in_a_process(options, arm, options.tokens[0]) for arm in options.curves]
+    """The two losses of each step beside each other: their largest and mean difference, and every 20th. Both arms run
+    at once: their speed means nothing."""
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda arm: in_a_process(options, arm, options.tokens[0]), options.curves))
     curves = [one.get("losses", []) for one in found]
     for one in found:
         say(one)

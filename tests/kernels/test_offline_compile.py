@@ -34,7 +34,7 @@ FLOAT32_POINTERS = {
     "k_weight_ptr",
     "cos_ptr",
     "sin_ptr",
-    "dkeep_ptr",
+    "dgates_ptr",
     "partial_ptr",
     "reach_ptr",
     "largest_ptr",
@@ -163,6 +163,7 @@ def test_adding_pieces_up_compiles(architecture):
 @pytest.mark.parametrize("kind", ["plain", "one kv head", "documents, by head", "no norm"])
 def test_qkv_compile(kind, architecture):
     special, norm, groups = kind.startswith("documents"), kind != "no norm", 1 if kind == "one kv head" else 12
+    gates = 24 if norm else 0
     absent = (set() if special else {"starts_ptr"}) | (
         set() if norm else {"q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "partial_ptr"}
     )
@@ -170,8 +171,10 @@ def test_qkv_compile(kind, architecture):
         "H": 12, "G": groups, "D": 64, "NORM": norm, "PER_HEAD": special, "ROTATE": norm, "CUT": special,
         "ROWS_Q": 1, "ROWS_KV": 16 if groups == 1 else 1, "HALF": 32, "RUN": qkv.RUN, "STAGES": qkv.STAGES,
     }  # fmt: skip
-    for kernel in (qkv.qkv_forward_kernel, qkv.qkv_backward_kernel):
-        constants = switches | {name: None for name in absent if name in kernel.arg_names}
+    columns = {"GATES": gates, "OUT": -(-((12 + 2 * groups) * 64 + gates + 2 * groups) // 64) * 64}
+    columns["SPARE"] = columns["OUT"] - (12 + 2 * groups) * 64 - gates - 2 * groups
+    for kernel, more in ((qkv.qkv_forward_kernel, {}), (qkv.qkv_backward_kernel, columns)):
+        constants = switches | more | {name: None for name in absent if name in kernel.arg_names}
         built = build(kernel, architecture, "bf16", constants, warps=2)
         assert built.metadata.shared <= SHARED_BYTES[architecture]
 
