@@ -55,8 +55,8 @@ class SeriesTask(Task):
         levels    of the predicted quantiles
         calibrate validation windows that intervals of trained weights are spread to cover (conformal.py), unless
                   they were trained on; 0: none
-        follow    rate at which they then follow how often they held in the series' past (conformal.py), 0.1 where series
-                  change; 0: they stay as fitted
+        follow    rate at which they then follow how often they held in the series' past (conformal.py), such as 0.5;
+                  0: they stay as fitted
         linear    fit the linear layer among the baselines
         plots     windows that TensorBoard shows, evenly over the validation split
         """
@@ -211,7 +211,7 @@ class SeriesTask(Task):
     def metrics(self, split: str) -> dict[str, Metric]:
         rows = 1 if self.layout.mixed else len(self.card["names"])
         config = self.config
-        factors = self._spread_by() if split == "test" else None  # on the split they are fitted to they would say nothing
+        factors = self._spread_by() if split == "test" else None  # of what they are fitted to they would say nothing
         errors = ForecastErrors(
             config.horizons, config.levels, rows, mode=config.roll, samples=config.samples, factors=factors
         )

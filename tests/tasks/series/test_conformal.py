@@ -251,7 +251,7 @@ def test_validation_is_scored_as_predicted(run):
 
 
 def test_weights_that_were_trained_on_validation_keep_their_intervals(run, caplog):
-    """As M4's last run is, with hold_out = false: what was learned by heart says nothing of what is to come."""
+    """As M4's last run is, with hold_out = 0: what was learned by heart says nothing of what is to come."""
     _, task, _ = load_run(run / "run")
     task._kept = None
     source = task.source
