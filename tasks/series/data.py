@@ -191,7 +191,7 @@ class M4Hourly(Published):
     @dataclass
     class Config:
         """hold_out  steps at the end of the training file that are left out of training, and validate. More than 48
-        hold several windows, and no single event decides; 0, for the last run: the last 48 validate, and were trained on
+        hold several windows, and no single event decides; 0, for the last run: the last 48 validate and were trained on
         """
 
         hold_out: int = 48
