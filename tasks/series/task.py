@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from tasks.series import baselines, plots
 from tasks.series.calendar import WIDTH, calendar
-from tasks.series.conformal import extended, fit, follow, pairs, scores, spread
+from tasks.series.conformal import fit, pairs, spread
 from tasks.series.data import Panel, Part, overlap, scaler
+from tasks.series.intervals import ROWS, followed, scored
 from tasks.series.metrics import ForecastErrors, seasonal_error
 from tasks.series.outputs import check_levels, nine
 from tasks.series.rolling import Forecast, roll
@@ -33,7 +34,6 @@ from zoo.weights import replace_file
 
 log = logging.getLogger(__name__)
 
-ROWS = 1024  # that a forecast of many series rolls at once
 FOLLOWED = 256  # patches of a table's past that its intervals follow at the most
 
 
@@ -315,36 +315,12 @@ class SeriesTask(Task):
     def _fit(self, model: Model) -> Tensor | None:
         windows = self.windows("valid")
         count = min(self.config.calibrate, len(windows))
-        found = self._scores(model, windows, torch.linspace(0, len(windows) - 1, count).long()) if count else None
+        found = scored(model, windows, torch.linspace(0, len(windows) - 1, count).long(), self._roll) if count else None
         return None if found is None else fit(found, self.config.levels).cpu()
 
-    @torch.no_grad()
-    def _scores(self, model: Model, windows: EvaluationWindows, chosen: Tensor) -> Tensor | None:
-        """(N, C, H, P) of N windows, all their channels as C; None from a model of points."""
-        device, channels = next(model.parameters()).device, len(windows.parts[0].panel.names)
-        found = []
-        for some in chosen.split(max(1, ROWS // (1 if self.layout.mixed else channels))):
-            batch = windows.collate(some).to(device)
-            quantiles = self._roll(model, batch, windows.horizon).quantiles
-            if quantiles is None:
-                return None
-            scored = scores(batch.targets.float(), quantiles.float(), self.config.levels)
-            found.append(scored.reshape(len(some), channels, *scored.shape[2:]))
-        return torch.cat(found)
-
-    def _followed(self, model: Model, parts: Sequence[Part], horizon: int) -> list[Tensor]:
-        """Of each part the factors (N, H, P) at the beginning of each of its patches, what comes before known, and, the
-        last ones, at its end, where that is the end of a patch."""
-        factors, patch = self.factors(), self.layout.patch
-        assert factors is not None
-        nothing = [np.zeros(len(part.panel.names)) for part in parts]
-        windows = EvaluationWindows(parts, nothing, self.layout, sorted({patch, horizon}), patch)
-        found = self._scores(model, windows, torch.arange(len(windows))) if len(windows) else None
-        if found is None:
-            return [extended(factors, horizon).unsqueeze(0) for _ in parts]
-        found = found[:, :, :horizon].cpu()
-        each = [found[windows.which == number] for number in range(len(parts))]
-        return [follow(factors, own, self.config.levels, patch, self.config.follow) for own in each]
+    def _followed(self, model: Model, parts: Sequence[Part], factors: Tensor, horizon: int) -> list[Tensor]:
+        levels, rate = self.config.levels, self.config.follow
+        return followed(model, parts, factors, horizon, layout=self.layout, roll=self._roll, levels=levels, rate=rate)
 
     def _spread_by(self) -> Callable[[Batch], Tensor | None] | None:
         """What rows of windows of the test split are spread by; where factors follow, from the validation split on."""
@@ -356,7 +332,7 @@ class SeriesTask(Task):
         parts, patch = self.parts("test"), self.layout.patch
         first = {part.panel.id: part.begin for part in self.parts("valid")}
         whole = [replace(part, begin=min(part.begin, first.get(part.panel.id, part.begin))) for part in parts]
-        tables = self._followed(model, whole, max(self.config.horizons))
+        tables = self._followed(model, whole, factors, max(self.config.horizons))
         lengths = torch.tensor([0] + [len(table) for table in tables[:-1]]).cumsum(0)
         before = torch.tensor([part.begin - longer.begin for part, longer in zip(parts, whole, strict=True)])
         joined = torch.cat(tables)
@@ -377,7 +353,7 @@ class SeriesTask(Task):
             steps = len(panel.values)
             origins = min(FOLLOWED, max(0, steps - self.layout.context) // patch)
             parts.append(Part(replace(panel, known=self._known(panel, 0)), steps - origins * patch, steps))
-        tables = self._followed(model, parts, horizon)
+        tables = self._followed(model, parts, factors, horizon)
         each = [1 if self.layout.mixed else len(panel.names) for panel in panels]
         return torch.cat([table[-1:].expand(rows, -1, -1) for table, rows in zip(tables, each, strict=True)])
 

@@ -221,7 +221,7 @@ def test_intervals_follow_what_came_before_each_window(run):
     assert not same[origins >= middle + 2 * 12].any()  # a patch's truths count when they are all known
     assert len(found[0].flatten(1).unique(dim=0)) > 10
     valid = task.parts("valid")[0]
-    at_end = task._followed(model, [valid], 72)[0][-1]
+    at_end = task._followed(model, [valid], task.factors(), 72)[0][-1]
     torch.testing.assert_close(found[0][0], at_end)
     values = evaluate_run(run / "run", device="cpu", overrides=["task.follow=0.3"])
     assert "following at rate 0.3" in values.title
