@@ -1,4 +1,4 @@
-"""How intervals of a model held on windows of series, and the factors that follow it, window by window (conformal.py)."""
+"""How intervals of a model held on windows of series, and the factors that follow it, by window (conformal.py)."""
 
 from collections.abc import Callable, Sequence
 
