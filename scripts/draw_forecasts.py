@@ -1,12 +1,13 @@
 """Draws forecasts of a series run on windows of the test split, one below the other, for docs.
 
-    python scripts/draw_forecasts.py runs/series-etth1 --count 3 --channel OT --out docs/series/etth1.png
+    python scripts/draw_forecasts.py runs/series-etth1 --count 2 --channel HUFL OT --out docs/series/etth1.png
     python scripts/draw_forecasts.py runs/series-m4_hourly --count 4 --out docs/series/m4_hourly.png
 
 Windows are spread evenly over the split, in its order, and are chosen by nothing else.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--count", type=int, default=3)
-    parser.add_argument("--channel", help="default: the first")
+    parser.add_argument("--channel", nargs="+", help="default: the first")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
@@ -33,7 +34,7 @@ def main() -> None:
     assert isinstance(task, SeriesTask)
     assert isinstance(model, Model)
     names = task.card["names"]
-    channel = 0 if args.channel is None else names.index(args.channel)
+    channels = [0] if args.channel is None else [names.index(name) for name in args.channel]
     windows, levels = task.windows("test"), task.config.levels
     whole = (windows.fits == windows.horizon).nonzero().flatten()
     chosen = whole[torch.linspace(0, len(whole) - 1, args.count + 2).long()[1:-1]]
@@ -43,10 +44,9 @@ def main() -> None:
     forecast = spread(forecast, factors(batch) if factors else None)
     history, future, _ = windows.raw(chosen)
     pictures = []
-    for number, window in enumerate(chosen.tolist()):
-        panel = windows.parts[windows.which[window]].panel
+    for (number, window), channel in itertools.product(enumerate(chosen.tolist()), channels):
+        panel, at = windows.parts[windows.which[window]].panel, int(windows.origins[window])
         row, place = (number, channel) if task.layout.mixed else (number * len(names) + channel, 0)
-        at = int(windows.origins[window])
         origin = f"step {at}" if panel.times is None else panel.times[at]
         picture = plots.draw(
             history[number, channel].numpy(),
