@@ -5,6 +5,7 @@
 
 A factor of 0.5 means that a second of sound takes half a second. One JSON row for each second named by --at, with
 the median over the ten seconds of sound around it, and the bytes of everything that is remembered between two steps.
+`processor_factor` counts this process's processor time in place of the clock's: what a busy machine leaves as it is.
 """
 
 import argparse
@@ -31,15 +32,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def arrivals(pipe: Pipeline, args: argparse.Namespace) -> Iterator[tuple[float, float]]:
-    """(seconds of sound that have come, seconds since the start) after each piece."""
+def arrivals(pipe: Pipeline, args: argparse.Namespace) -> Iterator[tuple[float, float, float]]:
+    """(seconds of sound that have come, seconds since the start, processor seconds since) after each piece."""
     given = pipe.task.prompt([None] * args.rows)
     count = pipe.task.elements(args.seconds)
     steps = generate(pipe.model, given, max_new=count, sampling=Sampling(), stream=True, seed=0, graph=args.graph)
-    sound, began = 0, time.perf_counter()
+    sound, began, used = 0, time.perf_counter(), time.process_time()
     for rows in pipe.task.pieces(given, steps) or ():
         sound += len(rows[0])
-        yield sound / pipe.task.data.rate, time.perf_counter() - began
+        yield sound / pipe.task.data.rate, time.perf_counter() - began, time.process_time() - used
 
 
 def remembered(pipe: Pipeline, seconds: float, rows: int) -> int:
@@ -60,21 +61,25 @@ def main() -> None:
     short = argparse.Namespace(**{**vars(args), "seconds": 1.0})
     list(arrivals(pipe, short))  # kernels compile and choose their tiles
     waiting = sorted(at for at in args.at if at <= args.seconds)
-    first, before, before_clock, factors = 0.0, 0.0, 0.0, []
-    for sound, clock in arrivals(pipe, args):
-        if before:
-            factors.append((sound, (clock - before_clock) / (sound - before)))
+    before, factors = (0.0, 0.0, 0.0), []
+    first = 0.0
+    for now in arrivals(pipe, args):
+        sound, clock, used = now
+        if before[0]:
+            length = sound - before[0]
+            factors.append((sound, (clock - before[1]) / length, (used - before[2]) / length))
         else:
             first = clock
-        before, before_clock = sound, clock
+        before = now
         while waiting and factors and sound >= min(waiting[0] + 5, args.seconds):
             at = waiting.pop(0)
-            near = [factor for sound, factor in factors if abs(sound - at) <= 5]
+            near, processor = zip(*[factor for place, *factor in factors if abs(place - at) <= 5], strict=True)
             row = {
                 "run": args.run,
                 "second": at,
                 "real_time_factor": statistics.median(near),
                 "worst_piece": max(near),
+                "processor_factor": statistics.median(processor),
                 "first_piece_after_s": first,
                 "state_bytes": remembered(pipe, at, args.rows),
                 "rows": args.rows,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # but in the two smallest, where they would be two or one
 SIZES = {
     "100k": {"width": 64, "depth": 2, "heads": 2},
+    "500k": {"width": 128, "depth": 2, "heads": 4},
     "1m": {"width": 128, "depth": 4, "heads": 4},
     "4m": {"width": 256, "depth": 5, "heads": 4},
     "8m": {"width": 256, "depth": 10, "heads": 4},

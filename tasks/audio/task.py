@@ -150,7 +150,8 @@ class AudioTask(Task):
 
     @cached_property
     def _classifier(self) -> Frozen | None:
-        return load_classifier(self.config.samples.classifier)
+        samples = self.config.samples
+        return load_classifier(samples.classifier) if samples.count else None
 
     @cached_property
     def pattern(self) -> Pattern:

@@ -8,12 +8,20 @@ CQR (Romano et al., arXiv 1905.03222) with scores in units of the predicted spre
 and the pair becomes m - f (m - l), m + f (u - m), where f is the ceil((n + 1) a)-th smallest of n scores and a what the
 pair is to cover: its own f for each step and pair. Mean and median stay, and so do forecasts of data that were shifted
 or stretched. New values that are exchangeable with the validation split's fall inside with probability a or a little
-more; where the series has changed since, as long series do, that is as near as the past can tell.
+more. Where a series has changed since, as long ones do, that promise is void, and the factors may follow how often the
+intervals held lately (Gibbs and Candès, arXiv 2106.00170; the quantile tracker of Angelopoulos et al., arXiv
+2307.16895): as truths become known, for each pair and block of steps, with a rate r,
+
+    log f <- log f + r (a - the share of these truths inside)
+
+which brings the share inside to a in the long run, whatever the series does. The factors of a forecast know what lies
+before its origin and nothing else.
 """
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tasks.series.rolling import Forecast
@@ -50,19 +58,45 @@ def fit(found: Tensor, levels: Sequence[float]) -> Tensor:
     return torch.where(count > 0, chosen, 1.0).float()
 
 
+def follow(factors: Tensor, found: Tensor, levels: Sequence[float], block: int, rate: float) -> Tensor:
+    """Scores (N, C, H, P) of forecasts from N origins `block` steps apart, NaN where there is no truth -> factors
+    (N + 1, H, P): at each of these origins, and one block after the last; `factors` (H', P) are those at the first."""
+    steps, place = found.shape[2], torch.arange(-(-found.shape[2] // block), device=found.device)
+    start = extended(factors, steps).to(found.device)
+    share = torch.tensor([levels[high] - levels[low] for low, high in pairs(levels)], device=found.device)
+    rest = (0, 0, 0, len(place) * block - steps)
+    blocks = F.pad(found, rest, value=torch.nan).unflatten(2, (-1, block))  # (N, C, K, block, P)
+    moved = torch.zeros(len(place), len(share), device=found.device)
+    at = [start]
+    for origin in range(len(found)):
+        since = origin - place  # of the forecast from there, this block is the newest that is known
+        truths = blocks[since.clamp(min=0), :, place].masked_fill((since < 0).view(-1, 1, 1, 1), torch.nan)
+        now = F.pad(at[-1], rest).unflatten(0, (-1, 1, block))  # (K, 1, block, P)
+        inside = (truths <= now).float().masked_fill(truths.isnan(), torch.nan).nanmean((1, 2))  # (K, P)
+        moved = moved + rate * (share - inside).nan_to_num(0.0)
+        at.append(start * moved.exp().repeat_interleave(block, 0)[:steps])
+    return torch.stack(at)
+
+
+def extended(factors: Tensor, steps: int) -> Tensor:
+    """Factors (…, H', P) for so many steps; those beyond H' take the last ones."""
+    return factors[..., torch.arange(steps, device=factors.device).clamp(max=factors.shape[-2] - 1), :]
+
+
 def spread(forecast: Forecast, factors: Tensor | None) -> Forecast:
-    """The forecast with its pairs spread by factors (H', P); steps beyond H' take the last ones. Quantiles stay in
-    order: a wider pair holds the narrower ones."""
+    """The forecast with its pairs spread by factors (H', P), or each row's own (R, H', P); steps beyond H' take the
+    last ones. Quantiles stay in order: a wider pair holds the narrower ones."""
     if factors is None or forecast.quantiles is None:
         return forecast
     quantiles, levels = forecast.quantiles, forecast.levels
-    steps = torch.arange(quantiles.shape[2]).clamp(max=len(factors) - 1)
-    by_step = factors[steps].to(quantiles)  # (H, P)
+    by_step = extended(factors, quantiles.shape[2]).to(quantiles)  # (H, P) or (R, H, P)
+    if by_step.dim() == 3:
+        by_step = by_step.unsqueeze(1)
     middle = len(levels) // 2
     median = quantiles[..., middle : middle + 1]
-    around = torch.ones(len(steps), len(levels), device=quantiles.device, dtype=quantiles.dtype)
+    around = by_step.new_ones(*by_step.shape[:-1], len(levels))
     for place, (low, high) in enumerate(pairs(levels)):
-        around[:, low] = around[:, high] = by_step[:, place]
+        around[..., low] = around[..., high] = by_step[..., place]
     moved = median + around * (quantiles - median)
     below = moved[..., :middle].flip(-1).cummin(dim=-1).values.flip(-1)
     above = moved[..., middle + 1 :].cummax(dim=-1).values

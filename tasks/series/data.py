@@ -177,8 +177,7 @@ class Exchange(Dated):
 class M4Hourly(Published):
     """The 414 hourly series of the M4 competition (Makridakis et al., 2020), 700 to 960 steps and 48 to predict.
 
-    Series have no dates. test: the 48 steps of the competition's test file. valid: the last 48 of its training file,
-    which are trained on unless hold_out.
+    Series have no dates. test: the 48 steps of the competition's test file. valid: the last ones of its training file.
     """
 
     NAME, LICENCE, season, scaled = "series/m4_hourly", "not stated", 24, False
@@ -191,9 +190,15 @@ class M4Hourly(Published):
 
     @dataclass
     class Config:
-        """hold_out  leave the validation steps out of training: True to choose a recipe, False for the last run"""
+        """hold_out  steps at the end of the training file that are left out of training, and validate. More than 48
+        hold several windows, and no single event decides; 0, for the last run: the last 48 validate and were trained on
+        """
 
-        hold_out: bool = True
+        hold_out: int = 48
+
+        def __post_init__(self):
+            if self.hold_out and not 48 <= self.hold_out <= 600:
+                raise ValueError(f"hold_out = {self.hold_out}; it takes 0, or 48 to 600 steps")
 
     def __init__(self, config: Config):
         self.config = config
@@ -220,5 +225,5 @@ class M4Hourly(Published):
         if split == "test":
             return Part(panel, past, past + self.HORIZON)
         if split == "valid":
-            return Part(panel, past - self.HORIZON, past)
-        return Part(panel, 0, past - self.HORIZON if self.config.hold_out else past)
+            return Part(panel, past - (self.config.hold_out or self.HORIZON), past)
+        return Part(panel, 0, past - self.config.hold_out)

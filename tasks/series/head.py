@@ -3,17 +3,19 @@
 A patch is normalised with statistics that do not look ahead (normalise.py), missing values become 0 with a flag of
 their own, and a linear layer, with a residual MLP if asked for, makes a token of it. From a token's hidden state a
 linear layer predicts the following `predict` steps. Beside it may run a linear highway: an autoregression on the last
-values themselves, for which attention over tokens is a roundabout way (LSTNet, arXiv 1703.07015, section 3.6).
+values themselves, for which attention over tokens is a roundabout way (LSTNet, arXiv 1703.07015, section 3.6); and a
+prediction may start from copies of what stood a season or more before, among which the hidden state chooses (a pointer
+into the past, as See et al., arXiv 1704.04368, have for words).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.series.normalise import begin, here, last, normalised, statistics
+from tasks.series.normalise import Scaling, begin, here, last, normalised, seasonal_unit, statistics
 from tasks.series.outputs import outputs
 from zoo import config as configs
 from zoo.config import Choice
@@ -24,6 +26,8 @@ FARTHEST = 30.0  # deviations; inputs beyond are cut, so that a spike after a ca
 
 
 class SeriesHead(Head):
+    copied: Tensor
+
     @dataclass
     class Config:
         """A 0 waits for the task to fill in its own.
@@ -39,7 +43,13 @@ class SeriesHead(Head):
                    the benchmark
         highway    steps of the linear autoregression; 0: none
         level      what its values are differences to: the row's mean, or wherever it stands the last value (NLinear,
-                   arXiv 2205.13504), which follows a level that moves while a forecast is rolled
+                   arXiv 2205.13504), which follows a level that moves while a forecast is rolled; with lags the copies
+                   stand for the level
+        lags       steps after which series repeat themselves, such as [24, 168]; none: []. A prediction is then
+                   around a mixture of the values so long before (or a multiple of it), weighed for each step by the
+                   hidden state; in units of the mean error that a copy with the first lag makes, in which a normalised
+                   loss counts; and tokens hold the differences to these values, too. For series that repeat themselves
+                   more closely than their deviation tells, and data too few to learn copying from
         hidden     width of the MLP that embeds patches; 0: a linear layer
         dropout    on embedded patches and on hidden states before the output
         """
@@ -54,6 +64,7 @@ class SeriesHead(Head):
         units: Literal["normalised", "data"] = "normalised"
         highway: int = 0
         level: Literal["mean", "last"] = "mean"
+        lags: list[int] = field(default_factory=list)
         hidden: int = 0
         dropout: float = 0.0
 
@@ -67,9 +78,14 @@ class SeriesHead(Head):
             raise ValueError(f"head.predict = {config.predict} is not a multiple of head.patch = {config.patch}")
         if not 0 <= config.dropout < 1:
             raise ValueError(f"head.dropout = {config.dropout}; it takes a number from 0 up to, not including, 1")
+        if config.lags and not (min(config.lags) >= 1 and config.lags[0] < config.prefix * config.patch):
+            raise ValueError(
+                f"head.lags = {config.lags}; they take 1 or more, and the first must be less than the steps before the "
+                f"first scored prediction, head.prefix * head.patch = {config.prefix * config.patch}"
+            )
         assert config.output is not None
         self.output = outputs.get(config.output.name)(config.output.config)
-        features = 2 * config.channels * config.patch + config.known * config.predict
+        features = (2 + len(config.lags)) * config.channels * config.patch + config.known * config.predict
         self.patch = nn.Linear(features, width)
         self.deep = None
         if config.hidden:
@@ -81,6 +97,19 @@ class SeriesHead(Head):
         if self.highway is not None:
             nn.init.zeros_(self.highway.weight)
             nn.init.zeros_(self.highway.bias)
+
+        self.choice = nn.Linear(width, config.channels * config.predict * len(config.lags)) if config.lags else None
+        if self.choice is not None:
+            nn.init.zeros_(self.choice.weight)
+            nn.init.zeros_(self.choice.bias)
+            ahead = torch.arange(config.predict)
+            copied = torch.stack([self.reach - lag + ahead % lag for lag in config.lags])  # (K, predict)
+            self.register_buffer("copied", copied, persistent=False)  # places in the past
+
+    @property
+    def reach(self) -> int:
+        """Steps of the past that predictions look at directly."""
+        return max(self.config.highway, *self.config.lags, 0)
 
     @property
     def blocks(self) -> int:
@@ -100,28 +129,30 @@ class SeriesHead(Head):
     def embed(self, inputs: Tensor, ctx: Context, state: Any = None) -> tuple[Tensor, Any]:
         """(B, T, C + K m, P) -> (B, T, width)."""
         values, known = inputs[:, :, : self.config.channels], inputs[:, :, self.config.channels :]
+        history = None
         if state is None:
-            location, scale = statistics(values, self.config.statistics, self.config.prefix)
+            scaling = self._scaling(values, self.config.prefix)
         else:
-            location, scale = here(state, values.shape[1])
+            scaling, history = here(state, values.shape[1]), state.get("history")
             state = self._remember(values, state)
-        x = normalised(values, location, scale)
+        x = normalised(values, scaling.location, scaling.scale)
         missing = x.isnan()
         x = x.masked_fill(missing, 0).clamp(-FARTHEST, FARTHEST)
-        features = torch.cat((x.flatten(2), missing.to(x.dtype).flatten(2), known.flatten(2)), dim=-1)
+        shown = [x, missing.to(x.dtype), *self._differences(values, history, scaling.unit), known]
+        features = torch.cat([part.flatten(2) for part in shown], dim=-1)
         h = self.patch(features)
         if self.deep is not None:
             h = h + self.deep(features)
         return self.drop(h), state
 
     def init_state(self, inputs: Tensor, condition: Any = None, lengths: Tensor | None = None) -> State:
-        """Statistics of the history `inputs` (normalise.py); "history" (B, C, highway) its last values; "known"
+        """Statistics of the history `inputs` (normalise.py); "history" (B, C, reach) its last values; "known"
         (B, M, K, P) the covariates of the M patches that follow, and "fed" (B,), how many of these were."""
         values = inputs[:, :, : self.config.channels]
-        state = begin(*statistics(values, self.config.statistics, values.shape[1]))
+        state = begin(self._scaling(values, values.shape[1]))
         rows, config = len(inputs), self.config
-        if config.highway:
-            state["history"] = values.new_full((rows, config.channels, config.highway), torch.nan)
+        if self.reach:
+            state["history"] = values.new_full((rows, config.channels, self.reach), torch.nan)
         known = (condition or {}).get("known")
         if config.known:
             if known is None or not known.shape[1]:
@@ -132,72 +163,106 @@ class SeriesHead(Head):
 
     def _remember(self, values: Tensor, state: dict) -> dict:
         state = {**state, "place": state["place"] + values.shape[1]}
-        if self.config.highway:
+        if self.reach:
             steps = values.transpose(1, 2).flatten(2)  # (B, C, T P)
-            state["history"] = torch.cat((state["history"], steps), dim=-1)[..., -self.config.highway :]
+            state["history"] = torch.cat((state["history"], steps), dim=-1)[..., -self.reach :]
         return state
+
+    def _scaling(self, values: Tensor, prefix: int) -> Scaling:
+        over = self.config.statistics
+        location, scale = statistics(values, over, prefix)
+        if not self.config.lags:
+            return Scaling(location, scale, scale)
+        return Scaling(location, scale, seasonal_unit(values, self.config.lags[0], over, prefix, scale))
+
+    def _differences(self, values: Tensor, history: Tensor | None, unit: Tensor) -> list[Tensor]:
+        """values (B, T, C, P) after `history` (B, C, reach) -> for each lag what has changed since, (B, T, C, P)."""
+        if not self.config.lags:
+            return []
+        steps = values.transpose(1, 2).flatten(2)
+        before = steps.new_full((*steps.shape[:2], self.reach), torch.nan) if history is None else history
+        whole, found = torch.cat((before, steps), dim=-1), []
+        for lag in self.config.lags:
+            apart = steps - whole[..., self.reach - lag : whole.shape[-1] - lag]
+            apart = apart.unflatten(-1, (-1, self.config.patch)).transpose(1, 2) / unit.unsqueeze(-1)
+            found.append(apart.nan_to_num(0.0).clamp(-FARTHEST, FARTHEST))
+        return found
 
     # -- out -------------------------------------------------------------------------------------------------------
 
     def loss(self, h: Tensor, batch: Batch) -> Output:
         """Over targets (B, T, C, predict) in the data's units, NaN unscored, from the end of the prefix on."""
-        values = batch.inputs[:, :, : self.config.channels]
-        location, scale = statistics(values, self.config.statistics, self.config.prefix)
-        first = self.config.prefix - 1
+        values, first = batch.inputs[:, :, : self.config.channels], self.config.prefix - 1
+        scaling = self._scaling(values, self.config.prefix)
         if self.config.statistics == "running":
-            location, scale = location[:, first:], scale[:, first:]
-        target = normalised(batch.targets[:, first:], location, scale)
-        params = self._params(h[:, first:], self._line(self._past(values)[:, first:], location, scale))
+            scaling = Scaling(*(x[:, first:] for x in scaling))
+        target = normalised(batch.targets[:, first:], scaling.location, scaling.unit)
+        params = self._params(h[:, first:], self._past(values)[:, first:], scaling)
         scored = ~target.isnan()
-        unit = scale.unsqueeze(-1) if self.config.units == "data" else torch.ones_like(scale).unsqueeze(-1)
+        unit = (scaling.unit if self.config.units == "data" else torch.ones_like(scaling.unit)).unsqueeze(-1)
         loss = self.output.loss(params, target.masked_fill(~scored, 0), unit.expand_as(target))
         loss = loss.masked_fill(~scored, 0)
         return Output(loss.sum(), scored.sum())
 
-    def _params(self, h: Tensor, line: Tensor | None) -> Tensor:
-        """h (B, T, width) -> (B, T, C, predict, size)."""
+    def _params(self, h: Tensor, past: Tensor, scaling: Scaling) -> Tensor:
+        """h (B, T, width), past (B, T, C, reach) -> (B, T, C, predict, size), of (y - location) / unit."""
         shape = (self.config.channels, self.config.predict, self.output.size)
-        params = self.out(self.drop(h)).float().unflatten(-1, shape)
-        return params if line is None else self.output.shift(params, line)
+        h = self.drop(h)
+        params = self.out(h).float().unflatten(-1, shape)
+        if not self.reach:
+            return params
+        x = normalised(past, scaling.location, scaling.scale).clamp(-FARTHEST, FARTHEST)
+        line = torch.zeros_like(params[..., 0])
+        if self.choice is not None:
+            line = line + self._copies(self.choice(h).float(), x)
+        if self.highway is not None:
+            line = line + self._line(self.highway, x[..., self.reach - self.config.highway :])
+        return self.output.shift(params, line * (scaling.scale / scaling.unit).unsqueeze(-1))
 
     def _past(self, values: Tensor) -> Tensor:
-        """values (B, T, C, P) -> (B, T, C, highway): the last steps at each patch, NaN before the first."""
-        if not self.config.highway:
-            return values
-        steps = F.pad(values.transpose(1, 2).flatten(2), (self.config.highway - self.config.patch, 0), value=torch.nan)
-        return steps.unfold(-1, self.config.highway, self.config.patch).transpose(1, 2)
+        """values (B, T, C, P) -> (B, T, C, reach): the last steps at each patch, NaN before the first."""
+        if not self.reach:
+            return values[..., :0]
+        steps = F.pad(values.transpose(1, 2).flatten(2), (self.reach - self.config.patch, 0), value=torch.nan)
+        return steps.unfold(-1, self.reach, self.config.patch).transpose(1, 2)
 
-    def _line(self, past: Tensor, location: Tensor, scale: Tensor) -> Tensor | None:
-        if self.highway is None:
-            return None
-        x = normalised(past, location, scale).clamp(-FARTHEST, FARTHEST)
+    def _copies(self, weight: Tensor, x: Tensor) -> Tensor:
+        """x (B, T, C, reach), weight (B, T, C predict K) before a softmax over the K copies that are there ->
+        (B, T, C, predict)."""
+        copies = x[..., self.copied]  # (B, T, C, K, predict)
+        missing = copies.isnan()
+        weight = weight.unflatten(-1, (x.shape[2], *self.copied.shape))
+        weight = weight.masked_fill(missing, torch.finfo(weight.dtype).min).softmax(-2)
+        return (weight * copies.masked_fill(missing, 0)).sum(-2)
+
+    def _line(self, highway: nn.Linear, x: Tensor) -> Tensor:
+        """x (B, T, C, highway) -> (B, T, C, predict)."""
         if self.config.level == "mean":
-            return self.highway(x.nan_to_num(0.0)).float()
+            return highway(x.nan_to_num(0.0)).float()
         newest = torch.arange(x.shape[-1], device=x.device).masked_fill(x.isnan(), 0).argmax(-1, keepdim=True)
         level = x.gather(-1, newest).nan_to_num(0.0)
-        return level + self.highway((x - level).nan_to_num(0.0)).float()
+        change = highway((x - level).nan_to_num(0.0)).float()
+        return change if self.config.lags else level + change
 
     def logits(self, h_last: Tensor, state: Any) -> Tensor:
-        """(B, width) -> (B, C, predict, size), of normalised values."""
-        location, scale = last(state)
-        line = None
-        if self.highway is not None:
-            line = self._line(state["history"].unsqueeze(1), location.unsqueeze(1), scale.unsqueeze(1))
-        return self._params(h_last.unsqueeze(1), line).squeeze(1)
+        """(B, width) -> (B, C, predict, size), of (y - location) / unit."""
+        scaling = last(state)
+        past = state["history"] if self.reach else h_last.new_zeros(0)
+        return self._params(h_last.unsqueeze(1), past.unsqueeze(1), scaling).squeeze(1)
 
     def summary(self, params: Tensor, state: Any, levels: list[float]) -> tuple[Tensor, Tensor | None]:
         """Mean (B, C, predict) and quantiles (B, C, predict, Q), in the data's units."""
-        location, scale = (x.unsqueeze(-1) for x in last(state))
+        location, _, unit = (x[:, 0].unsqueeze(-1) for x in last(state))
         quantiles = self.output.quantiles(params, levels)
         if quantiles is not None:
-            quantiles = quantiles * scale.unsqueeze(-1) + location.unsqueeze(-1)
-        return self.output.mean(params) * scale + location, quantiles
+            quantiles = quantiles * unit.unsqueeze(-1) + location.unsqueeze(-1)
+        return self.output.mean(params) * unit + location, quantiles
 
     def draw(self, params: Tensor, state: Any, sampling: Any, generator: Any) -> Tensor:
         """(B, C, predict) in the data's units; temperature 0 draws the mean."""
-        location, scale = (x.unsqueeze(-1) for x in last(state))
+        location, _, unit = (x[:, 0].unsqueeze(-1) for x in last(state))
         drawn = self.output.mean(params) if sampling.temperature == 0 else self.output.draw(params, generator)
-        return drawn * scale + location
+        return drawn * unit + location
 
     def feed(self, values: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Values (B, C, predict) as the inputs of the next m tokens, with the covariates of what comes after them."""

@@ -12,7 +12,7 @@ MASE takes the median for m', as its absolute error wants, where there is one. A
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -126,9 +126,9 @@ class ForecastErrors:
         *,
         mode: Mode = "quantiles",
         samples: int = 100,
-        factors: Tensor | None = None,
+        factors: Callable[[Batch], Tensor | None] | None = None,
     ):
-        """factors: that intervals are spread by (conformal.py)."""
+        """factors: of a batch, that intervals are spread by (conformal.py)."""
         self.errors = Errors(horizons, levels, rows)
         self.mode, self.samples, self.factors = mode, samples, factors
 
@@ -137,7 +137,7 @@ class ForecastErrors:
         levels = self.errors.levels
         horizon = batch.targets.shape[-1]
         forecast = roll(model, batch, horizon, levels=levels, mode=self.mode, samples=self.samples)
-        self.errors.add(batch, spread(forecast, self.factors))
+        self.errors.add(batch, spread(forecast, self.factors(batch) if self.factors else None))
 
     def reduce(self, ranks: Any) -> None:
         self.errors.sums = ranks.sum(self.errors.sums)

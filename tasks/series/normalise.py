@@ -7,15 +7,17 @@ keeps those of the end of its history, however far it rolls.
 Shapes: B rows, T patches, C values a step, P steps a patch. NaN is a missing value.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.state import State
 
 Kind = Literal["standard", "mean_abs"]
 Over = Literal["prefix", "running"]
+LEAST = 0.02  # of the deviation, that a seasonal unit has
 
 
 def statistics(values: Tensor, over: Over, prefix: int, kind: Kind = "standard") -> tuple[Tensor, Tensor]:
@@ -52,26 +54,57 @@ def normalised(values: Tensor, location: Tensor, scale: Tensor) -> Tensor:
     return (values - location.unsqueeze(-1)) / scale.unsqueeze(-1)
 
 
+def seasonal_unit(values: Tensor, lag: int, over: Over, prefix: int, scale: Tensor) -> Tensor:
+    """values (B, T, C, P) -> (B, 1 or T, C) float32: the mean of |y(t) - y(t - lag)| over what is there, which is what
+    a seasonal naive forecast is off by and what MASE divides by.
+
+    At least LEAST of `scale`, or a series that repeated itself exactly would have no bounds for what it does next; and
+    `scale` where there are no two such values.
+    """
+    values = values[:, :prefix] if over == "prefix" else values
+    steps = values.transpose(1, 2).flatten(2).double()  # (B, C, T P)
+    apart = (steps - F.pad(steps, (lag, 0), value=torch.nan)[..., : steps.shape[-1]]).abs()
+    there = ~apart.isnan()
+    count, total = there.cumsum(-1), apart.masked_fill(~there, 0).cumsum(-1)
+    ends = slice(values.shape[-1] - 1, None, values.shape[-1])  # of patches
+    count, total = (x[..., ends].transpose(1, 2) for x in (count, total))
+    if over == "prefix":
+        count, total = count[:, -1:], total[:, -1:]
+    error = (total / count.clamp(min=1)).float()
+    return torch.where(count > 0, torch.maximum(error, LEAST * scale), scale)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# State: {"location", "scale" (B, N, C): of each patch of the history, the last one for all that follow; "place" (B,)}
+# State: {"location", "scale", "unit" (B, N, C): of each patch of the history, the last one for all that follow;
+# "place" (B,)}
 
 
-def begin(location: Tensor, scale: Tensor) -> dict[str, State]:
+class Scaling(NamedTuple):
+    """What inputs are normalised by, and the unit in which predictions are made; each (B, N, C)."""
+
+    location: Tensor
+    scale: Tensor
+    unit: Tensor
+
+
+def begin(scaling: Scaling) -> dict[str, State]:
+    location, scale, unit = (x.contiguous() for x in scaling)
     return {
-        "location": location.contiguous(),
-        "scale": scale.contiguous(),
+        "location": location,
+        "scale": scale,
+        "unit": unit,
         "place": torch.zeros(len(location), dtype=torch.int64, device=location.device),
     }
 
 
-def here(state: dict, tokens: int) -> tuple[Tensor, Tensor]:
-    """(location, scale), each (B, tokens, C), of the next so many patches."""
+def here(state: dict, tokens: int) -> Scaling:
+    """Of the next so many patches, each (B, tokens, C)."""
     location = state["location"]
     place = state["place"].unsqueeze(1) + torch.arange(tokens, device=location.device)
     index = place.clamp(max=location.shape[1] - 1).unsqueeze(-1).expand(-1, -1, location.shape[2])
-    return location.gather(1, index), state["scale"].gather(1, index)
+    return Scaling(*(state[name].gather(1, index) for name in Scaling._fields))
 
 
-def last(state: dict) -> tuple[Tensor, Tensor]:
-    """(location, scale), each (B, C), that hold while the forecast rolls."""
-    return state["location"][:, -1], state["scale"][:, -1]
+def last(state: dict) -> Scaling:
+    """What holds while the forecast rolls, each (B, 1, C)."""
+    return Scaling(*(state[name][:, -1:] for name in Scaling._fields))

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from tasks.series import baselines, plots
 from tasks.series.calendar import WIDTH, calendar
-from tasks.series.conformal import fit, pairs, scores, spread
+from tasks.series.conformal import fit, pairs, spread
 from tasks.series.data import Panel, Part, overlap, scaler
+from tasks.series.intervals import ROWS, followed, scored
 from tasks.series.metrics import ForecastErrors, seasonal_error
 from tasks.series.outputs import check_levels, nine
 from tasks.series.rolling import Forecast, roll
@@ -33,7 +34,7 @@ from zoo.weights import replace_file
 
 log = logging.getLogger(__name__)
 
-ROWS = 1024  # that a forecast of many series rolls at once
+FOLLOWED = 256  # patches of a table's past that its intervals follow at the most
 
 
 class SeriesTask(Task):
@@ -54,6 +55,8 @@ class SeriesTask(Task):
         levels    of the predicted quantiles
         calibrate validation windows that intervals of trained weights are spread to cover (conformal.py), unless
                   they were trained on; 0: none
+        follow    rate at which they then follow how often they held in the series' past (conformal.py), such as 0.5;
+                  0: they stay as fitted
         linear    fit the linear layer among the baselines
         plots     windows that TensorBoard shows, evenly over the validation split
         """
@@ -71,6 +74,7 @@ class SeriesTask(Task):
         samples: int = 100
         levels: list[float] = field(default_factory=nine)
         calibrate: int = 512
+        follow: float = 0.0
         linear: bool = True
         plots: int = 4
 
@@ -81,8 +85,8 @@ class SeriesTask(Task):
             for name in ("predict", "context"):
                 if getattr(self, name) % self.patch:
                     raise ValueError(f"{name} = {getattr(self, name)}; it takes a multiple of patch = {self.patch}")
-            if min(self.ahead, self.plots, self.calibrate) < 0:
-                raise ValueError("ahead, plots and calibrate take 0 or more")
+            if min(self.ahead, self.plots, self.calibrate, self.follow) < 0:
+                raise ValueError("ahead, plots, calibrate and follow take 0 or more")
             if not self.horizons or min(self.horizons) < 1 or sorted(set(self.horizons)) != list(self.horizons):
                 raise ValueError(f"horizons = {self.horizons}; they take rising numbers of steps, such as [96, 192]")
             check_levels(self.levels)
@@ -207,7 +211,7 @@ class SeriesTask(Task):
     def metrics(self, split: str) -> dict[str, Metric]:
         rows = 1 if self.layout.mixed else len(self.card["names"])
         config = self.config
-        factors = self.factors() if split == "test" else None  # on the split they are fitted to they would say nothing
+        factors = self._spread_by() if split == "test" else None  # of what they are fitted to they would say nothing
         errors = ForecastErrors(
             config.horizons, config.levels, rows, mode=config.roll, samples=config.samples, factors=factors
         )
@@ -231,6 +235,7 @@ class SeriesTask(Task):
         calibrated = (
             ", intervals spread on the validation split" if split == "test" and self._factors is not None else ""
         )
+        calibrated += f" and following at rate {config.follow}" if calibrated and config.follow else ""
         return (
             f"{every} of the split, look-back {config.context}, {config.predict} steps at a time rolled to "
             f"{max(config.horizons)} ({config.roll}), {units} values{calibrated}"
@@ -245,7 +250,8 @@ class SeriesTask(Task):
         chosen = torch.linspace(0, len(windows) - 1, count).long()
         history, future, _ = windows.raw(chosen)
         device = next(model.parameters()).device
-        forecast = self._roll(model, windows.collate(chosen).to(device), windows.horizon)
+        factors = self.factors() if model is self._model else None
+        forecast = spread(self._roll(model, windows.collate(chosen).to(device), windows.horizon), factors)
         images = {}
         for number in range(count):
             row = number if self.layout.mixed else number * len(self.card["names"])
@@ -278,8 +284,7 @@ class SeriesTask(Task):
 
     def _roll(self, model: Model, batch: Batch, horizon: int) -> Forecast:
         config = self.config
-        forecast = roll(model, batch, horizon, levels=config.levels, mode=config.roll, samples=config.samples)
-        return spread(forecast, self.factors() if model is self._model else None)
+        return roll(model, batch, horizon, levels=config.levels, mode=config.roll, samples=config.samples)
 
     def factors(self) -> Tensor | None:
         """What the attached model's intervals are spread by, (horizon, pairs): fitted to the validation split when
@@ -307,24 +312,50 @@ class SeriesTask(Task):
             weights.save({"factors": self._factors}, kept)
         return self._factors
 
-    @torch.no_grad()
     def _fit(self, model: Model) -> Tensor | None:
-        windows, config = self.windows("valid"), self.config
-        count = min(config.calibrate, len(windows))
-        if not count:
+        windows = self.windows("valid")
+        count = min(self.config.calibrate, len(windows))
+        found = scored(model, windows, torch.linspace(0, len(windows) - 1, count).long(), self._roll) if count else None
+        return None if found is None else fit(found, self.config.levels).cpu()
+
+    def _followed(self, model: Model, parts: Sequence[Part], factors: Tensor, horizon: int) -> list[Tensor]:
+        levels, rate = self.config.levels, self.config.follow
+        return followed(model, parts, factors, horizon, layout=self.layout, roll=self._roll, levels=levels, rate=rate)
+
+    def _spread_by(self) -> Callable[[Batch], Tensor | None] | None:
+        """What rows of windows of the test split are spread by; where factors follow, from the validation split on."""
+        factors, model = self.factors(), self._model
+        if factors is None or model is None:
             return None
-        chosen = torch.linspace(0, len(windows) - 1, count).long()
-        device = next(model.parameters()).device
-        found = []
-        for some in chosen.split(max(1, ROWS // (1 if self.layout.mixed else len(self.card["names"])))):
-            batch = windows.collate(some).to(device)
-            forecast = roll(
-                model, batch, windows.horizon, levels=config.levels, mode=config.roll, samples=config.samples
-            )
-            if forecast.quantiles is None:
-                return None
-            found.append(scores(batch.targets.float(), forecast.quantiles.float(), config.levels))
-        return fit(torch.cat(found), config.levels).cpu()
+        if not self.config.follow:
+            return lambda batch: factors
+        parts, patch = self.parts("test"), self.layout.patch
+        first = {part.panel.id: part.begin for part in self.parts("valid")}
+        whole = [replace(part, begin=min(part.begin, first.get(part.panel.id, part.begin))) for part in parts]
+        tables = self._followed(model, whole, factors, max(self.config.horizons))
+        lengths = torch.tensor([0] + [len(table) for table in tables[:-1]]).cumsum(0)
+        before = torch.tensor([part.begin - longer.begin for part, longer in zip(parts, whole, strict=True)])
+        joined = torch.cat(tables)
+
+        def of(batch: Batch) -> Tensor:
+            part, since = batch.condition["part"].cpu(), batch.condition["since"].cpu()
+            return joined[lengths[part] + (before[part] + since) // patch]
+
+        return of
+
+    def _spread_at_end(self, model: Model, panels: Sequence[Panel], horizon: int) -> Tensor | None:
+        """What forecasts from the panels' ends are spread by: (H, P), or where factors follow (R, H, P) of each row."""
+        factors = self.factors() if model is self._model else None
+        if factors is None or not self.config.follow:
+            return factors
+        patch, parts = self.layout.patch, []
+        for panel in panels:
+            steps = len(panel.values)
+            origins = min(FOLLOWED, max(0, steps - self.layout.context) // patch)
+            parts.append(Part(replace(panel, known=self._known(panel, 0)), steps - origins * patch, steps))
+        tables = self._followed(model, parts, factors, horizon)
+        each = [1 if self.layout.mixed else len(panel.names) for panel in panels]
+        return torch.cat([table[-1:].expand(rows, -1, -1) for table, rows in zip(tables, each, strict=True)])
 
     # -- a user's own table --------------------------------------------------------------------------------------------
 
@@ -392,6 +423,7 @@ class SeriesTask(Task):
         for begin in range(0, len(read.panels), each):
             panels = read.panels[begin : begin + each]
             forecast = self._roll(model, self.prompt(panels, horizon).to(device), horizon)
+            forecast = spread(forecast, self._spread_at_end(model, panels, horizon))
             row = 0
             for panel in panels:
                 assert panel.times is not None

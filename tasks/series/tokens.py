@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tasks.series.normalise import begin, here, last, normalised, statistics
+from tasks.series.normalise import Scaling, begin, here, last, normalised, statistics
 from zoo.generation import sample_logits
 from zoo.model import Batch, Context, Head, Output
 from zoo.ops import linear_cross_entropy
@@ -70,7 +70,7 @@ class SeriesTokenHead(Head):
         if state is None:
             location, scale = statistics(inputs, self.config.statistics, self.config.prefix, "mean_abs")
         else:
-            location, scale = here(state, inputs.shape[1])
+            location, scale, _ = here(state, inputs.shape[1])
             state = {**state, "place": state["place"] + inputs.shape[1]}
         return self.drop(self.token(self.bins(normalised(inputs, location, scale))[:, :, 0, 0])), state
 
@@ -83,7 +83,8 @@ class SeriesTokenHead(Head):
         return Output(*linear_cross_entropy(self.drop(h), self.out.weight, ids))
 
     def init_state(self, inputs: Tensor, condition: Any = None, lengths: Tensor | None = None) -> State:
-        return begin(*statistics(inputs, self.config.statistics, inputs.shape[1], "mean_abs"))
+        location, scale = statistics(inputs, self.config.statistics, inputs.shape[1], "mean_abs")
+        return begin(Scaling(location, scale, scale))
 
     def logits(self, h_last: Tensor, state: Any) -> Tensor:
         """(B, width) -> (B, bins)."""
@@ -94,14 +95,14 @@ class SeriesTokenHead(Head):
         probabilities, middles = params.softmax(-1), self.middles(params.device)
         wanted = params.new_tensor(levels).expand(len(params), -1).contiguous()
         place = torch.searchsorted(probabilities.cumsum(-1), wanted).clamp(max=len(middles) - 1)
-        scale = last(state)[1]
+        scale = last(state).scale[:, 0]
         mean = (probabilities * middles).sum(-1, keepdim=True) * scale
         return mean.unsqueeze(-1), (middles[place] * scale)[:, None, None]
 
     def draw(self, params: Tensor, state: Any, sampling: Any, generator: Any) -> Tensor:
         """(B, 1, 1) in the data's units."""
         drawn = sample_logits(params, sampling, generator)
-        return (self.middles(params.device)[drawn] * last(state)[1][:, 0])[:, None, None]
+        return (self.middles(params.device)[drawn] * last(state).scale[:, 0, 0])[:, None, None]
 
     def feed(self, values: Tensor, state: Any) -> tuple[Tensor, Any]:
         return values.unsqueeze(1), state

@@ -158,7 +158,8 @@ class EvaluationWindows:
         self.which = torch.from_numpy(np.repeat(np.arange(len(origins)), [len(o) for o in origins]))
         self.origins = torch.from_numpy(np.concatenate(origins).astype(np.int64))
         self.errors = torch.from_numpy(np.stack(errors).astype(np.float32))
-        ends = torch.tensor([part.end for part in self.parts])
+        ends, begins = (torch.tensor([getattr(part, name) for part in self.parts]) for name in ("end", "begin"))
+        self.since = self.origins - begins[self.which]
         self.fits = (ends[self.which] - self.origins).clamp(max=self.horizon)
         self.columns = self.origins + torch.tensor(self.strip.shift)[self.which] - layout.context
 
@@ -178,9 +179,17 @@ class EvaluationWindows:
         return values[..., :context], values[..., context : context + self.horizon], known
 
     def collate(self, items: Sequence[int] | Tensor) -> Batch:
+        """prompt's rows; in the condition, too, "part" (R,), which one, and "since" (R,), steps from its beginning."""
         history, future, known = self.raw(items)
         places = torch.as_tensor(items)
-        return prompt(history, future, known, self.fits[places], self.errors[self.which[places]], self.layout)
+        which = self.which[places]
+        batch = prompt(history, future, known, self.fits[places], self.errors[which], self.layout)
+        each = len(batch.inputs) // len(places)
+        batch.condition |= {
+            "part": which.repeat_interleave(each),
+            "since": self.since[places].repeat_interleave(each),
+        }
+        return batch
 
 
 def prompt(history: Tensor, future: Tensor, known: Tensor, fits: Tensor, error: Tensor, layout: Layout) -> Batch:

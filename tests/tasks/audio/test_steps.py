@@ -212,12 +212,13 @@ def recorded(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
-def test_on_a_gpu_steps_in_bfloat16_are_recorded(kind, tmp_path, recorded):
-    """With the numbers of steps that are not."""
+@pytest.mark.parametrize(("kind", "compiled"), [*((kind, False) for kind in KINDS), ("samples", True)])
+def test_on_a_gpu_steps_in_bfloat16_are_recorded(kind, compiled, tmp_path, recorded):
+    """With the numbers of steps that are not. Samples also compiled, as audio/fsdd has them."""
     results = {}
     for name in ("plain", "graph"):
-        made = recipe(kind, tmp_path, precision="bf16", device="cuda", graph=name == "graph")
+        graphed = name == "graph"
+        made = recipe(kind, tmp_path, precision="bf16", device="cuda", graph=graphed, compile=compiled and graphed)
         results[name] = train(made, tmp_path / name).metrics
     assert recorded
     plain, ours = (results[name]["train/loss"] for name in ("plain", "graph"))

@@ -251,6 +251,13 @@ def test_recipes_are_checked(sounds, fields, message):
         audio_task(sounds, **fields)
 
 
+def test_a_judge_is_looked_for_only_where_there_is_something_to_judge(sounds):
+    absent = {"classifier": "runs/absent"}
+    assert "classifier" not in audio_task(sounds, samples={**absent, "count": 0}).provenance()
+    with pytest.raises(FileNotFoundError, match="runs/absent"):
+        audio_task(sounds, samples={**absent, "count": 5}).provenance()
+
+
 def test_a_head_for_other_elements_is_named(sounds):
     size = registry.models.get("audio_swa_100k")()
     codes = build(type(size), size, {"head": {"name": "audio_codes"}})

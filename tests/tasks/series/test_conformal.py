@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import zoo
-from tasks.series.conformal import fit, pairs, scores, spread
+from tasks.series.conformal import fit, follow, pairs, scores, spread
 from tasks.series.rolling import Forecast
 from zoo import weights
 from zoo.config import build
@@ -77,6 +77,52 @@ def test_mean_and_median_stay_and_quantiles_rise():
 def test_levels_without_pairs_are_left_alone():
     assert pairs(NINE) == [(0, 8), (1, 7), (2, 6), (3, 5)]
     assert pairs([0.1, 0.9]) == pairs([0.1, 0.5, 0.8]) == pairs([0.5]) == []
+
+
+def test_factors_follow_a_series_that_changes():
+    """Errors twice as large as on the validation split, then half: fitted factors cover far too little and too much,
+    those that follow come back to nominal each time. 300 origins, a standard error of half a point."""
+    generator = torch.Generator().manual_seed(2)
+    truth, forecast = forecasts(400, 6, generator)
+    factors = fit(scores(truth, forecast.quantiles, NINE), NINE)
+    truth, forecast = forecasts(1200, 6, generator)
+    median = forecast.quantiles[..., 4]
+    size = torch.cat((torch.full((600,), 2.0), torch.full((600,), 0.5))).view(-1, 1, 1)
+    found = scores(median + size * (truth - median), forecast.quantiles, NINE)
+    at = follow(factors, found.unflatten(0, (-1, 2)).flatten(1, 2), NINE, 2, 0.1)  # two channels
+    assert at.shape == (601, 6, 4)
+    torch.testing.assert_close(at[0], factors)
+    nominal = torch.tensor([0.8, 0.6, 0.4, 0.2])
+    apart = found.unflatten(0, (-1, 2)).squeeze(2)  # (600, 2, 6, 4)
+    for lately in (slice(100, 300), slice(400, 600)):
+        fixed, followed = ((apart[lately] <= f).float().mean((0, 1, 2)) for f in (factors, at[lately].unsqueeze(1)))
+        assert (fixed - nominal).abs().max() > 0.15
+        torch.testing.assert_close(followed, nominal, rtol=0, atol=0.03)
+
+
+def test_factors_know_what_lies_before_them_and_nothing_else():
+    """Blocks of two steps: of the forecast from origin i, block b is known at origin i + b + 1."""
+    found = torch.zeros(8, 1, 5, 4)  # always inside
+    plain = follow(torch.ones(5, 4), found, NINE, 2, 0.5)
+    for origin in range(8):
+        for step in range(5):
+            other = found.clone()
+            other[origin, :, step] = 1000.0
+            changed = (follow(torch.ones(5, 4), other, NINE, 2, 0.5) != plain).any(-1)  # (9, 5)
+            assert not changed[: origin + step // 2 + 1].any()
+            assert not changed[:, [s for s in range(5) if s // 2 != step // 2]].any()
+            if origin + step // 2 + 1 < 9:
+                assert changed[origin + step // 2 + 1, step // 2 * 2]
+
+
+def test_a_step_of_following_by_hand():
+    """One origin, one block of two steps, one inside of the outermost pair and none of the others; then no truth."""
+    found = torch.tensor([[[[0.5, 3, 3, 3], [2, 3, 3, 3]]], [[[torch.nan] * 4] * 2]])
+    at = follow(torch.full((1, 4), 1.5), found, NINE, 2, 0.2)
+    expected = 1.5 * torch.tensor([0.2 * 0.3, 0.2 * 0.6, 0.2 * 0.4, 0.2 * 0.2]).exp()
+    assert torch.equal(at[0], torch.full((2, 4), 1.5))
+    torch.testing.assert_close(at[1], expected.expand(2, 4))
+    assert torch.equal(at[2], at[1])
 
 
 # -- with a run -------------------------------------------------------------------------------------------------------
@@ -156,6 +202,47 @@ def test_the_test_split_is_not_seen(run):
     assert not torch.allclose(found[0], found[2])
 
 
+def test_intervals_follow_what_came_before_each_window(run):
+    """With the test split's later half altered, windows that begin before have the same factors, later ones others;
+    the first window's are those of the validation split, followed to its end."""
+    found = []
+    for factor in (1, 5):
+        _, task, model = load_run(run / "run", overrides={"task": {"follow": 0.3, "stride": 7}})
+        part = task.parts("test")[0]
+        values, middle = part.panel.values.copy(), (part.begin + part.end) // 2
+        values[middle:] *= factor
+        task._prepared["test"] = [replace(part, panel=replace(part.panel, values=values))]
+        metric = task.metrics("test")["forecast"]
+        batches = list(task.stream("test", batch_size=16))
+        found.append(torch.cat([metric.factors(batch) for batch in batches]))
+    origins = task.windows("test").origins
+    same = (found[0] == found[1]).flatten(1).all(1)
+    assert same[origins <= middle].all()
+    assert not same[origins >= middle + 2 * 12].any()  # a patch's truths count when they are all known
+    assert len(found[0].flatten(1).unique(dim=0)) > 10
+    valid = task.parts("valid")[0]
+    at_end = task._followed(model, [valid], task.factors(), 72)[0][-1]
+    torch.testing.assert_close(found[0][0], at_end)
+    values = evaluate_run(run / "run", device="cpu", overrides=["task.follow=0.3"])
+    assert "following at rate 0.3" in values.title
+    assert values.values["mse_72"] == evaluate_run(run / "run", device="cpu").values["mse_72"]
+
+
+def test_a_forecast_follows_its_tables_past(run):
+    """A table that has become noisier than the training data has wider intervals; one no longer than a look-back keeps
+    those of the validation split. Mean and median stay."""
+    table = pd.read_csv(run / "mine.csv")
+    table.loc[600:, "load"] += 4 * np.random.default_rng(1).normal(size=600)
+    tables = {}
+    for rate in (0.0, 0.3):
+        _, task, _ = load_run(run / "run", overrides={"task": {"follow": rate}})
+        tables[rate] = task.forecast(table, 30), task.forecast(table[-96:], 30)
+    (plain, short), (followed, alike) = tables[0.0], tables[0.3]
+    np.testing.assert_allclose(followed[["mean", "0.5"]], plain[["mean", "0.5"]])
+    assert ((followed["0.9"] - followed["0.1"]) > 1.5 * (plain["0.9"] - plain["0.1"])).all()
+    pd.testing.assert_frame_equal(short, alike)
+
+
 def test_validation_is_scored_as_predicted(run):
     """On the windows that it was fitted to, coverage would be right by construction."""
     _, task, _ = load_run(run / "run")
@@ -164,7 +251,7 @@ def test_validation_is_scored_as_predicted(run):
 
 
 def test_weights_that_were_trained_on_validation_keep_their_intervals(run, caplog):
-    """As M4's last run is, with hold_out = false: what was learned by heart says nothing of what is to come."""
+    """As M4's last run is, with hold_out = 0: what was learned by heart says nothing of what is to come."""
     _, task, _ = load_run(run / "run")
     task._kept = None
     source = task.source

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tasks.series.normalise import statistics
+from tasks.series.normalise import LEAST, seasonal_unit, statistics
 from tasks.series.outputs import outputs, pinball, quantiles_of
 from tasks.series.rolling import pooled, roll
 from zoo.config import build
@@ -24,7 +24,19 @@ def make(head=None, mixer="gatedfwa", **backbone) -> Model:
     ).build()
     if getattr(model.head, "highway", None) is not None:
         torch.nn.init.normal_(model.head.highway.weight, std=0.1)
+    if getattr(model.head, "choice", None) is not None:
+        torch.nn.init.normal_(model.head.choice.weight, std=1.0)
     return model.eval()
+
+
+def predicted(model, values, at, *, prefix=3):
+    """Parameters of the prediction from the patches `at` (a slice), as in training."""
+    h, _ = model.head.embed(values, Context())
+    h, _ = model.backbone(h, Context())
+    scaling = model.head._scaling(values, prefix)
+    if model.head.config.statistics == "running":
+        scaling = type(scaling)(*(x[:, at] for x in scaling))
+    return model.head._params(h[:, at], model.head._past(values)[:, at], scaling)
 
 
 def rows(tokens=6, channels=1, patch=4, batch=3):
@@ -48,6 +60,8 @@ HEADS = {
     "student_t": {"output": {"name": "student_t", "components": 2}, "highway": 4},
     "point": {"output": {"name": "point", "error": "huber"}, "units": "data"},
     "mixed": {"channels": 3, "highway": 8},
+    "lags": {"lags": [6, 9], "statistics": "running"},
+    "lags of the prefix": {"lags": [3, 14], "highway": 5, "level": "last", "channels": 2, "units": "data"},
 }
 
 
@@ -59,14 +73,7 @@ def test_a_changed_future_changes_no_prediction(head):
     for last in range(3 - 1, 6):
         other = values.clone()
         other[:, last + 1 :] = other[:, last + 1 :] * -7 + 1000
-        found = []
-        for x in (values, other):
-            h, _ = model.head.embed(x, Context())
-            h, _ = model.backbone(h, Context())
-            location, scale = statistics(x, model.head.config.statistics, 3)
-            at = slice(0, 1) if model.head.config.statistics == "prefix" else slice(last, last + 1)
-            line = model.head._line(model.head._past(x)[:, last : last + 1], location[:, at], scale[:, at])
-            found.append(model.head._params(h[:, last : last + 1], line))
+        found = [predicted(model, x, slice(last, last + 1)) for x in (values, other)]
         torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)  # rounding; a leak would be of order 1
 
 
@@ -76,11 +83,7 @@ def test_training_and_forecasting_see_the_same(head):
     model = make(HEADS[head])
     values = rows(tokens=3, channels=HEADS[head].get("channels", 1))
     batch = Batch(values)
-    h, _ = model.head.embed(values, Context())
-    h, _ = model.backbone(h, Context())
-    location, scale = statistics(values, model.head.config.statistics, 3)
-    line = model.head._line(model.head._past(values)[:, 2:3], location[:, -1:], scale[:, -1:])
-    trained = model.head._params(h[:, 2:], line)[:, 0]
+    trained = predicted(model, values, slice(2, 3))[:, 0]
     mean, quantiles = model.head.summary(trained, model.head.init_state(values), LEVELS)
     rolled = roll(model, batch, 8, levels=LEVELS)
     torch.testing.assert_close(rolled.mean, mean, rtol=1e-4, atol=1e-3)
@@ -91,16 +94,14 @@ def test_training_and_forecasting_see_the_same(head):
 @pytest.mark.parametrize("mixer", ["gatedfwa", "swa", "softmax"])
 def test_a_roll_on_the_state_is_a_roll_over_the_whole(mixer):
     """Feeding back on the state = running the grown history, with the first history's statistics, from its start."""
-    model = make({"highway": 8, "output": {"name": "point"}}, mixer)
+    model = make({"highway": 8, "lags": [5, 11], "output": {"name": "point"}}, mixer)
     values = rows(tokens=3)
     found = roll(model, Batch(values), 24, levels=LEVELS, mode="point").mean
     grown, expected = values, []
     for _ in range(3):
-        h, _ = model.head.embed(grown, Context())  # statistics of the prefix, which is the history
-        h, _ = model.backbone(h, Context())
-        location, scale = statistics(grown, "prefix", 3)
-        params = model.head._params(h[:, -1:], model.head._line(model.head._past(grown)[:, -1:], location, scale))
-        step = params[:, 0, ..., 0] * scale[:, 0, :, None] + location[:, 0, :, None]
+        params = predicted(model, grown, slice(grown.shape[1] - 1, None))  # statistics of the prefix: the history
+        location, _, unit = (x[:, 0, :, None] for x in model.head._scaling(grown, 3))
+        step = params[:, 0, ..., 0] * unit + location
         expected.append(step)
         grown = torch.cat((grown, step.unflatten(-1, (2, 4)).transpose(1, 2)), dim=1)
     torch.testing.assert_close(found, torch.cat(expected, dim=-1), rtol=1e-4, atol=1e-3)
@@ -216,6 +217,69 @@ def test_a_highway_from_the_last_value_begins_with_it():
     torch.testing.assert_close(mean, last.unsqueeze(1).expand_as(mean), rtol=1e-4, atol=1e-3)
 
 
+def test_copies_begin_as_seasonal_naive_forecasts():
+    """Untrained, a model of one lag repeats the last season, and rolls on with it; where some of two copies are missing
+    the others stand, and where all are, the mean. The unit is the error of that forecast."""
+    model = make({"lags": [6], "output": {"name": "point"}})
+    torch.nn.init.zeros_(model.head.out.weight)
+    torch.nn.init.zeros_(model.head.out.bias)
+    values = rows(tokens=4)
+    past = values[:, :, 0].flatten(1)
+    found = roll(model, Batch(values), 16, levels=LEVELS).mean[:, 0]
+    torch.testing.assert_close(found, past[:, -6:][:, torch.arange(16) % 6], rtol=1e-4, atol=1e-3)
+    unit = model.head._scaling(values, 4).unit[:, 0, 0]
+    torch.testing.assert_close(unit, (past[:, 6:] - past[:, :-6]).abs().mean(1))
+
+    model = make({"lags": [6, 9], "output": {"name": "point"}})
+    torch.nn.init.zeros_(model.head.out.weight)
+    torch.nn.init.zeros_(model.head.out.bias)
+    gap = values.clone()
+    gap.view(3, -1)[:, -6:] = torch.nan
+    found = roll(model, Batch(gap), 8, levels=LEVELS).mean[:, 0]
+    torch.testing.assert_close(found[:, :3], past[:, -9:-6], rtol=1e-4, atol=1e-3)
+    mean = gap.view(3, -1)[:, :-6].mean(1, keepdim=True)
+    torch.testing.assert_close(found[:, 3:], mean.expand(3, 5), rtol=1e-4, atol=1e-3)
+
+
+def test_the_hidden_state_chooses_between_copies():
+    """Trained on series of either period, the copy of the right one is taken for each, and bounds are narrow."""
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(count):
+        period = torch.randint(0, 2, (count, 1), generator=generator)
+        shapes = [torch.randn(count, p, generator=generator).repeat(1, 12)[:, :40] for p in (6, 9)]
+        return batch_of(torch.where(period == 0, *shapes).view(count, 10, 1, 4))
+
+    model = make({"lags": [6, 9]}, width=48).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        output = model(batch(64))
+        (output.loss_sum / output.count).backward()
+        optimizer.step()
+    test = batch(256)
+    found = roll(model.eval(), Batch(test.inputs), 8, levels=LEVELS, mode="point").quantiles[:, 0]
+    truth = test.targets[:, -1, 0]
+    naive = test.inputs.flatten(1)[:, -6:][:, torch.arange(8) % 6]
+    assert (found[..., 2] - truth).abs().mean() < 0.3 * (naive - truth).abs().mean()
+
+
+def test_seasonal_units_are_those_of_numpy():
+    values = rows(tokens=5, channels=2)
+    values[1, 2, 0, 2:] = torch.nan
+    scale = torch.ones(3, 5, 2)
+    for tokens in range(2, 6):
+        seen = values[:, :tokens].movedim(2, 1).flatten(2).numpy()
+        expected = np.nanmean(np.abs(seen[..., 6:] - seen[..., :-6]), axis=-1)
+        running = seasonal_unit(values, 6, "running", 1, scale)[:, tokens - 1]
+        np.testing.assert_allclose(running, expected, rtol=1e-5)
+        np.testing.assert_allclose(seasonal_unit(values, 6, "prefix", tokens, scale[:, :1])[:, 0], expected, rtol=1e-5)
+    assert (seasonal_unit(values, 6, "running", 1, 7 * scale)[:, 0] == 7).all()  # nothing six steps before yet
+    again = torch.arange(6.0).repeat(4)[:20].view(1, 5, 1, 4)
+    least = seasonal_unit(again, 6, "running", 1, 10 * scale[:1, :, :1])[:, 1:]
+    torch.testing.assert_close(least, torch.full_like(least, 10 * LEAST))
+
+
 class FromTheHost(TorchDispatchMode):
     """Counts tensors that are made of Python numbers, which on a GPU is a copy that a recording refuses."""
 
@@ -322,6 +386,8 @@ def test_value_tokens_do_not_look_ahead_and_roll():
     [
         ({"predict": 6}, r"head.predict = 6 is not a multiple of head.patch = 4"),
         ({"prefix": 0}, r"head.prefix = 0"),
+        ({"lags": [12]}, r"head.lags = \[12\]; .* head.prefix \* head.patch = 12"),
+        ({"lags": [6, 0]}, r"head.lags = \[6, 0\]"),
         ({"dropout": 1.0}, r"head.dropout = 1.0"),
         ({"name": "series_tokens"}, r"patch = 4, but head series_tokens makes a token of every value"),
         ({"output": {"name": "quantiles", "levels": [0.5, 0.1]}}, r"levels = \[0.5, 0.1\]"),

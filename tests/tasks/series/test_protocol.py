@@ -82,13 +82,15 @@ def test_m4_is_scored_as_in_the_competition(data_root):
 
 def test_splits_of_m4_hold_out_the_end_of_training(data_root):
     held = datasets.get("series/m4_hourly")
-    last = held(held.Config(hold_out=True)), held(held.Config(hold_out=False))
-    for source, end in zip(last, (-96, -48), strict=True):
+    for hold_out, end, begin in ((48, -96, -96), (192, -240, -240), (0, -48, -96)):
+        source = held(held.Config(hold_out=hold_out))
         train, valid, test = (source.parts(split)[0] for split in ("train", "valid", "test"))
         steps = len(train.panel.values)
-        assert (train.end, valid.begin, valid.end) == (steps + end, steps - 96, steps - 48)
+        assert (train.end, valid.begin, valid.end) == (steps + end, steps + begin, steps - 48)
         assert (test.begin, test.end) == (steps - 48, steps)
-    assert len(last[0].parts("test")) == 414
+    assert len(source.parts("test")) == 414
+    with pytest.raises(ValueError, match="hold_out = 24; it takes 0, or 48 to 600 steps"):
+        held.Config(hold_out=24)
 
 
 def test_an_unknown_split_is_named(data_root):

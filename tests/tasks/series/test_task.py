@@ -255,7 +255,8 @@ def test_mixed_channels_want_the_same_columns(run, tmp_path):
         ({"horizons": [96, 48]}, r"horizons = \[96, 48\]"),
         ({"levels": [0.5, 0.2]}, r"levels = \[0.5, 0.2\]"),
         ({"context": 0}, "context = 0"),
-        ({"ahead": -1}, "ahead, plots and calibrate"),
+        ({"ahead": -1}, "ahead, plots, calibrate and follow"),
+        ({"follow": -0.1}, "ahead, plots, calibrate and follow"),
     ],
 )
 def test_wrong_fields_are_named(fields, message):
