@@ -127,6 +127,15 @@ def test_no_speed_without_green_tests(monkeypatch):
     assert "no:benchmark" in asked  # whose warning about the workers would be an error
 
 
+def test_each_kind_of_call_is_compiled_once(monkeypatch):
+    """Documents and shared key heads are kernels of their own; windows and lengths are not."""
+    made = []
+    monkeypatch.setattr(peers.Inputs, "random", lambda shape: made.append(shape) or 1 / 0)
+    assert list(bench.warm("zoo", 128, [])) == []
+    assert {(x.heads, x.kv_heads, x.document) for x in made} == {(4, 0, 0), (16, 0, 0), (16, 4, 0), (16, 0, 6000)}
+    assert len(made) == 4
+
+
 def test_our_own_failure_is_no_gap_in_the_table(monkeypatch, capsys):
     def fail(shape, peer):
         raise AssertionError(f"{peer.name} cannot")

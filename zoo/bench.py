@@ -270,13 +270,16 @@ def calm() -> None:
         torch.cuda.synchronize()
 
 
-def warm(peer: str, *shape: int) -> Iterable[dict[str, Any]]:
-    """Compiles what a round will need of one peer for shapes like this one, into the caches on disk. No rows."""
-    try:
-        call, leaves, dout = choose_peers([peer])[0].make(Inputs.random(Shape(*shape)))
-        torch.autograd.grad(call(), leaves, dout)
-    except Exception as error:  # the round says it again, and whether it matters
-        sys.stderr.write(f"{peer}: {error}\n")
+def warm(peer: str, head_dim: int, shapes: list[str]) -> Iterable[dict[str, Any]]:
+    """Compiles what a round will need of one peer at one head dim, into the caches on disk. No rows."""
+    alike = {(x.heads, x.kv_heads, x.document) for x, _ in plan([peer], shapes) if x.head_dim == head_dim}
+    for heads, kv_heads, document in sorted(alike):
+        try:
+            x = Inputs.random(Shape(1, heads, 4096, head_dim, 512, kv_heads, document))
+            call, leaves, dout = choose_peers([peer])[0].make(x)
+            torch.autograd.grad(call(), leaves, dout)
+        except Exception as error:  # the round says it again, and whether it matters
+            sys.stderr.write(f"{peer}: {error}\n")
     return ()
 
 
@@ -292,16 +295,12 @@ def run(out: Path, rounds: int = 3, peers: list[str] | None = None, shapes: list
     tests are not there or do not pass.
     """
     peers, shapes = peers or [], shapes or []
-    # a short call of each kind that is compiled apart
-    kinds = {
-        (peer.name, 1, shape.heads, 4096, shape.head_dim, 512, shape.kv_heads, shape.document)
-        for shape, peer in plan(peers, shapes)
-    }
+    parts = {(peer.name, shape.head_dim) for shape, peer in plan(peers, shapes)}
     if rounds < 1:
         raise BenchError(f"rounds = {rounds}; it takes 1 or more")
     if not torch.cuda.is_available():
         raise BenchError("zoo bench kernels measures a GPU, and torch finds none here")
-    warming = [start("warm", *kind) for kind in sorted(kinds)]
+    warming = [start("warm", *part, shapes) for part in sorted(parts)]
     try:
         workers = max(2, min(12, (os.cpu_count() or 1) - len(warming))) if installed("xdist") else 0
         check_kernels(workers=workers)
