@@ -137,13 +137,3 @@ def test_rows_of_the_loss_that_begin_between_copies():
     assert hopper_loss.takes(wide[:, 16:])
     assert not hopper_loss.takes(wide[:, 4:50308])
     assert not hopper_loss.takes(torch.empty(2, 50312, dtype=torch.bfloat16)[:, :50304])
-
-
-def test_packed_documents_are_not_for_the_compressed_kernels():
-    from types import SimpleNamespace
-
-    from zoo.kernels import hopper_nsa
-
-    q, k = torch.zeros(1, 256, 16, 64), torch.zeros(1, 4, 1, 64)
-    assert hopper_nsa.here(q, k, SimpleNamespace(documents=0), 0.1)
-    assert not hopper_nsa.here(q, k, SimpleNamespace(documents=2), 0.1)

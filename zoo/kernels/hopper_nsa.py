@@ -25,16 +25,10 @@ __all__ = [
 ]
 
 
-def here(q: Tensor, k: Tensor, places: Any, scale: float) -> bool:
-    """Whether the kernels for sm_90 take the call. Not with packed documents: Gluon 3.6 drops what their item loop
-    carries, and producer and consumers would count different tiles (docs/kernels.md, What the tools did)."""
-    return takes(q, k, scale) and not places.documents
-
-
 def compressed_forward(
     q: Tensor, k: Tensor, v: Tensor, places: Any, geometry: Any, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = hopper_compressed if here(q, k, places, scale) else portable
+    kernels = hopper_compressed if takes(q, k, scale) else portable
     with torch.cuda.device(q.device):
         out, lse = kernels.attend(q, k, v, places, geometry, scale)
     return out, lse, portable.choose(q, k, lse, places, geometry, scale)
@@ -52,6 +46,6 @@ def compressed_backward(
     geometry: Any,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = hopper_compressed_backward if here(q, k, places, scale) else portable
+    kernels = hopper_compressed_backward if takes(q, k, scale) else portable
     with torch.cuda.device(q.device):
         return kernels.compressed_backward(dout, dlse, q, k, v, out, lse, places, geometry, scale)
