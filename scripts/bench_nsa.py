@@ -2,15 +2,14 @@
 
     python scripts/bench_nsa.py                          all of it, once the GPU tests of NSA have passed
     python scripts/bench_nsa.py --only speed --groups 16 --tokens 65536
-    python scripts/bench_nsa.py --only tune --groups 16 --tokens 16384 --kernels near choose
 
 speed      compression + selection and the whole op, forward and backward, their stages, and the peers that import
 crossover  the whole op against dense causal attention, one CUDA graph each
 decode     a step after 64k tokens, one CUDA graph: time, bytes of keys and values, against full attention
-tune       each kernel over candidate tiles, and the settings of the selected branch; not part of "all"
 
 Prints medians in ms; with $OUT set every row, complete, goes to $OUT/bench_nsa.json as soon as it is there. A row whose
 measurement fails says so and the others go on. 64 query heads, head_dim 128, block 64, top 16, window 512, bfloat16.
+Tiles are tried by tune_nsa.py.
 """
 
 import argparse
@@ -30,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo import bench, ops
-from zoo.kernels import nsa_compressed, nsa_inverse, nsa_selected
-from zoo.ops import nsa, reference_nsa
+from zoo.kernels import nsa_inverse
+from zoo.ops import nsa
+from zoo.peers import Call
 
 HEADS, DIM, BLOCK, TOP, WINDOW = 64, 128, 64, 16, 512
 DEVICE, DTYPE = "cuda", torch.bfloat16
@@ -39,7 +39,6 @@ CROSSOVER_TOKENS = (1024, 2048, 4096, 8192, 16384)
 CONTEXT = 65536
 WORKERS = 8  # processes that compile ahead
 SAID: set[str] = set()  # reasons that stand in the output already
-Call = Callable[[], Any]
 
 
 # ----------------------------------------------------------------------------------------------------------- what runs
@@ -91,30 +90,16 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def milliseconds(call: Call) -> float:
-    from triton.testing import do_bench
-
-    call()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    once = 1e3 * (time.perf_counter() - begin)
-    return float(do_bench(call, warmup=25, rep=int(max(100, 9 * once)), return_mode="median"))
+def device_ms(call: Call) -> float:
+    return bench.queued_ms(call, least=100)[0]
 
 
-def graphed(call: Call) -> Call:
-    """The call as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+def host_ms(call: Call) -> float:
+    return bench.queued_ms(call)[1]
+
+
+def graph_ms(call: Call) -> float:
+    return bench.graph_ms([call], least=1)
 
 
 class DeviceLost(Exception):
@@ -131,11 +116,13 @@ def check_device(what: str) -> None:
 class Row(dict):
     """One row of the report; a measurement that fails leaves a None and its reason."""
 
-    def time(self, name: str, make: Callable[[], Call], *, gradients: bool = False) -> None:
+    def time(
+        self, name: str, make: Callable[[], Call], *, gradients: bool = False, how: Callable[[Call], float] = device_ms
+    ) -> None:
         """`make` gives the call to be timed, and may fail, too."""
         try:
             with torch.set_grad_enabled(gradients):
-                self[name] = round(milliseconds(make()), 4)
+                self[name] = round(how(make()), 4)
         except Exception as error:  # a peer that is not there, a shape that it does not do, too little memory
             self[name] = None
             self.setdefault("errors", {})[name] = f"{type(error).__name__}: {error}"[:300]
@@ -180,17 +167,17 @@ def say(line: str) -> None:
 
 
 class Report:
-    """Rows as they come, in $OUT/bench_nsa.json; `facts` say of what machine, and whether the tests had passed."""
+    """Rows as they come, in $OUT/`name`.json; `facts` say of what machine, and whether the tests had passed."""
 
-    def __init__(self, facts: dict[str, Any]):
+    def __init__(self, name: str, facts: dict[str, Any]):
         self.rows: list[dict[str, Any]] = []
-        self.facts = facts
+        self.name, self.facts = name, facts
 
     def add(self, kind: str, row: dict[str, Any]) -> None:
         self.rows.append({"kind": kind, **row})
         if out := os.environ.get("OUT"):
             text = json.dumps({**self.facts, "rows": self.rows}, indent=1)
-            Path(out, "bench_nsa.json").write_text(text + "\n", encoding="utf-8")
+            Path(out, f"{self.name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------------------- speed
@@ -245,7 +232,7 @@ def stages(x: dict[str, Tensor]) -> Row:
 
 
 def crossover(report: Report, tokens: int, group: int) -> None:
-    """Forward, and forward with backward, each as one CUDA graph; the eager forward shows what launches cost."""
+    """Forward, and forward with backward, each as one CUDA graph; and what the host takes to start an eager forward."""
     x = inputs(tokens, group)
     leaves = [x[name].requires_grad_() for name in ("q", "k", "v")]
     row = Row(tokens=tokens, group=group)
@@ -260,13 +247,13 @@ def crossover(report: Report, tokens: int, group: int) -> None:
         return torch.autograd.grad(call(), leaves, x["dout"])
 
     for name, call in calls.items():
-        row.time(name, partial(graphed, call))
-        row.time(f"{name} backward", partial(graphed, partial(both, call)), gradients=True)
-    row.time("nsa eager", ready(calls["nsa"]))
+        row.time(name, ready(call), how=graph_ms)
+        row.time(f"{name} backward", ready(partial(both, call)), gradients=True, how=graph_ms)
+    row.time("nsa host", ready(calls["nsa"]), how=host_ms)
     report.add("crossover", row)
     say(
         f"crossover, T {tokens}, {group} query heads a kv head, forward / both: "
-        f"{'   '.join(row.text(name) for name in [*calls, 'nsa eager'])}"
+        f"{'   '.join(row.text(name) for name in [*calls, 'nsa host'])}"
     )
     row.reasons()
 
@@ -300,21 +287,26 @@ def decode(report: Report, group: int, batch: int) -> None:
 
     row = Row(context=CONTEXT, group=group, batch=batch)
     heads_first = [y.transpose(1, 2) for y in (q, k, v)]
-    row.time("step", partial(graphed, step))
-    row.time("full ring", partial(graphed, partial(ops.ring_attention, q, k, v, None, full)))
-    row.time("full sdpa", partial(graphed, partial(F.scaled_dot_product_attention, *heads_first, enable_gqa=True)))
+    row.time("step", ready(step), how=graph_ms)
+    row.time("full ring", ready(partial(ops.ring_attention, q, k, v, None, full)), how=graph_ms)
+    sdpa_step = partial(F.scaled_dot_product_attention, *heads_first, enable_gqa=True)
+    row.time("full sdpa", ready(sdpa_step), how=graph_ms)
     parts = row["stages"] = Row()
-    parts.time("compressed", partial(graphed, partial(compressed, 0)))
-    parts.time("with choice", partial(graphed, compressed))
-    parts.time("selected", partial(graphed, partial(selected, compressed()[2])))
-    parts.time("window", partial(graphed, window))
-    read, token_bytes = CONTEXT // BLOCK + TOP * BLOCK + WINDOW, 2 * batch * HEADS // group * DIM * k.element_size()
+    parts.time("compressed", ready(partial(compressed, 0)), how=graph_ms)
+    parts.time("with choice", ready(compressed), how=graph_ms)
+    parts.time("selected", ready(partial(selected, compressed()[2])), how=graph_ms)
+    parts.time("window", ready(window), how=graph_ms)
+    # compressed slots pass twice, for the sums and for the choice; the window is gathered, written and read again
+    read, token_bytes = (
+        2 * (CONTEXT // BLOCK) + TOP * BLOCK + 3 * WINDOW,
+        2 * batch * HEADS // group * DIM * k.element_size(),
+    )
     row["MB read"], row["MB read, full"] = read * token_bytes / 1e6, CONTEXT * token_bytes / 1e6
     report.add("decode", row)
     say(
         f"decode at {CONTEXT}, {group} query heads a kv head, batch {batch}: {row.text('step')}   "
         f"{row.text('full ring')} {row.times('step', 'full ring')}   {row.text('full sdpa')} "
-        f"{row.times('step', 'full sdpa')}   reads {row['MB read']:.1f} of {row['MB read, full']:.1f} MB "
+        f"{row.times('step', 'full sdpa')}   moves {row['MB read']:.1f}, full {row['MB read, full']:.1f} MB "
         f"({CONTEXT / read:.1f}x fewer)"
     )
     say(f"  {parts.line()}")
@@ -322,145 +314,25 @@ def decode(report: Report, group: int, batch: int) -> None:
     parts.reasons()
 
 
-# --------------------------------------------------------------------------------------------------------------- tune
-
-TILES: dict[str, list[tuple[int, ...]]] = {
-    "forward": [
-        (64, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 1), (64, 64, 4, 3), (64, 64, 4, 2),
-        (64, 64, 4, 1), (64, 128, 4, 1), (64, 32, 4, 3), (128, 128, 8, 1), (128, 128, 8, 2), (128, 32, 4, 3),
-    ],
-    "choose": [
-        (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 1), (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3),
-        (64, 128, 4, 1), (64, 128, 4, 2), (128, 128, 8, 1), (128, 128, 8, 2), (128, 64, 4, 3), (64, 32, 4, 2),
-    ],
-    "dq": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 32, 4, 3)],
-    "dkdv": [(32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 3), (32, 128, 8, 2)],
-    "near": [
-        (64, 32, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 1),
-        (128, 64, 8, 1), (64, 32, 4, 3), (128, 128, 8, 1),
-    ],
-    "partial": [(64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 4, 1), (64, 8, 2), (128, 8, 2), (128, 4, 2)],
-    # (32, *, 1) of grads are not here: wrong on an H200 (docs/kernels.md)
-    "grads": [(32, 4, 3), (32, 4, 2), (64, 8, 2), (64, 8, 1), (32, 8, 3), (16, 4, 3)],
-}  # fmt: skip
-COMPRESSED = ("forward", "choose", "dq", "dkdv")
-SETTINGS: dict[str, list[Any]] = {
-    "ITEM_ROWS": [{"partial": rows, "grads": rows} for rows in (1024, 2048, 4096, 8192, 16384)],
-    "SUM_BYTES": [16 << 10, 32 << 10, 64 << 10],
-    "CHUNKS": [{"partial": chunks, "grads": chunks} for chunks in (1, 2, 4, 8, 16, 32, 64)],
-    "SCRATCH_BYTES": [256 << 20, 1 << 30, 2 << 30, 5 << 30, 20 << 30],
-}
-
-
-def passes(tokens: int, group: int) -> dict[str, Call]:
-    """The launcher that runs each kernel."""
-    x = inputs(tokens, group)
-    q, k, v, dout = x["q"], x["k"], x["v"], x["dout"]
-    means = [ops.pool_blocks(y, BLOCK) for y in (k, v)]
-    geometry, none = (reference_nsa.Geometry(BLOCK, BLOCK, BLOCK, top) for top in (TOP, 0))
-    scale = DIM**-0.5
-    compressed = nsa._compressed_places(q, means[0], geometry, None, None)
-    selected = nsa._places(q, BLOCK, tokens, None, None)
-    out, lse, index = nsa_compressed.compressed_forward(q, *means, compressed, geometry, scale)
-    detail = nsa_selected.selected_forward(q, k, v, index, selected, BLOCK, scale)
-
-    def back() -> Any:
-        return nsa_compressed.compressed_backward(dout, None, q, *means, out, lse, compressed, none, scale)
-
-    def walk() -> Any:
-        return nsa_selected.selected_forward(q, k, v, index, selected, BLOCK, scale)
-
-    def walk_back() -> Any:
-        return nsa_selected.selected_backward(dout, None, q, k, v, *detail, index, selected, BLOCK, scale)
-
-    return {
-        "forward": lambda: nsa_compressed.compressed_forward(q, *means, compressed, none, scale),
-        "choose": lambda: nsa_compressed.compressed_forward(q, *means, compressed, geometry, scale),
-        "dq": back, "dkdv": back, "near": walk, "partial": walk, "grads": walk_back,
-    }  # fmt: skip
-
-
-def tiles(kernel: str) -> Any:
-    module: Any = nsa_compressed if kernel in COMPRESSED else nsa_selected
-    return module.SM90[kernel]
-
-
-def with_tile(kernel: str, tile: tuple[int, ...], call: Call) -> Any:
-    table = tiles(kernel)
-    usual = table[DIM]
-    table[DIM] = tile
-    try:
-        return call()
-    finally:
-        table[DIM] = usual
-
-
-def with_setting(name: str, value: Any, call: Call) -> Any:
-    module, usual = setting(name)
-    setattr(module, name, value)
-    try:
-        return call()
-    finally:
-        setattr(module, name, usual)
-
-
-def setting(name: str) -> tuple[Any, Any]:
-    """(the module that holds it, its value)."""
-    module: Any = nsa_inverse if hasattr(nsa_inverse, name) else nsa_selected
-    return module, getattr(module, name)
-
-
-def tune(report: Report, tokens: int, group: int, kernels: list[str]) -> None:
-    calls = passes(tokens, group)
-    say(f"tune, T {tokens}, {group} query heads a kv head; ms of the pass that runs the kernel")
-    for kernel in kernels:
-        usual, found = tiles(kernel)[DIM], {}
-        for tile in dict.fromkeys([usual, *TILES[kernel]]):
-            row = Row(kernel=kernel, tokens=tokens, group=group, tile=tile)
-            with_tile(kernel, tile, partial(row.time, "pass", ready(calls[kernel])))
-            report.add("tune", row)
-            row.reasons()
-            if row["pass"] is not None:
-                found[tile] = row["pass"]
-        best = sorted(found, key=found.__getitem__)[:3]
-        say(f"  {kernel}, now {usual} {found.get(usual)}; best {'; '.join(f'{tile} {found[tile]}' for tile in best)}")
-    for name, values in SETTINGS.items():
-        lines = []
-        for value in values:
-            row = Row(setting=name, value=value, tokens=tokens, group=group)
-            for what, kernel in (("forward", "partial"), ("backward", "grads")):
-                with_setting(name, value, partial(row.time, what, ready(calls[kernel])))
-            report.add("tune", row)
-            short = next(iter(value.values())) if isinstance(value, dict) else value
-            lines.append(f"{short}: {row['forward']} / {row['backward']}")
-        say(f"  {name}, now {setting(name)[1]}; {'; '.join(lines)}")
-
-
 # ------------------------------------------------------------------------------------------------- compiling beforehand
 
 
-Job = tuple[str, int, tuple[int, ...] | None]  # what, heads a group, tile
+Job = tuple[str, int]  # what, heads a group
 
 
-def jobs(parts: list[str], groups: list[int], kernels: list[str]) -> Iterator[Job]:
-    """What to run once, in processes side by side: what they compile, all find in Triton's cache."""
+def jobs(parts: list[str], groups: list[int]) -> Iterator[Job]:
     for group in groups:
-        if "tune" in parts:
-            yield from ((kernel, group, tile) for kernel in kernels for tile in TILES[kernel])
         if {"speed", "crossover"} & set(parts):
-            yield from ((what, group, None) for what in ("whole", "dense", "fla"))
+            yield from ((what, group) for what in ("whole", "dense", "fla"))
         if "decode" in parts:
-            yield "step", group, None
+            yield "step", group
 
 
 def run_once(job: Job) -> None:
-    what, group, tile = job
+    what, group = job
     x = inputs(2048, group)
     q, k, v = leaves = [x[name].requires_grad_() for name in ("q", "k", "v")]
-    if tile is not None:
-        with torch.no_grad():
-            with_tile(what, tile, passes(2048, group)[what])
-    elif what == "step":
+    if what == "step":
         with torch.no_grad():
             start = torch.full((1,), 2047, dtype=torch.int32, device=DEVICE)
             means = [ops.pool_blocks(y, BLOCK) for y in (k, v)]
@@ -476,10 +348,11 @@ def run_once(job: Job) -> None:
     torch.cuda.synchronize()
 
 
-def compile_ahead(todo: list[Job]) -> None:
+def compile_ahead(run: Callable[[Any], None], todo: list[Any]) -> None:
+    """Runs each of them once, in processes side by side: what they compile, all find in Triton's cache."""
     begin = time.perf_counter()
     with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(run_once, job) for job in todo]
+        futures = [pool.submit(run, job) for job in todo]
         failed = {job: error for job, future in zip(todo, futures, strict=True) if (error := future.exception())}
     say(f"compiled ahead in {time.perf_counter() - begin:.0f} s; {len(failed)} of {len(todo)} did not run")
     for job, error in failed.items():
@@ -492,33 +365,45 @@ def compile_ahead(todo: list[Job]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ["speed", "crossover", "decode"]
-    parser.add_argument("--only", nargs="+", choices=[*parts, "tune"], default=parts)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 65536])
-    parser.add_argument("--groups", type=int, nargs="+", default=[16, 4, 1], help="query heads a kv head")
-    parser.add_argument("--kernels", nargs="+", choices=list(TILES), default=list(TILES), help="of tune")
-    parser.add_argument("--untested", action="store_true", help="measure without running the GPU tests first")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    add_arguments(parser)
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.stderr.write("bench_nsa measures a GPU, and torch finds none here\n")
+    if (report := open_report(Path(__file__).stem, options.untested)) is None:
         return 1
-    if not options.untested:
-        try:
-            bench.check_kernels("test_nsa_gpu.py", workers=WORKERS)
-        except bench.BenchError as error:
-            sys.stderr.write(f"{error}\n")
-            return 1
-    versions = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
-    report = Report({**versions, "command": sys.argv[1:], "tests": "not run here" if options.untested else "passed"})
-    compile_ahead(list(jobs(options.only, options.groups, options.kernels)))
+    compile_ahead(run_once, list(jobs(options.only, options.groups)))
     todo: list[Call] = []
-    for group in options.groups:
-        for part, run in (("speed", speed), ("tune", partial(tune, kernels=options.kernels))):
-            if part in options.only:
-                todo += [partial(run, report, tokens, group) for tokens in options.tokens]
+    for group in options.groups if "speed" in options.only else ():
+        todo += [partial(speed, report, tokens, group) for tokens in options.tokens]
     for group in options.groups if "decode" in options.only else ():
         todo += [partial(decode, report, group, batch) for batch in ((1, 16) if group == 16 else (1,))]
     for group in options.groups if "crossover" in options.only else ():
         todo += [partial(crossover, report, tokens, group) for tokens in CROSSOVER_TOKENS]
+    return finish(todo)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 65536])
+    parser.add_argument("--groups", type=int, nargs="+", default=[16, 4, 1], help="query heads a kv head")
+    parser.add_argument("--untested", action="store_true", help="measure without running the GPU tests first")
+
+
+def open_report(name: str, untested: bool) -> Report | None:
+    """The report to fill, once there is a GPU and its tests have passed; None, and why, where it can't be."""
+    if not torch.cuda.is_available():
+        sys.stderr.write(f"{name} measures a GPU, and torch finds none here\n")
+        return None
+    if not untested:
+        try:
+            bench.check_kernels("test_nsa_gpu.py", workers=WORKERS)
+        except bench.BenchError as error:
+            sys.stderr.write(f"{error}\n")
+            return None
+    bench.calm()
+    return Report(name, {**bench.provenance(), "tests": "not run here" if untested else "passed"})
+
+
+def finish(todo: list[Call]) -> int:
+    """How many did not run to their end; 1 at once where the device is lost."""
     try:
         return sum(not finished(part) for part in todo)
     except DeviceLost as error:

@@ -2,7 +2,7 @@
 
     python scripts/bench_train.py                          every arm at T 4096 and 16384, 65,536 tokens a step
     python scripts/bench_train.py --arms gatedfwa flex     some of them
-    python scripts/bench_train.py --arms gatedfwa --tokens 1048576 --budget 1048576 --micro 1 --steps 4    a long row
+    python scripts/bench_train.py --arms gatedfwa+narrow --tokens 1048576 --budget 1048576 --micro 1 --steps 4
     python scripts/bench_train.py --arms gatedfwa --tokens 4096 --profile    where a step's time goes, kernel by kernel
     python scripts/bench_train.py --arms gatedfwa+sync     an error if a step waits for the device
     python scripts/bench_train.py --curves gatedfwa gatedfwa+reference --tokens 1024 --budget 16384    losses compared
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,24 +39,31 @@ WARM = 10  # steps before the clock counts, or half of all
 # ------------------------------------------------------------------------------------------------------------ variants
 
 
+def put(owner: Any, name: str, value: Any) -> None:
+    """Replaces what is there: a name that has gone is an error, not a variant that changes nothing."""
+    if not hasattr(owner, name):
+        raise AttributeError(f"{getattr(owner, '__name__', owner)} has no {name!r} to replace")
+    setattr(owner, name, value)
+
+
 def _f32_gates() -> None:
     from zoo.ops import linear
 
-    linear._in_pieces = lambda x: False  # type: ignore[assignment]
+    put(linear, "in_pieces", lambda x: False)
 
 
 def _inline_rotary() -> None:
     from zoo import backbone
     from zoo.ops import rotary
 
-    backbone.rotary_table = rotary._rotary_table._init_fn  # type: ignore[assignment]
+    put(backbone, "rotary_table", rotary._rotary_table._init_fn)
 
 
 def _loss_rows(rows: int) -> Callable[[], None]:
     def apply() -> None:
         from zoo.ops import loss
 
-        loss.CHUNK_ELEMENTS_GPU = rows * VOCABULARY
+        put(loss, "CHUNK_ELEMENTS_GPU", rows * VOCABULARY)
 
     return apply
 
@@ -67,7 +75,7 @@ def _inductor_swiglu() -> None:
         value, gate = packed.chunk(2, dim=-1)
         return F.silu(gate) * value
 
-    layers.swiglu = plain  # type: ignore[assignment]
+    put(layers, "swiglu", plain)
 
 
 def _inductor_qkv() -> None:
@@ -83,23 +91,29 @@ def _inductor_qkv() -> None:
         q, k = apply_rotary(q, ctx.rotary), apply_rotary(k, ctx.rotary)  # type: ignore[arg-type]
         return q.to(v.dtype), k.to(v.dtype), v, None if self.gate is None else self.gate(x)
 
-    Attention._prepare = prepare  # type: ignore[method-assign]
+    put(Attention, "_prepare", prepare)
+
+
+def _rounded_gradients() -> None:
+    from zoo.layers import Linear
+
+    put(Linear, "forward", nn.Linear.forward)
 
 
 def _sum_loss() -> None:
-    from zoo.ops import loss
+    from zoo.ops import linear
 
-    def accumulate(grad_weight: Tensor, logits: Tensor, part: Tensor) -> None:
-        grad_weight += logits.mT @ part
+    def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+        total += a @ b
 
-    loss._accumulate = accumulate
+    put(linear, "add_product", add_product)
 
 
 def _reread_loss() -> None:
     from zoo.kernels import hopper_loss, loss
 
-    loss.HELD = 0
-    hopper_loss.takes = lambda logits: False
+    put(loss, "HELD", 0)
+    put(hopper_loss, "takes", lambda logits: False)
 
 
 def _inductor(**values: Any) -> Callable[[], None]:
@@ -107,8 +121,7 @@ def _inductor(**values: Any) -> Callable[[], None]:
         from torch._inductor import config
 
         for name, value in values.items():
-            assert hasattr(config, name), name
-            setattr(config, name, value)
+            put(config, name, value)
 
     return apply
 
@@ -126,7 +139,7 @@ def _no_sync() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    loop._step = watched  # type: ignore[assignment]
+    put(loop, "_step", watched)
 
 
 # What can be changed in an arm of ours
@@ -134,6 +147,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "f32gates": _f32_gates,  # gate and token shift projected in float32, off the tensor cores
     "inductorswiglu": _inductor_swiglu,  # the compiler makes SwiGLU's product
     "inductorqkv": _inductor_qkv,  # the compiler shifts, normalises and rotates
+    "roundedgradients": _rounded_gradients,  # weights' gradients leave their products in bfloat16
     "sumloss": _sum_loss,  # the weight's gradient in the loss is added up apart from its products
     "rereadloss": _reread_loss,  # the loss's rows are read twice, not held in registers
     "inlinerotary": _inline_rotary,  # the compiler sees how rotary angles are computed
@@ -161,19 +175,26 @@ def zoo_overrides(arm: str, tokens: int) -> tuple[str, dict[str, Any]]:
     if variant == "wide":
         backbone |= {"width": 1024, "heads": 16, "kv_heads": 1, "depth": 12}
     if tokens > 1 << 18:
-        backbone |= {"checkpoint": True, "mlp_chunk": 16384}
+        backbone |= {"checkpoint": True, "mlp_chunk": 65536}
     return f"text_{name}_125m", {"backbone": backbone}
 
 
-def run_zoo(arm: str, tokens: int, budget: int, micro: int, steps: int, profile: bool) -> dict[str, Any]:
-    arm, *variants = arm.split("+")
-    for variant in variants:
-        if variant not in CHANGES:
-            VARIANTS[variant]()
+def apply(variants: list[str]) -> list[dict[str, Any]]:
+    """Makes the changes that are made in the code; returns those of the recipe. Exits with a name that is none."""
+    if unknown := [name for name in variants if name not in VARIANTS and name not in CHANGES]:
+        raise SystemExit(f"{'+'.join(unknown)}: the variants are {', '.join([*VARIANTS, *CHANGES])}")
+    for name in variants:
+        if name in VARIANTS:
+            VARIANTS[name]()
+    return [CHANGES[name] for name in variants if name in CHANGES]
+
+
+def recipe_of(arm: str, tokens: int, budget: int, micro: int, steps: int, changes: list[dict[str, Any]]) -> Any:
+    """The zoo.train.Recipe of an arm on made-up tokens."""
     from zoo import config, registry
     from zoo.data import SourceStream, Windows
     from zoo.task import Task
-    from zoo.train import Recipe, train
+    from zoo.train import Recipe
 
     @dataclass
     class RandomConfig:
@@ -194,27 +215,28 @@ def run_zoo(arm: str, tokens: int, budget: int, micro: int, steps: int, profile:
             source = Windows(corpus.numpy(), self.config.context, seed=seed)
             return SourceStream(source, batch_size=batch_size, rank=rank, world=world)
 
-    registry.tasks.register("random")(RandomTask)
+    registry.tasks.register("random", replace=True)(RandomTask)
     model, overrides = zoo_overrides(arm, tokens)
-    recipe = config.build(
-        Recipe,
-        {
-            "task": {"name": "random"},
-            "model": {"name": model, **overrides},
-            "train": {
-                "steps": steps,
-                "batch_size": budget // tokens,
-                "micro_batch_size": micro,
-                "precision": "bf16",
-                "compile": True,
-                "log_every": 1,
-                "save_every": 0,
-                "optimizer": {"lr": 3e-4},
-                "schedule": {"warmup": 20},
-            },
-        },
-        *(CHANGES[variant] for variant in variants if variant in CHANGES),
-    )
+    train = {
+        "steps": steps,
+        "batch_size": budget // tokens,
+        "micro_batch_size": micro,
+        "precision": "bf16",
+        "compile": True,
+        "log_every": 1,
+        "save_every": 0,
+        "optimizer": {"lr": 3e-4},
+        "schedule": {"warmup": 20},
+    }
+    recipe = {"task": {"name": "random"}, "model": {"name": model, **overrides}, "train": train}
+    return config.build(Recipe, recipe, *changes)
+
+
+def run_zoo(arm: str, tokens: int, budget: int, micro: int, steps: int, profile: bool) -> dict[str, Any]:
+    arm, *variants = arm.split("+")
+    recipe = recipe_of(arm, tokens, budget, micro, steps, apply(variants))
+    from zoo.train import train
+
     with tempfile.TemporaryDirectory() as folder:
         train(recipe, Path(folder) / "run", profile=profile)
         rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -393,8 +415,10 @@ def say(found: dict[str, Any]) -> None:
 
 
 def compare_curves(options: argparse.Namespace) -> None:
-    """The two losses of each step beside each other: their largest and mean difference, and every 20th."""
-    found = [in_a_process(options, arm, options.tokens[0]) for arm in options.curves]
+    """The two losses of each step beside each other: their largest and mean difference, and every 20th. Both arms run
+    at once: their speed means nothing."""
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda arm: in_a_process(options, arm, options.tokens[0]), options.curves))
     curves = [one.get("losses", []) for one in found]
     for one in found:
         say(one)

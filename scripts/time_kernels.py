@@ -145,13 +145,14 @@ def step() -> None:
     del packed, grad
 
     qkv, grads = normal(8, rows // 8, 3 * heads, dim), [normal(8, rows // 8, heads, dim) for _ in range(3)]
-    keep = normal(8, rows // 8, 2 * heads, dtype=torch.float32)
+    gates, keep = (normal(8, rows // 8, 2 * heads, dtype=torch.float32) for _ in range(2))
     weights = [torch.ones(1, heads * dim, device="cuda") for _ in range(2)]
     table = ops.rotary_table(torch.arange(rows // 8, device="cuda").unsqueeze(0), dim, 10000.0)
     rest = (qkv, keep, *weights, *table, None, heads, False, 1e-6)
+    kernels, width = backend.choose("qkv", qkv.device, qkv.dtype, dim), 3 * heads * dim + 4 * heads
     with torch.no_grad():
-        report("qkv forward", partial(torch.ops.zoo.prepare_qkv, *rest), qkv.numel() * 4)
-        report("qkv backward", partial(torch.ops.zoo.prepare_qkv_backward, *grads, *rest), qkv.numel() * 6)
+        report("qkv forward", partial(kernels.prepare_forward, *rest), qkv.numel() * 4)
+        report("qkv backward", partial(kernels.prepare_backward, *grads, gates, *rest, width), qkv.numel() * 6)
     del qkv, grads
 
     x = normal(rows, heads * dim, dtype=torch.float32)

@@ -145,10 +145,11 @@ def test_every_parameter_gets_a_gradient():
     assert [name for name, p in backbone.named_parameters() if p.grad is None] == []
 
 
-def test_mlp_in_chunks_changes_nothing_but_memory():
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
+def test_mlp_in_chunks_changes_nothing_but_memory(mlp):
     torch.manual_seed(0)
-    whole = Backbone(BackboneConfig(width=16, heads=2, depth=2, checkpoint=True)).double()
-    chunked = Backbone(BackboneConfig(width=16, heads=2, depth=2, checkpoint=True, mlp_chunk=3)).double()
+    whole = Backbone(BackboneConfig(width=16, heads=2, depth=2, mlp=mlp, checkpoint=True)).double()
+    chunked = Backbone(BackboneConfig(width=16, heads=2, depth=2, mlp=mlp, checkpoint=True, mlp_chunk=3)).double()
     chunked.load_state_dict(whole.state_dict())
     h = torch.randn(2, 8, 16, dtype=torch.float64)
     outs = [model(h, Context())[0] for model in (whole, chunked)]

@@ -22,7 +22,7 @@ ORDER = (
     ("registry", "config", "state", "files", "distances"),  # know nothing else of zoo
     ("kernels",),
     ("ops",),
-    ("layers", "loss", "quantize"),
+    ("layers", "loss", "quantize", "resnet"),
     ("mixers",),
     ("backbone",),
     ("model",),

@@ -184,15 +184,10 @@ class Block(nn.Module):
         """h with its branch, and the MLP's."""
         assert self.mlp is not None
         assert self.mlp_norm is not None
-        if not (self.mlp_chunk and self.training and stream[0].shape[1] > self.mlp_chunk):
-            h, x = norm_of_sum(stream, self.mlp_norm, self.narrow)
-            return h, self.mlp(x)
-        norm, mlp, narrow, h = self.mlp_norm, self.mlp, self.narrow, whole(stream)
-        parts = [
-            checkpoint(lambda part: mlp(norm_of_sum((part, None), norm, narrow)[1]), part, use_reentrant=False)
-            for part in h.split(self.mlp_chunk, 1)
-        ]
-        return h, torch.cat(parts, dim=1)  # type: ignore[arg-type]
+        h, x = norm_of_sum(stream, self.mlp_norm, self.narrow)
+        if isinstance(self.mlp, MLP) and self.mlp_chunk and self.training and x.shape[1] > self.mlp_chunk:
+            return h, self.mlp(x, self.mlp_chunk)
+        return h, self.mlp(x)
 
 
 def residual_drop(dropout: float, drop_path: float) -> nn.Module:

@@ -50,6 +50,7 @@ def _back_ends() -> list[str]:
     lines = [f"back ends on {device.type} (ZOO_BACKEND overrides):"]
     what = {
         "window": "window_attention, gated_window_attention",
+        "prune": "prune=: which tiles are kept",
         "ring": "ring_attention (decoding)",
         "loss": "linear_cross_entropy",
         "nsa": "compressed_attention, selected_attention, nsa_attention",

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.ops.linear import wide_linear
+from zoo.ops.mlp import mlp_in_pieces
 from zoo.ops.swiglu import swiglu
 
 
@@ -57,16 +59,29 @@ def init_normal(parts: Iterable[nn.Module | None], std: float) -> None:
                 nn.init.normal_(module.weight, std=std)
 
 
+class Linear(nn.Linear):
+    """Without a bias; under autocast the weight's gradient stays float32 (zoo.ops.wide_linear)."""
+
+    def __init__(self, inner: int, outer: int):
+        super().__init__(inner, outer, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return wide_linear(x, self.weight)
+
+
 class MLP(nn.Module):
     """SwiGLU (Shazeer, arXiv 2002.05202) or GELU; (…, C) -> (…, C)."""
 
     def __init__(self, width: int, hidden: int, kind: Literal["swiglu", "gelu"]):
         super().__init__()
         self.gated = kind == "swiglu"
-        self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.up = Linear(width, 2 * hidden if self.gated else hidden)
+        self.down = Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, chunk: int = 0) -> Tensor:
+        """chunk: tokens of each row at once, recomputed in the backward pass; 0: all, kept for it."""
+        if chunk:
+            return mlp_in_pieces(x, self.up.weight, self.down.weight, tokens=chunk, gated=self.gated)
         if self.gated:
             return self.down(swiglu(self.up(x)))
         return self.down(F.gelu(self.up(x)))

@@ -1,7 +1,6 @@
 """The judge of generated speech: a classifier of log-mel spectrograms, trained here; which word, and whose voice.
 
-timm's ResNet (He et al., arXiv 1512.03385) with a first convolution of 3 x 3 for small pictures. Loudness is taken out
-first, so that it is no sign of the speaker.
+Loudness is taken out first, so that it is no sign of the speaker.
 """
 
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from zoo.data import Shuffled, SourceStream, epoch_rng
 from zoo.frozen import Frozen
 from zoo.model import Batch, Output
 from zoo.registry import datasets
+from zoo.resnet import check_stages, small_resnet
 from zoo.task import Metric, Task
 
 
@@ -45,9 +45,7 @@ class ClassifierConfig:
     smoothing: float = 0.1
 
     def __post_init__(self):
-        for name in ("layers", "widths"):
-            if len(getattr(self, name)) != 4 or min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}; it takes four numbers, one a stage, each 1 or more")
+        check_stages(self.layers, self.widths)
         if not self.classes or min(self.classes) < 2:
             raise ValueError(f"classes = {self.classes}; each attribute takes 2 or more values")
         if self.seconds <= 0 or self.rate < 1 or self.bands < 8:
@@ -67,19 +65,8 @@ class Classifier(nn.Module):
 
     def __init__(self, config: ClassifierConfig):
         super().__init__()
-        from timm.models.resnet import BasicBlock, ResNet
-
         self.config = config
-        net: Any = ResNet(
-            BasicBlock,  # type: ignore[arg-type]
-            config.layers,
-            num_classes=0,
-            in_chans=1,
-            channels=config.widths,
-        )
-        net.conv1 = nn.Conv2d(1, net.conv1.out_channels, 3, padding=1, bias=False)
-        net.maxpool = nn.Identity()
-        self.net = net
+        self.net = small_resnet(1, 0, config.layers, config.widths)
         self.drop = nn.Dropout(config.dropout)
         self.out = nn.ModuleList(nn.Linear(config.widths[-1], count) for count in config.classes)
 

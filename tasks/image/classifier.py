@@ -1,8 +1,4 @@
-"""A classifier trained on the data set itself: its features measure samples, its answers their class.
-
-The network is timm's ResNet (He et al., arXiv 1512.03385) with the usual change for small images: a first convolution
-of 3 x 3 with stride 1 and no pooling.
-"""
+"""A classifier trained on the data set itself: its features measure samples, its answers their class."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +17,7 @@ from zoo.data import SourceStream
 from zoo.frozen import Frozen
 from zoo.model import Batch, Output
 from zoo.registry import datasets
+from zoo.resnet import check_stages, small_resnet
 from zoo.task import Metric, Task
 
 
@@ -39,9 +36,7 @@ class ClassifierConfig:
     smoothing: float = 0.1
 
     def __post_init__(self):
-        for name in ("layers", "widths"):
-            if len(getattr(self, name)) != 4 or min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}; it takes four numbers, one a stage, each 1 or more")
+        check_stages(self.layers, self.widths)
 
     def build(self) -> "Classifier":
         return Classifier(self)
@@ -52,19 +47,8 @@ class Classifier(nn.Module):
 
     def __init__(self, config: ClassifierConfig):
         super().__init__()
-        from timm.models.resnet import BasicBlock, ResNet
-
         self.config = config
-        net: Any = ResNet(
-            BasicBlock,  # type: ignore[arg-type]
-            config.layers,
-            num_classes=config.classes,
-            in_chans=config.channels,
-            channels=config.widths,
-            drop_rate=config.dropout,
-        )
-        net.conv1 = nn.Conv2d(config.channels, net.conv1.out_channels, 3, padding=1, bias=False)
-        net.maxpool = nn.Identity()
+        net = small_resnet(config.channels, config.classes, config.layers, config.widths, config.dropout)
         self.net = net.to(memory_format=torch.channels_last)  # what a GPU's bfloat16 convolutions take
 
     def forward(self, batch: Batch) -> Output:

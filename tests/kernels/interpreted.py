@@ -7,15 +7,23 @@ import torch
 
 from tests.kernels.interpreter import repair
 from tests.ops.cases import CASES, poison_new_tensors
-from tests.ops.definition import Case, relative_error
+from tests.ops.definition import Case, is_negligible, relative_error
 from tests.ops.run_case import run
 from zoo.kernels import decode
 from zoo.kernels import gate as gates
 from zoo.kernels import loss as losses
+from zoo.kernels import prune as prunes
 from zoo.kernels import window as kernels
 from zoo.kernels.tiles import CHUNK, Tile, Tiles
-from zoo.ops import backend, linear_cross_entropy, log_decay, reference
-from zoo.ops.prune import pruned_spans
+from zoo.ops import (
+    backend,
+    gated_window_attention,
+    linear_cross_entropy,
+    log_decay,
+    reference,
+    reference_prune,
+)
+from zoo.ops.reference_prune import mirror
 
 repair()
 SMALL = Tiles(forward=Tile(32, 16, 4, 1), dkdv=Tile(16, 32, 4, 1), dq=Tile(32, 32, 4, 1))
@@ -102,7 +110,7 @@ def test_pruned_tiles(documents, chosen, tiles):
     decay /= 100
     first = torch.tensor([[[0, 0, 1, 2, 2], [0, 1, 1, 3, 4]]], dtype=torch.int32)
     spans = None if documents is None else reference.document_spans(documents, 260)
-    options = {"window": 200, "scale": 0.25, "spans": pruned_spans(first, spans, 260)}
+    options = {"window": 200, "scale": 0.25, "spans": spans, "kept": (first, mirror(first))}
     results = []
     for module in (kernels, reference):
         out, lse = module.window_forward(q, k, v, (decay,), **options)
@@ -110,8 +118,56 @@ def test_pruned_tiles(documents, chosen, tiles):
         results.append((out, lse, *grads, *gate))
     for a, e in zip(*results, strict=True):
         assert relative_error(a, e.double()) <= 1e-4
-    whole, _ = kernels.window_forward(q, k, v, (decay,), **options | {"spans": spans})
+    whole, _ = kernels.window_forward(q, k, v, (decay,), **options | {"kept": None})
     assert relative_error(whole, results[0][0].double()) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "kv_heads", "dim", "window", "fused"),
+    [
+        (700, 700, 4, 4, 16, None, False),
+        (700, 700, 4, 2, 16, 300, True),
+        (130, 713, 3, 1, 24, 300, True),
+        (1, 400, 2, 2, 16, None, False),
+        (64, 64, 2, 1, 16, None, False),
+    ],
+)
+def test_kept_tiles(queries, keys, heads, kv_heads, dim, window, fused, dtype, monkeypatch):
+    """Only what may go, and all that the reference drops with a hair's breadth less."""
+    monkeypatch.setattr(prunes, "SCANNED", 4)  # several steps along a head
+    monkeypatch.setattr(prunes, "SEARCHED", 8)
+    torch.manual_seed(0)
+    q, k = torch.randn(2, queries, heads, dim).to(dtype), torch.randn(2, keys, kv_heads, dim).to(dtype)
+    k[:, keys // 3] *= 2
+    gate = (2.5 + 0.3 * torch.randn(2, keys, heads), 0.3 * torch.randn(2, keys, heads))
+    if not fused:
+        decay = log_decay(*gate)
+        decay[:, keys // 2] -= 200
+        gate = (decay,)
+    poison_new_tensors(monkeypatch)
+    options = {"window": window, "scale": dim**-0.5}
+    first, last = prunes.kept_tiles(q, k, gate, prune=1e-3, **options)
+    least, theirs = (reference_prune.kept_tiles(q, k, gate, prune=x, **options)[0] for x in (1e-3 * (1 - 1e-4), 1e-3))
+    assert first.dtype == last.dtype == torch.int32
+    assert torch.equal(last, reference_prune.mirror(first))
+    assert is_negligible(first, q, k, log_decay(*gate) if fused else gate[0], prune=1e-3, **options)
+    assert bool((least <= first).all())
+    assert (first == theirs).double().mean() >= 0.95
+    assert bool(first.any()) == (keys > 100)
+    assert len((torch.arange(first.shape[2]) - first).unique()) >= min(4, first.shape[2])  # runs of several lengths
+
+
+def test_tiles_are_chosen_and_used_by_one_back_end(monkeypatch):
+    """The public argument, interpreted: within the bound, and the values of the reference's own choice."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 300, 2, 16)
+    z, u = torch.randn(2, 1, 300, 2)
+    assert backend.choose_backend("prune", q.device, q.dtype, 16).modules["prune"] == "zoo.kernels.prune"
+    calls = [gated_window_attention(q, k, v, z, u, prune=prune) for prune in (None, 1e-3)]
+    assert (calls[0] - calls[1]).norm(dim=-1).max() <= 2e-3 * v.norm(dim=-1).max()
+    monkeypatch.setenv("ZOO_BACKEND", "reference")
+    assert relative_error(calls[1], gated_window_attention(q, k, v, z, u, prune=1e-3).double()) <= 1e-4
 
 
 def test_same_bits_every_time(tiles):

@@ -11,7 +11,7 @@ from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
 from tests.ops.run_nsa import run, spans
 from zoo import ops
-from zoo.kernels import nsa_compressed, nsa_inverse, nsa_mix, nsa_selected
+from zoo.kernels import nsa_compressed, nsa_inverse, nsa_mix, nsa_pool, nsa_selected
 from zoo.ops import backend, nsa, reference_nsa
 
 repair()
@@ -108,6 +108,26 @@ def test_of_equal_blocks_the_earliest_are_chosen(different):
     places = nsa._compressed_places(x["q"], k, geometry, None, None)
     expected = reference_nsa.compressed_forward(x["q"], k, k, places, geometry, 0.3)
     assert torch.equal(nsa_compressed.choose(x["q"], k, expected[1], places, geometry, 0.3), expected[2])
+
+
+@pytest.mark.parametrize("kind", ["equal", "falling", "rising", "random", "one run"])
+def test_the_last_tokens_of_many_blocks_choose_as_the_reference(kind):
+    """Equal scores: all runs of blocks reach the limit, more than the list has places for. Blocks that are as good as
+    their neighbours, best first or last, or that all stand in a few runs."""
+    generator = torch.Generator().manual_seed(0)
+    blocks, rank = 80, {"falling": -1.0, "rising": 1.0}
+    strength = torch.arange(blocks) * rank[kind] if kind in rank else torch.zeros(blocks)
+    if kind == "random":
+        strength = 20 * torch.rand(blocks, generator=generator)
+    elif kind == "one run":
+        strength[36:47] = 20.0 + torch.arange(11).flip(0)
+    direction = torch.rand(16, generator=generator) + 0.5
+    q = direction.expand(1, 12, 4, 16).contiguous()
+    k = (strength[:, None, None] * direction / direction.norm()).expand(1, blocks, 2, 16).contiguous()
+    geometry = reference_nsa.Geometry(4, 4, 4, 7)
+    places = nsa._compressed_places(q, k, geometry, None, torch.tensor([305], dtype=torch.int32))
+    expected = reference_nsa.compressed_forward(q, k, k, places, geometry, 0.3)
+    assert torch.equal(nsa_compressed.choose(q, k, expected[1], places, geometry, 0.3), expected[2])
 
 
 def test_ragged_rows_equal_the_reference():
@@ -219,6 +239,20 @@ def test_table_tiles_equal_the_loops(monkeypatch):
     monkeypatch.undo()
     found = errors(NSACase("table", 70, group=2, dim=16))
     assert max(found.values()) <= 1e-4, found
+
+
+@pytest.mark.parametrize(("length", "block"), [(37, 4), (3, 8), (40, 20), (64, 32)])
+def test_means_of_blocks_equal_the_reference(length, block, monkeypatch):
+    """Several programs a token, some columns and tokens that are not there, strides that are not those of a tensor."""
+    monkeypatch.setattr(nsa_pool, "WIDTH", 8)
+    poison_new_tensors(monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, length, 24, generator=generator).transpose(1, 2)[..., 5:17]
+    means = nsa_pool.pool_forward(x, block)
+    torch.testing.assert_close(means, reference_nsa.pool_forward(x, block))
+    dmeans = torch.randn(2, 3, means.shape[1], 12, generator=generator).transpose(1, 2)
+    dx = nsa_pool.pool_backward(dmeans, length, block)
+    torch.testing.assert_close(dx, reference_nsa.pool_backward(dmeans, length, block))
 
 
 @pytest.mark.parametrize("there", [(0, 1, 2), (0, 1), (2,)])

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 - what follows needs triton
 
+import re
 import subprocess
 
 import pytest
@@ -66,3 +67,17 @@ def test_every_row_compiles_fits_and_stays_asynchronous(name, dim, group, elemen
     command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(tmp_path / "kernel.cubin")]
     log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     assert "C75" not in log, log  # "wgmma.mma_async instructions are serialized", "setmaxnreg ignored"
+
+
+@pytest.mark.parametrize("name", ["forward", "dq"])
+def test_every_item_looks_up_which_slots_it_sees(name):
+    """Gluon of triton 3.6 forgets what a loop carries where only bounds of inner loops ask for it: every item had the
+    first one's. So each partition loads both ends' place and first block within its loop over items, and none before.
+    """
+    text = build(name, 128).asm["ttgir"]
+    partitions = re.split(r"\n    (?:default|partition\d+)[ (]", text)[1:]
+    assert len(partitions) == KERNELS[name][1][128].consumers + 1
+    for partition in partitions:
+        before, within = partition.split("scf.for", 1)
+        loads = [len(re.findall(r"tt\.load \S+ : !tt\.ptr<i32>", part)) for part in (before, within)]
+        assert loads == [0, 3 if partition is partitions[-1] else 4], loads  # the producer needs no first row's place

@@ -22,7 +22,7 @@ from zoo.kernels.tiles import SHARED_BYTES
 
 ELEMENT_POINTERS = {"out", "dout", "dq_ptr"}
 FLOAT_POINTERS = {"suffix", "total", "lse", "dlse", "rows", "key_side"}
-INDEX_POINTERS = {"starts", "ends"}
+INDEX_POINTERS = {"starts", "ends", "firsts", "lasts"}
 FLOATS = {"scale", "scale_log2", "bias_factor"}
 KERNELS = {
     "forward": (hopper_forward.forward_kernel, hopper_forward.TABLE),
@@ -31,11 +31,12 @@ KERNELS = {
 }
 
 
-def build(kernel, schedule, dim, element="bf16", gated=True, bounded=0, group=1):
+def build(kernel, schedule, dim, element="bf16", gated=True, bounded=False, pruned=False, group=1):
     layout = gl.NVMMASharedLayout.get_default_for([1, 64, 1, dim], {"bf16": gl.bfloat16, "fp16": gl.float16}[element])
     constants = {
         "CONSUMERS": schedule.consumers, "D": dim, "GROUP": group, "STAGES": schedule.stages, "GATED": gated,
-        "BOUNDED": bounded, "A_SHARED": schedule.in_shared, "HOPEFUL": element == "bf16", "WITH_DLSE": True,
+        "BOUNDED": bounded, "PRUNED": pruned, "A_SHARED": schedule.in_shared, "HOPEFUL": element == "bf16",
+        "WITH_DLSE": True,
         "CONSUMER_REGISTERS": schedule.consumer_registers, "PRODUCER_REGISTERS": schedule.producer_registers,
     }  # fmt: skip
 
@@ -60,7 +61,16 @@ def build(kernel, schedule, dim, element="bf16", gated=True, bounded=0, group=1)
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(
-    "switches", [{}, {"gated": False}, {"bounded": 1}, {"bounded": 2, "group": 4}, {"element": "fp16"}], ids=str
+    "switches",
+    [
+        {},
+        {"gated": False},
+        {"bounded": True},
+        {"pruned": True},
+        {"bounded": True, "pruned": True, "group": 4},
+        {"element": "fp16"},
+    ],
+    ids=str,
 )
 def test_every_row_compiles_fits_and_stays_asynchronous(name, dim, switches, tmp_path):
     kernel, table = KERNELS[name]

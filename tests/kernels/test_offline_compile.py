@@ -9,12 +9,12 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zoo.kernels import gate, loss, narrow, norm, pieces, qkv, swiglu, window
+from zoo.kernels import FORGOTTEN, KEPT_TILE, UNITS, gate, loss, narrow, norm, pieces, prune, qkv, swiglu, window
 from zoo.kernels.tiles import CHUNK, SHARED_BYTES, TABLE, Tile
 
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90}
-INDEX_POINTERS = {"start_ptr", "end_ptr"}
-OTHER_POINTERS = {"targets_ptr": "i64", "starts_ptr": "i1"}
+INDEX_POINTERS = {"start_ptr", "end_ptr", "first_tile_ptr", "last_tile_ptr"}
+OTHER_POINTERS = {"targets_ptr": "i64", "starts_ptr": "i1", "forgot_ptr": "i64", "since_ptr": "i64", "limit_ptr": "i64"}
 NOT_ALIGNED = {"stride_kb", "stride_kt"}  # of a narrow projection
 FLOAT32_POINTERS = {
     "suffix_ptr",
@@ -34,10 +34,13 @@ FLOAT32_POINTERS = {
     "k_weight_ptr",
     "cos_ptr",
     "sin_ptr",
-    "dkeep_ptr",
+    "dgates_ptr",
     "partial_ptr",
+    "reach_ptr",
+    "largest_ptr",
+    "product_ptr",
 }
-FLOATS = {"scale", "eps"}
+FLOATS = {"scale", "eps", "least"}
 
 
 def build(kernel, architecture, element, constants, warps=4, stages=1, multiples=()):
@@ -60,12 +63,15 @@ def build(kernel, architecture, element, constants, warps=4, stages=1, multiples
     return triton.compile(ASTSource(kernel, signature, values, divisible), target=target, options=options)
 
 
-def build_window(kernel, architecture, width, tile: Tile, element="bf16", gated=True, windowed=True, bounded=False):
-    absent = set() if bounded else set(INDEX_POINTERS)
+def build_window(kernel, architecture, width, tile: Tile, element="bf16", gated=True, windowed=True, bounded=False,
+                 pruned=False):  # fmt: skip
+    absent = set() if bounded else {"start_ptr", "end_ptr"}
+    absent |= set() if pruned else {"first_tile_ptr", "last_tile_ptr"}
     absent |= set() if gated else {"suffix_ptr", "total_ptr", "key_side_ptr", "query_side_ptr"}
     constants = {name: None for name in absent if name in kernel.arg_names} | {
         "GROUP": 1, "D": width, "BLOCK_D": width, "BLOCK_Q": tile.queries, "BLOCK_K": tile.keys, "CHUNK": CHUNK,
-        "GATED": gated, "WINDOWED": windowed, "BOUNDED": bounded,
+        "GATED": gated, "WINDOWED": windowed, "BOUNDED": bounded, "PRUNED": pruned,
+        "KEPT_TILE": KEPT_TILE,
     }  # fmt: skip
     return build(kernel, architecture, element, constants, tile.warps, tile.stages)
 
@@ -85,7 +91,11 @@ def test_every_row_compiles_and_fits(row):
         assert built.metadata.shared <= SHARED_BYTES[architecture], kernel.__name__
 
 
-@pytest.mark.parametrize("switches", [{"gated": False}, {"bounded": True}, {"element": "fp32"}], ids=str)
+@pytest.mark.parametrize(
+    "switches",
+    [{"gated": False}, {"bounded": True}, {"pruned": True}, {"bounded": True, "pruned": True}, {"element": "fp32"}],
+    ids=str,
+)
 def test_every_switch_compiles(switches):
     tiles = TABLE["sm90", 128, "narrow"]
     for kernel, tile in ((window._forward, tiles.forward), (window._dkdv, tiles.dkdv), (window._dq, tiles.dq)):
@@ -101,6 +111,18 @@ def test_the_small_kernels_compile(architecture):
     build(gate._bounded_backward, architecture, "bf16", shape)
     switches = {"D": 64, "BLOCK_D": 64, "BLOCK_Q": window.ROWS, "GATED": True, "WITH_DLSE": True}
     build(window._rows, architecture, "bf16", switches)
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm90"])
+@pytest.mark.parametrize("group", [1, 4])
+def test_the_choice_of_tiles_compiles(group, architecture):
+    head = {"GROUP": group, "D": 64, "BLOCK_D": 64, "TILE": KEPT_TILE, "UNITS": UNITS, "FORGOTTEN": FORGOTTEN}
+    for activate in (False, True):
+        gates = {"EPS": 1e-3, "ACTIVATE": activate}
+        built = build(prune._measure, architecture, "bf16", head | gates, multiples=("stride_kb", "stride_kt"))
+        assert built.asm["ptx"].count("ld.global.v4") == 8  # 64 bytes a thread, of k and of q
+    build(prune._limits, architecture, "bf16", {"GROUP": group, "BLOCK": prune.SCANNED})
+    build(prune._search, architecture, "bf16", {"GROUP": group, "BLOCK": prune.SEARCHED}, warps=2)
 
 
 @pytest.mark.parametrize("architecture", ["sm80", "sm90"])
@@ -141,6 +163,7 @@ def test_adding_pieces_up_compiles(architecture):
 @pytest.mark.parametrize("kind", ["plain", "one kv head", "documents, by head", "no norm"])
 def test_qkv_compile(kind, architecture):
     special, norm, groups = kind.startswith("documents"), kind != "no norm", 1 if kind == "one kv head" else 12
+    gates = 24 if norm else 0
     absent = (set() if special else {"starts_ptr"}) | (
         set() if norm else {"q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "partial_ptr"}
     )
@@ -148,8 +171,10 @@ def test_qkv_compile(kind, architecture):
         "H": 12, "G": groups, "D": 64, "NORM": norm, "PER_HEAD": special, "ROTATE": norm, "CUT": special,
         "ROWS_Q": 1, "ROWS_KV": 16 if groups == 1 else 1, "HALF": 32, "RUN": qkv.RUN, "STAGES": qkv.STAGES,
     }  # fmt: skip
-    for kernel in (qkv.qkv_forward_kernel, qkv.qkv_backward_kernel):
-        constants = switches | {name: None for name in absent if name in kernel.arg_names}
+    columns = {"GATES": gates, "OUT": -(-((12 + 2 * groups) * 64 + gates + 2 * groups) // 64) * 64}
+    columns["SPARE"] = columns["OUT"] - (12 + 2 * groups) * 64 - gates - 2 * groups
+    for kernel, more in ((qkv.qkv_forward_kernel, {}), (qkv.qkv_backward_kernel, columns)):
+        constants = switches | more | {name: None for name in absent if name in kernel.arg_names}
         built = build(kernel, architecture, "bf16", constants, warps=2)
         assert built.metadata.shared <= SHARED_BYTES[architecture]
 

@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zoo.kernels import nsa_compressed, nsa_inverse, nsa_mix, nsa_selected
+from zoo.kernels import nsa_compressed, nsa_inverse, nsa_mix, nsa_pool, nsa_selected
 from zoo.kernels.tiles import SHARED_BYTES
 
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90}
@@ -18,7 +18,7 @@ WIDE = {
 }  # fmt: skip
 INDEX = {
     "place_ptr", "first_ptr", "index_ptr", "begin_ptr", "end_ptr", "bounds_ptr", "block_ptr", "first_key_ptr",
-    "first_block_ptr", "key_ptr",
+    "first_block_ptr", "key_ptr", "room_ptr",
 }  # fmt: skip
 
 
@@ -52,11 +52,12 @@ def build_compressed(name, architecture, dim, group=16, element="bf16", tile=Non
             "SELECT": 64, "OVERLAP": overlap, "SHIFT": shift, "TOP": 16, "KEPT": 16,
             "TOKENS": max(1, rows // group, 16 // group), "PADDED_GROUP": group, "BLOCK_J": slots,
         }  # fmt: skip
-        constants["BLOCK_S"] = max(16, min(512, nsa_compressed.SORTED // constants["TOKENS"]))
+        sort = max(16, min(128, nsa_compressed.SORTED // constants["TOKENS"]))
+        constants |= {"BLOCK_C": 2 * sort, "BLOCK_S": sort, "SHORT": 32, "RUN": nsa_compressed.RUN}
     else:
         constants |= {"BLOCK_R": rows, "BLOCK_K": slots}
     kernel = getattr(nsa_compressed, f"_{name}")
-    wide = {"dkdv": {"dk_ptr", "dv_ptr"}, "choose": {"score_ptr"}}.get(name, set())
+    wide = {"dkdv": {"dk_ptr", "dv_ptr"}, "choose": set()}.get(name, set())
     registers = nsa_compressed.registers(warps) if name == "choose" else None
     return build(kernel, architecture, element, constants, warps, stages, wide, registers)
 
@@ -151,3 +152,7 @@ def test_the_small_kernels_compile():
         build(nsa_mix._mix_backward, "sm90", "bf16", mix | {f"d{name}_ptr": None for name in absent}, 4, 3)
     numbers = {"D": 128, "BLOCK_D": 128, "BLOCK_R": nsa_compressed.DELTA_ROWS, "WITH_DLSE": False, "dlse_ptr": None}
     build(nsa_compressed._row_numbers, "sm90", "bf16", numbers, 4, 3)
+    for heads in (4, 64):
+        pool = {"H": heads, "D": 128, "BLOCK": 64, "BLOCK_R": nsa_pool.ROWS, "BLOCK_W": nsa_pool.WIDTH}
+        build(nsa_pool._pool, "sm90", "bf16", pool, 4, 3)
+        build(nsa_pool._pool_backward, "sm90", "bf16", pool, 4, 3)

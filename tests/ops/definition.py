@@ -129,3 +129,25 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     size = expected[finite].abs()
     top = float(size.max()) if size.numel() else 0.0
     return float(error.max()) / (top if top > 1e-9 else 1.0) if error.numel() else 0.0
+
+
+def is_negligible(first, q, k, log_decay, *, window, scale, prune) -> bool:
+    """Whether the newest key tile that each query tile drops, tile first - 1 of 64 positions, obeys the rule in
+    zoo/ops/prune.py, in float64: older ones then do too. For each query head that shares the tiles; (B,G,tiles)."""
+    (_, length, heads, _), keys = q.shape, k.shape[1]
+    k_norm = k.double().norm(dim=-1).repeat_interleave(heads // k.shape[2], dim=2)
+    q_norm = torch.zeros_like(k_norm)
+    q_norm[:, keys - length :] = q.double().norm(dim=-1)
+    first = first.long().repeat_interleave(heads // k.shape[2], dim=1)
+    tiles = first.shape[2]
+    limit = math.log(prune / min(keys, window or keys))
+    padded = torch.zeros(q.shape[0], 64 * tiles, heads, dtype=torch.float64, device=q.device)
+    sums = [padded.clone() for _ in range(3)]
+    for x, y in zip(sums, (log_decay.double(), q_norm, q_norm * k_norm), strict=True):
+        x[:, :keys] = y
+    gates, largest, product = (x.unflatten(1, (tiles, 64)).movedim(3, 1) for x in sums)  # (B,H,tiles,64)
+    room = abs(scale) * (k_norm.amax(1)[..., None] * largest.amax(3) + product.amax(3))
+    through = gates.sum(3).cumsum(2)
+    before = torch.nn.functional.pad(through, (1, 0))  # of tiles before each one
+    between = before[..., :tiles] - before.gather(2, first)  # tiles first .. b - 1
+    return bool((between + room < limit)[first > 0].all())

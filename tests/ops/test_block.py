@@ -7,9 +7,18 @@ The reference path here; the kernels in tests/kernels/interpreted_block.py and t
 import pytest
 import torch
 
-from tests.ops.block_cases import CASES, norm_results, plain_add_norm, plain_qkv, plain_swiglu, qkv_tensors
+from tests.ops.block_cases import (
+    CASES,
+    called,
+    input_results,
+    input_tensors,
+    norm_results,
+    plain_add_norm,
+    plain_inputs,
+    plain_swiglu,
+)
 from tests.ops.definition import relative_error
-from zoo.ops import add_norm, prepare_qkv, swiglu
+from zoo.ops import add_norm, attention_inputs, linear, swiglu
 
 
 def test_swiglu_is_what_it_says():
@@ -39,30 +48,54 @@ def test_a_norm_of_no_rows_and_a_sum_alone():
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_qkv_are_what_they_say(case):
+def test_attention_inputs_are_what_they_say(case):
     """Values and gradients in float64 against the steps one by one, by autograd."""
-    tensors, grads = qkv_tensors(case, torch.float64)
-    leaves = [x for x in (tensors["qkv"], tensors["keep"], *(tensors["norms"] or ())) if x is not None]
-    results = []
-    for function in (prepare_qkv, plain_qkv):
-        found = function(tensors["qkv"], tensors["keep"], case.heads, **tensors["options"], norms=tensors["norms"])
-        results.append([*found, *torch.autograd.grad(found, leaves, grads)])
+    tensors = input_tensors(case, torch.float64)
+    results = [input_results(f, case, tensors) for f in (attention_inputs, plain_inputs)]
     for ours, theirs in zip(*results, strict=True):
         assert ours.shape == theirs.shape
-        assert relative_error(ours.detach(), theirs.detach()) <= 1e-12
+        assert relative_error(ours, theirs) <= 1e-12
 
 
 def test_low_precision_is_rounded_once():
-    """bfloat16 in, bfloat16 out: no further from float64 than the steps one by one."""
+    """bfloat16 in, bfloat16 out: no further from float64 than the steps one by one. Gradients of narrow weights come
+    from gradients that were rounded first."""
     case = CASES[0]
-    tensors, _ = qkv_tensors(case, torch.bfloat16)
-    arguments = (tensors["qkv"], tensors["keep"], case.heads)
-    options = {**tensors["options"], "norms": tensors["norms"]}
-    exact = plain_qkv(tensors["qkv"].double(), tensors["keep"].double(), case.heads, **options)
-    ours, theirs = prepare_qkv(*arguments, **options), plain_qkv(*arguments, **options)
-    for one, other, truth in zip(ours, theirs, exact, strict=True):
-        assert one.dtype == torch.bfloat16
-        assert relative_error(one.detach(), truth.detach()) <= 1.01 * relative_error(other.detach(), truth.detach())
+    tensors = input_tensors(case, torch.bfloat16)
+    variants = ((attention_inputs, None), (plain_inputs, None), (plain_inputs, torch.float64))
+    results = zip(*(input_results(f, case, tensors, kind) for f, kind in variants), strict=True)
+    names = ("q", "k", "v", "pre", *(f"gradient of {name}" for name in tensors[0]))
+    for name, (ours, theirs, exact) in zip(names, results, strict=True):
+        assert ours.dtype == theirs.dtype
+        bound = 2**-8 if name in ("gradient of gates", "gradient of keep") else 1.05 * relative_error(theirs, exact)
+        assert relative_error(ours, exact) <= bound, name
+
+
+def test_under_autocast_gates_keep_their_precision(monkeypatch):
+    """The path of a GPU, on the CPU: products in bfloat16, what gates make of x in float32, gradients as wide as
+    the weights."""
+    monkeypatch.setattr(linear, "in_pieces", lambda x: True)
+    case = CASES[0]
+    tensors = input_tensors(case, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = input_results(attention_inputs, case, tensors)
+    exact = input_results(plain_inputs, case, tensors, torch.float64)
+    assert [x.dtype for x in ours] == [torch.bfloat16] * 3 + [torch.float32] * 8
+    bounds = [1e-2] * 3 + [1e-5] + [2e-2] * 7
+    for number, (one, other, bound) in enumerate(zip(ours, exact, bounds, strict=True)):
+        assert relative_error(one, other) <= bound, number
+
+
+def test_what_nobody_uses_has_no_gradient():
+    leaves, options, _ = input_tensors(CASES[0], torch.float64)
+    for used in range(4):
+        results = []
+        for function in (attention_inputs, plain_inputs):
+            found = called(function, CASES[0], leaves, options)[used].square().sum()
+            found = torch.autograd.grad(found, list(leaves.values()), allow_unused=True, materialize_grads=True)
+            results.append(found)
+        for ours, theirs in zip(*results, strict=True):
+            assert relative_error(ours, theirs) <= 1e-12
 
 
 def test_a_narrow_norm_is_rounded_once():
@@ -91,27 +124,22 @@ def test_norms_stacked_by_vmap():
 def test_stacked_by_vmap(shared):
     """Replicas with weights of their own, two rows each: values and gradients as one by one."""
     size, case = 3, CASES[0]
-    sets = [qkv_tensors(case, torch.float64, seed=seed) for seed in range(size)]
-    qkv, keep, q_weight, k_weight = (
-        torch.stack([pick(tensors).detach() for tensors, _ in sets]).requires_grad_()
-        for pick in (lambda t: t["qkv"], lambda t: t["keep"], lambda t: t["norms"][0], lambda t: t["norms"][1])
-    )
-    table = sets[0][0]["options"]["table"]
-    tables = tuple(x if shared else torch.stack([x, 2 * x, 3 * x]) for x in table)
+    sets = [input_tensors(case, torch.float64, seed=seed) for seed in range(size)]
+    leaves = {name: torch.stack([s[0][name].detach() for s in sets]).requires_grad_() for name in sets[0][0]}
+    cos, sin = (x if shared else torch.stack([x, 2 * x, 3 * x]) for x in sets[0][1]["table"])
 
-    def call(qkv, keep, q_weight, k_weight, cos, sin):
-        return prepare_qkv(qkv, keep, case.heads, norms=(q_weight, k_weight), table=(cos, sin))
+    def call(leaves, cos, sin):
+        return called(attention_inputs, case, leaves, {"table": (cos, sin)})
 
-    stacked = torch.vmap(call, in_dims=(0, 0, 0, 0, *([None, None] if shared else [0, 0])))(
-        qkv, keep, q_weight, k_weight, *tables
-    )
+    stacked = torch.vmap(call, in_dims=(0, None, None) if shared else 0)(leaves, cos, sin)
     one_by_one = [
-        call(qkv[i], keep[i], q_weight[i], k_weight[i], *(x if shared else x[i] for x in tables)) for i in range(size)
+        call({name: x[i] for name, x in leaves.items()}, *(x if shared else x[i] for x in (cos, sin)))
+        for i in range(size)
     ]
-    leaves = (qkv, keep, q_weight, k_weight)
     gradients = []
     for found in (stacked, [torch.stack(x) for x in zip(*one_by_one, strict=True)]):
-        gradients.append(torch.autograd.grad(sum(x.square().sum() + x.pow(3).sum() for x in found), leaves))
+        total = sum(x.square().sum() + x.pow(3).sum() for x in found)
+        gradients.append(torch.autograd.grad(total, list(leaves.values())))
     for x, y in zip(stacked, zip(*one_by_one, strict=True), strict=True):
         torch.testing.assert_close(x, torch.stack(y))
     for x, y in zip(*gradients, strict=True):
@@ -121,19 +149,27 @@ def test_stacked_by_vmap(shared):
 
 
 def test_operators_keep_their_promises():
-    tensors, _ = qkv_tensors(CASES[0], torch.float32)
-    stack = (x.detach().unsqueeze(0).requires_grad_() for x in tensors["norms"])
+    case = CASES[0]
+    leaves, options, _ = input_tensors(case, torch.float32)
+    x = leaves["x"]
+    narrow = torch.cat((leaves["gates"], leaves["keep"])).detach()
+    both = torch.cat((leaves["weight"].detach(), narrow, torch.zeros(6, case.width)))
+    stack = [y.detach().unsqueeze(0).requires_grad_() for y in (leaves["weight"], narrow)]
+    norms = [leaves[name].detach().unsqueeze(0).requires_grad_() for name in ("q_norm", "k_norm")]
     arguments = (
-        tensors["qkv"],
-        tensors["keep"],
-        *stack,
-        *tensors["options"]["table"],
-        None,
-        CASES[0].heads,
-        False,
-        1e-6,
+        *(
+            x,
+            None,
+            both.unsqueeze(0),
+            *stack,
+            leaves["bias"].detach().unsqueeze(0).requires_grad_(),
+            *norms,
+            *options["table"],
+            None,
+        ),
+        *(case.heads, case.kv_heads, False, False, 1e-6),
     )
-    torch.library.opcheck(torch.ops.zoo.prepare_qkv.default, arguments)
+    torch.library.opcheck(torch.ops.zoo.attention_inputs.default, arguments)
     torch.library.opcheck(torch.ops.zoo.swiglu.default, (torch.randn(3, 4, 6, requires_grad=True),))
     h, branch, weight = (torch.randn(n, 6, requires_grad=True) for n in (4, 4, 1))
     torch.library.opcheck(torch.ops.zoo.add_norm.default, (h, branch, weight, 1e-6))
@@ -146,10 +182,12 @@ def test_errors_name_what_is_wrong():
         add_norm(torch.zeros(3, 6), torch.zeros(3, 6).bfloat16(), torch.ones(6))
     with pytest.raises(ValueError, match=r"weight \(5,\)"):
         add_norm(torch.zeros(3, 6), torch.zeros(3, 6), torch.ones(5))
-    qkv, keep = torch.zeros(1, 4, 6, 8), torch.zeros(1, 4, 4)
+    x, weight, keep = torch.zeros(1, 4, 5), torch.zeros(48, 5), torch.zeros(4, 5)
     with pytest.raises(ValueError, match=r"3 query heads"):
-        prepare_qkv(qkv, keep, 3)
-    with pytest.raises(ValueError, match=r"keep is \(1, 4, 3\)"):
-        prepare_qkv(qkv, keep[..., :3], 2)
+        attention_inputs(x, weight, keep, 3)
+    with pytest.raises(ValueError, match=r"keep \(3, 5\)"):
+        attention_inputs(x, weight, keep[:3], 2)
+    with pytest.raises(ValueError, match=r"\(2, 4\)"):
+        attention_inputs(x, weight, keep, 2, gates=torch.zeros(2, 4))
     with pytest.raises(ValueError, match="norms have shapes"):
-        prepare_qkv(qkv, keep, 2, norms=(torch.ones(16), torch.ones(8)))
+        attention_inputs(x, weight, keep, 2, norms=(torch.ones(16), torch.ones(8)))

@@ -77,10 +77,22 @@ def test_opcheck():
     q, k, v, z, u = (x[:1].detach().requires_grad_() for x in inputs(20))
     decay = -z.detach().abs().requires_grad_()
     for arguments in [
-        (q, k, v, None, z, u, 5, 0.3, None, None, None),
-        (q, k, v, decay, None, None, None, 0.3, None, start, None),
-        (q, k, v, decay, None, None, 3, 0.3, cu_seqlens, None, None),
-        (q, k, v, decay, None, None, 3, 0.3, None, None, torch.zeros(1, k.shape[2], 1, dtype=torch.int32)),
+        (q, k, v, None, z, u, 5, 0.3, None, None, None, None),
+        (q, k, v, decay, None, None, None, 0.3, None, start, None, None),
+        (q, k, v, decay, None, None, 3, 0.3, cu_seqlens, None, None, None),
+        (
+            q,
+            k,
+            v,
+            decay,
+            None,
+            None,
+            3,
+            0.3,
+            None,
+            None,
+            *torch.tensor([0, 1], dtype=torch.int32).view(2, 1, 1, 1).expand(2, 1, k.shape[2], 1),
+        ),
     ]:
         torch.library.opcheck(torch.ops.zoo.window_attention.default, arguments)
 

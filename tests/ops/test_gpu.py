@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.ops.cases import CASES, beyond_newest_tile, outgrowing, poison_new_tensors
-from tests.ops.definition import Case, relative_error
+from tests.ops.definition import Case, is_negligible, relative_error
 from tests.ops.run_case import run
 from zoo.ops import (
     backend,
@@ -22,10 +22,12 @@ from zoo.ops import (
     log_decay,
     precise_linear,
     reference,
+    reference_prune,
     ring_attention,
     window_attention,
 )
-from zoo.ops.prune import first_tiles, pruned_spans
+from zoo.ops.prune import kept_tiles
+from zoo.ops.reference_prune import mirror
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -245,25 +247,26 @@ def test_sums_that_outgrow_the_hopeful_pass(dim, groups, documents):
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("window", [None, 1500])
-@pytest.mark.parametrize("documents", [None, (0, 1, 700, 700, 2000)])
-def test_pruned_tiles(documents, window, dim, groups):
+@pytest.mark.parametrize(("documents", "queries"), [(None, 2000), (None, 1337), ((0, 1, 700, 700, 2000), 2000)])
+def test_pruned_tiles(documents, queries, window, dim, groups):
     """The kernels skip what they are told to, also where it matters: against float64 with the same tiles masked."""
     torch.manual_seed(0)
     length, heads = 2000, 2 * groups
-    q, dout = torch.randn(2, 1, length, heads, dim, device="cuda").bfloat16().unbind()
+    q, dout = torch.randn(2, 1, queries, heads, dim, device="cuda").bfloat16().unbind()
     k, v = torch.randn(2, 1, length, 2, dim, device="cuda").bfloat16().unbind()
     decay = -0.002 * torch.rand(1, length, heads, device="cuda")
     cut = None if documents is None else torch.tensor(documents, dtype=torch.int32, device="cuda")
     spans = None if cut is None else reference.document_spans(cut, length)
     tile = torch.arange(32, device="cuda")
     first = torch.stack([(tile - 3).clamp(min=0), tile // 2]).int()[None]
-    spans = pruned_spans(first, spans, length)
+    last = mirror(first)
+    spans = reference.visible_spans(spans, (first, last), length)
     found = []
     for dtype in (torch.float64, torch.bfloat16, None):  # exact, plain PyTorch, ours
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         x = [y.detach().to(dtype or y.dtype).requires_grad_() for y in (q, k, v)] + [decay.to(wide).requires_grad_()]
         if dtype is None:
-            out, _ = torch.ops.zoo.window_attention(*x, None, None, window, dim**-0.5, cut, None, first)
+            out, _ = torch.ops.zoo.window_attention(*x, None, None, window, dim**-0.5, cut, None, first, last)
         else:
             out, _ = reference.definition(*x, window=window, spans=spans)
         found.append([out.detach(), *torch.autograd.grad(out, x, dout.to(out.dtype))])
@@ -272,12 +275,52 @@ def test_pruned_tiles(documents, window, dim, groups):
         assert relative_error(ours, truth) <= bound
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "kv_heads", "dim", "window"),
+    [
+        (5000, 5000, 6, 6, 64, 2048),
+        (3001, 7013, 4, 2, 128, None),
+        (900, 900, 8, 1, 96, 300),
+        (1, 4000, 2, 2, 80, None),
+        (40, 40, 2, 2, 64, None),  # one tile
+        (70_000, 70_000, 2, 1, 16, 4096),  # more tiles than a step along a head takes
+    ],
+)
+def test_kept_tiles(queries, keys, heads, kv_heads, dim, window, dtype, fused):
+    """Only what may go, and all that the reference drops with a hair's breadth less."""
+    torch.manual_seed(0)
+    q = torch.randn(2, queries, heads, dim, device="cuda").to(dtype)
+    k = torch.randn(2, keys, kv_heads, dim, device="cuda").to(dtype)
+    k[:, keys // 3] *= 2
+    scale = dim**-0.5 / 2
+    gate = (2.5 + 0.3 * torch.randn(2, keys, heads, device="cuda"), 0.3 * torch.randn(2, keys, heads, device="cuda"))
+    if not fused:
+        decay = log_decay(*gate)
+        decay[:, keys // 2] -= 200
+        gate = (decay,)
+    assert backend.choose_backend("prune", q.device, dtype, dim).name == "triton"
+    options = {"window": window, "scale": scale}
+    first, last = kept_tiles(q, k, gate, prune=1e-3, **options)
+    least, theirs = (reference_prune.kept_tiles(q, k, gate, prune=x, **options)[0] for x in (1e-3 * (1 - 1e-4), 1e-3))
+    assert torch.equal(last, mirror(first))
+    assert is_negligible(first, q, k, log_decay(*gate) if fused else gate[0], prune=1e-3, **options)
+    assert bool((least <= first).all())
+    assert (first == theirs).double().mean() >= 0.95
+    assert bool(first.any()) == (keys > 100)
+    for _ in range(3):
+        again = kept_tiles(q, k, gate, prune=1e-3, **options)
+        assert torch.equal(first, again[0])
+        assert torch.equal(last, again[1])
+
+
 def test_pruning_stays_within_its_bound():
     """The public argument: something is skipped, and out moves by no more than 2 prune max |v| beside rounding."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4000, 4, 64, device="cuda").bfloat16().unbind()
     decay = -0.1 * torch.rand(2, 4000, 4, device="cuda")
-    assert first_tiles(q, k, decay, window=2048, scale=0.125, prune=1e-3).max() > 40
+    assert kept_tiles(q, k, (decay,), window=2048, scale=0.125, prune=1e-3)[0].max() > 40
     out, less = (window_attention(q, k, v, decay, window=2048, prune=prune).double() for prune in (None, 1e-3))
     rounding = 2**-8 * out.abs().max()
     assert (out - less).norm(dim=-1).max() <= 2e-3 * v.double().norm(dim=-1).max() + rounding

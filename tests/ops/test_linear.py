@@ -1,16 +1,16 @@
-"""precise_linear against float64, in pieces and whole."""
+"""precise_linear against float64, in pieces and whole, and wide_linear."""
 
 import pytest
 import torch
 
 from tests.ops.definition import relative_error
-from zoo.ops import linear, precise_linear
+from zoo.ops import linear, precise_linear, wide_linear
 
 
 @pytest.fixture
 def pieces(monkeypatch):
     """The path of a GPU under autocast, on the CPU."""
-    monkeypatch.setattr(linear, "_in_pieces", lambda x: True)
+    monkeypatch.setattr(linear, "in_pieces", lambda x: True)
 
 
 def tensors(dtype=torch.float32):
@@ -87,7 +87,7 @@ def test_operator_keeps_its_promises(pieces):
 def test_autocast_is_asked_before_it_is_switched_off(monkeypatch):
     """float32 activations under autocast take the pieces, eager and compiled."""
     taken = []
-    monkeypatch.setattr(linear, "_in_pieces", lambda x: torch.is_autocast_enabled("cpu"))
+    monkeypatch.setattr(linear, "in_pieces", lambda x: torch.is_autocast_enabled("cpu"))
     operator = linear._piecewise_linear
     monkeypatch.setattr(linear, "_piecewise_linear", lambda *x: taken.append(1) or operator(*x))
     x, weight, bias = tensors()
@@ -96,3 +96,50 @@ def test_autocast_is_asked_before_it_is_switched_off(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         precise_linear(x, weight, bias)
     assert taken
+
+
+# ---------------------------------------------------------------------------------------------------------- wide_linear
+
+
+def test_a_weights_gradient_is_not_rounded_under_autocast():
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(2, 37, n, generator=generator).bfloat16().float() for n in (24, 6))
+    weight = torch.randn(6, 24, generator=generator).bfloat16().float()
+    leaves = [y.requires_grad_() for y in (x, weight)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = wide_linear(*leaves)
+    assert y.dtype == torch.bfloat16
+    dx, dweight = torch.autograd.grad(y, leaves, dy.bfloat16())
+    exact = [a.double() for a in (x @ weight.T, dy @ weight, dy.flatten(0, 1).T @ x.flatten(0, 1))]
+    for found, truth, bound in zip((y, dx, dweight), exact, (2**-8, 2**-8, 1e-6), strict=True):
+        assert relative_error(found.detach(), truth.detach()) <= bound
+    assert dweight.dtype == torch.float32
+    rounded = torch.autograd.grad(torch.nn.functional.linear(x.bfloat16(), weight.bfloat16()), weight, dy.bfloat16())
+    assert relative_error(rounded[0], exact[2].detach()) > 1e-4  # what it is for
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_without_autocast_it_is_an_ordinary_layer(dtype):
+    x, weight = (torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((3, 5, 8), (4, 8)))
+    results = []
+    for function in (wide_linear, torch.nn.functional.linear):
+        y = function(x, weight)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, weight))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_wide_layers_stacked_by_vmap():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(3, *size, generator=generator).requires_grad_() for size in ((2, 5, 8), (4, 8)))
+    with torch.autocast("cpu", torch.bfloat16):
+        stacked = torch.vmap(wide_linear)(x, weight)
+        one_by_one = torch.stack([wide_linear(*pair) for pair in zip(x, weight, strict=True)])
+    torch.testing.assert_close(stacked, one_by_one, rtol=1e-2, atol=1e-2)
+    gradients = [torch.autograd.grad(y.float().square().sum(), (x, weight)) for y in (stacked, one_by_one)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=5e-2)
+
+
+def test_wide_linear_keeps_its_promises():
+    x, weight = torch.randn(2, 5, 8).bfloat16().requires_grad_(), torch.randn(1, 3, 8, requires_grad=True)
+    torch.library.opcheck(torch.ops.zoo.wide_linear.default, (x, weight.detach().bfloat16(), weight))

@@ -31,6 +31,8 @@ SHAPES = [
     (1024, 4, 2, 64, 32, 16, 64, 8, None),
     (1100, 4, 2, 64, 32, 32, 32, 6, (0, 0, 1, 300, 555, 1100)),
     (1100, 16, 1, 128, 32, 16, 64, 6, (0, 40, 1100)),
+    (9000, 16, 2, 128, 64, 64, 64, 8, (0, 4800, 5000, 5020, 8900, 9000)),  # a dozen items for every program
+    (7000, 4, 4, 64, 64, 64, 64, 8, (0, 6400, 6500, 7000)),
 ]
 
 
@@ -84,6 +86,19 @@ def test_both_branches_equal_the_reference_in_float64(shape, dtype, limit):
     errors |= {f"selected d{n}": relative_error(a, b) for n, a, b in zip("qkv", grads, truth, strict=True)}
     print({name: f"{error:.1e}" for name, error in errors.items()}, f"same blocks {same:.4f}")
     assert max(errors.values()) <= limit, errors
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize(("length", "heads", "dim"), [(1000, 4, 128), (777, 3, 96), (31, 1, 64), (640, 64, 128)])
+def test_means_of_blocks_equal_float64(length, heads, dim, dtype, limit):
+    torch.manual_seed(0)
+    wide = torch.randn(2, length, 3, heads, dim, device="cuda").to(dtype)
+    x = wide[:, :, 1].requires_grad_()
+    means = ops.pool_blocks(x, 64)
+    dmeans = torch.randn_like(means)
+    (dx,) = torch.autograd.grad(means, x, dmeans)
+    assert relative_error(means.detach(), reference_nsa.pool_forward(x.detach().double(), 64)) <= limit
+    assert relative_error(dx, reference_nsa.pool_backward(dmeans.double(), length, 64)) <= limit
 
 
 @pytest.mark.parametrize("block", [32, 64])
@@ -184,7 +199,7 @@ def test_any_near_block_may_be_missing(shape):
     assert relative_error(lse[seen], true_lse[seen]) <= 1e-2
 
 
-# What `bench_nsa.py --only tune` tries beside the table's rows, which the other tests run
+# What `tune_nsa.py` tries beside the table's rows, which the other tests run
 TILES = {
     "near": [(64, 32, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2)],
     "partial": [(64, 4, 3), (64, 4, 1), (64, 8, 2), (128, 4, 2)],

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from tests.ops.definition import relative_error
+from tests.ops.definition import is_negligible, relative_error
 from zoo.mixers.base import Context, Dims
 from zoo.mixers.gatedfwa import GatedFWA
 from zoo.ops import gated_window_attention, reference, window_attention
-from zoo.ops.prune import TILE, first_tiles, pruned_spans
+from zoo.ops.prune import KEPT_TILE, kept_tiles
+from zoo.ops.reference_prune import mirror
 
 PRUNE = 1e-3
 
@@ -33,7 +34,7 @@ def inputs(kind: str, *, batch=2, queries=520, keys=None, heads=4, kv_heads=2, d
     elif kind == "worst":  # every row is far from its own key and close to the oldest ones, all along one direction
         axis = torch.zeros(dim, dtype=torch.float64)
         axis[0] = 1.0
-        sign = torch.where(torch.arange(keys) % (4 * TILE) < 2 * TILE, 1.0, -1.0)
+        sign = torch.where(torch.arange(keys) % (4 * KEPT_TILE) < 2 * KEPT_TILE, 1.0, -1.0)
         k = (4 * sign[None, :, None, None] * axis).expand(batch, keys, kv_heads, dim).clone()
         q = (-4 * sign[None, keys - queries :, None, None] * axis).expand(batch, queries, heads, dim).clone()
     return q, k, v, decay
@@ -104,14 +105,14 @@ def check_gradients(changes, q, k, v, dout, lost):
 def test_something_is_lost_and_nothing_where_nothing_may_be():
     """A strong gate drops tiles, close to as many as the bound allows; a gate of zero none."""
     q, k, _, decay = inputs("plain", queries=2000, dim=8)
-    first = first_tiles(q, k, decay, window=None, scale=8**-0.5, prune=PRUNE)
+    first, _ = kept_tiles(q, k, (decay,), window=None, scale=8**-0.5, prune=PRUNE)
     tiles = torch.arange(first.shape[-1])
     assert bool((first <= tiles).all())
     assert bool((first.diff(dim=-1) >= 0).all())
     assert (first[..., -1] >= tiles[-1] - 3).all()  # 64 tokens forget 32 nats
-    assert not first_tiles(q, k, 0 * decay, window=None, scale=8**-0.5, prune=PRUNE).any()
-    strict = first_tiles(q, k, decay / 8, window=None, scale=8**-0.5, prune=1e-12)
-    loose = first_tiles(q, k, decay / 8, window=None, scale=8**-0.5, prune=0.5)
+    assert not kept_tiles(q, k, (0 * decay,), window=None, scale=8**-0.5, prune=PRUNE)[0].any()
+    strict, _ = kept_tiles(q, k, (decay / 8,), window=None, scale=8**-0.5, prune=1e-12)
+    loose, _ = kept_tiles(q, k, (decay / 8,), window=None, scale=8**-0.5, prune=0.5)
     assert bool((strict <= loose).all())
     assert bool((strict < loose).any())
 
@@ -120,8 +121,8 @@ def test_something_is_lost_and_nothing_where_nothing_may_be():
 def test_equals_the_definition_on_what_is_kept(kind):
     """Values and gradients are those of attention with the dropped tiles masked."""
     q, k, v, decay = (x.requires_grad_() for x in inputs(kind, batch=1))
-    first = first_tiles(q, k, decay, window=300, scale=0.3, prune=PRUNE)
-    spans = pruned_spans(first, None, k.shape[1])
+    kept = kept_tiles(q, k, (decay,), window=300, scale=0.3, prune=PRUNE)
+    spans = reference.visible_spans(None, kept, k.shape[1])
     expected, lse = reference.definition(q, k, v, decay, window=300, scale=0.3, spans=spans)
     actual, actual_lse = window_attention(q, k, v, decay, window=300, scale=0.3, prune=PRUNE, return_lse=True)
     torch.testing.assert_close(actual, expected)
@@ -136,15 +137,43 @@ def test_equals_the_definition_on_what_is_kept(kind):
 def test_the_spans_mirror_each_other():
     """A key's end is one past the last query whose start lets it in, inside documents too."""
     q, k, _, decay = inputs("resets", batch=1, queries=700)
-    first = first_tiles(q, k, decay, window=None, scale=8**-0.5, prune=PRUNE)
+    kept = kept_tiles(q, k, (decay,), window=None, scale=8**-0.5, prune=PRUNE)
+    assert torch.equal(kept[1], mirror(kept[0]))
     documents = reference.document_spans(torch.tensor([0, 10, 10, 333, 700], dtype=torch.int32), 700)
-    start, end, document_end = pruned_spans(first, documents, 700)
-    assert document_end is documents[1]
+    start, end = reference.visible_spans(documents, kept, 700)
     position = torch.arange(700)
     seen = (position >= start[..., None]) & (position <= position[:, None])  # (1, G, query, key)
     mirrored = (position[:, None] < end[..., None, :]) & (position <= position[:, None])
     assert torch.equal(seen & (position < documents[1][0]) & (position[:, None] < documents[1][0]), seen & mirrored)
     assert torch.equal(seen, mirrored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_dropped_but_what_the_rule_lets_go(kind, dtype):
+    """Whatever is rounded on the way. A tile more would not do."""
+    q, k, _, decay = inputs(kind, queries=1500, keys=1700)
+    q, k, decay = q.to(dtype), k.to(dtype), (decay / 3).to(reference.accumulator(dtype))
+    options = {"window": 900, "scale": 0.3, "prune": PRUNE}
+    first, _ = kept_tiles(q, k, (decay,), **options)
+    assert is_negligible(first, q, k, decay, **options)
+    if kind != "nearly no gate":
+        tile = torch.arange(first.shape[2])
+        assert not is_negligible(torch.minimum(first + 1, tile), q, k, decay, **options)
+
+
+def test_absurd_gates_and_logits_drop_nothing_that_counts():
+    """A reset of 1e30 nats does not blur the sums of its neighbours; keys that are not finite drop nothing."""
+    q, k, _, decay = inputs("plain", batch=1, queries=1000)
+    decay = decay / 100
+    kept = kept_tiles(q, k, (decay,), window=None, scale=8**-0.5, prune=PRUNE)[0]
+    decay[:, 500] = -1e30
+    first = kept_tiles(q, k, (decay,), window=None, scale=8**-0.5, prune=PRUNE)[0]
+    assert not first[..., :8].any()  # tile 7 has the reset, and tile 8 is the first to see it from behind
+    assert (first[..., 8:] == 7).all()
+    assert (kept <= first).all()
+    k[:, 3, :, 0] = math.inf
+    assert not kept_tiles(q, k, (decay,), window=None, scale=8**-0.5, prune=PRUNE)[0].any()
 
 
 @pytest.mark.parametrize("documents", [None, torch.tensor([0, 100, 520], dtype=torch.int32)])
@@ -157,6 +186,24 @@ def test_fused_gate(documents):
     for a, e in zip((less, *torch.autograd.grad(less.sum(), (q, k, v, z, u))),
                     (out, *torch.autograd.grad(out.sum(), (q, k, v, z, u))), strict=True):  # fmt: skip
         assert relative_error(a.detach(), e.detach()) <= 1e-7
+
+
+def test_the_choice_is_an_operator():
+    """One call for the compiler, whatever it runs; S calls under vmap are one on S times the rows."""
+    q, k, v, decay = (x.float() for x in inputs("plain", batch=4, queries=200))
+    options = {"window": 150, "scale": 0.3, "prune": PRUNE}
+    torch.library.opcheck(torch.ops.zoo.kept_tiles, (q, k, decay, None, 150, 0.3, PRUNE))
+    kept = torch.stack(kept_tiles(q, k, (decay,), **options))
+    assert kept[0].any()
+
+    def rows(*x):
+        return torch.stack(kept_tiles(*x[:2], x[2:], **options), dim=1)
+
+    stacked = torch.vmap(rows)(*(x.unflatten(0, (2, 2)) for x in (q, k, decay)))
+    assert torch.equal(stacked.flatten(0, 1), kept.movedim(0, 1))
+    compiled = torch.compile(window_attention, fullgraph=True, backend="aot_eager")
+    q.requires_grad_()
+    assert torch.equal(compiled(q, k, v, decay, **options), window_attention(q, k, v, decay, **options))
 
 
 def test_errors_name_the_argument():

@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.launch import on_device, rows_contiguous
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from zoo.kernels.units import LOG2E
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from torch import Tensor
 from zoo.kernels import EPS
 from zoo.kernels.launch import rows_contiguous
 from zoo.kernels.tiles import CHUNK
+from zoo.kernels.units import LOG2E
 
 HEADS = 16  # per program: a row of the (B,N,H) inputs is read in pieces this wide
 SEGMENTS = 512  # of a row at most, in the backward: their sums are added up by every program anew
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def prefix(gate: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ def _amplitude(u):
 
 
 @triton.jit
-def _log_decay(first_ptr, second_ptr, first_at, second_at, inside, EPS: tl.constexpr, ACTIVATE: tl.constexpr):
+def log_decay_at(first_ptr, second_ptr, first_at, second_at, inside, EPS: tl.constexpr, ACTIVATE: tl.constexpr):
     """log_decay at these addresses, in log2 units, 0 outside."""
     z = tl.load(first_ptr + first_at, mask=inside, other=0.0).to(tl.float32)
     if ACTIVATE:
@@ -118,8 +118,9 @@ def _prefix(
     second_ptr += batch * stride_sb
     first_at = after[:, None] * stride_ft + head[None, :]
     second_at = after[:, None] * stride_st + head[None, :]
-    decay = _log_decay(first_ptr, second_ptr, first_at, second_at, inside, EPS, ACTIVATE)
-    own = _log_decay(first_ptr, second_ptr, begin * stride_ft + head, begin * stride_st + head, head < H, EPS, ACTIVATE)
+    decay = log_decay_at(first_ptr, second_ptr, first_at, second_at, inside, EPS, ACTIVATE)
+    first_at, second_at = begin * stride_ft + head, begin * stride_st + head
+    own = log_decay_at(first_ptr, second_ptr, first_at, second_at, head < H, EPS, ACTIVATE)
     row = batch * H + head
     suffix_at = row[None, :] * N + token[:, None]
     tl.store(suffix_ptr + suffix_at, tl.cumsum(decay, 0, reverse=True), mask=(token < N)[:, None] & (head < H)[None, :])

@@ -18,11 +18,12 @@ def window_forward(
     *,
     window: int | None,
     scale: float,
-    spans: tuple[Tensor, ...] | None,
+    spans: tuple[Tensor, Tensor] | None,
+    kept: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     kernels = hopper_forward if scale > 0 else portable  # the running maximum is taken before the scale
     with torch.cuda.device(q.device):
-        return kernels.window_forward(q, k, v, gate, window=window, scale=scale, spans=spans)
+        return kernels.window_forward(q, k, v, gate, window=window, scale=scale, spans=spans, kept=kept)
 
 
 def window_backward(
@@ -37,8 +38,11 @@ def window_backward(
     *,
     window: int | None,
     scale: float,
-    spans: tuple[Tensor, ...] | None,
+    spans: tuple[Tensor, Tensor] | None,
+    kept: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     kernels = hopper_backward if scale > 0 else portable  # the bias is divided by the scale
     with torch.cuda.device(q.device):
-        return kernels.window_backward(dout, dlse, q, k, v, out, lse, gate, window=window, scale=scale, spans=spans)
+        return kernels.window_backward(
+            dout, dlse, q, k, v, out, lse, gate, window=window, scale=scale, spans=spans, kept=kept
+        )

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from zoo.kernels import gate as gates
-from zoo.kernels.hopper_band import LOG2E, Schedule, bounded, ceil_div, copyable, descriptor, programs
+from zoo.kernels.hopper_band import Schedule, ceil_div, copyable, descriptor, pointers, programs
 from zoo.kernels.hopper_dkv import dkv_kernel
 from zoo.kernels.hopper_dq import dq_kernel
+from zoo.kernels.units import LOG2E
 
 # by head dim
 DQ_TABLE = {64: Schedule(3, 4, True, 160, 32), 128: Schedule(2, 3, True, 224, 56)}
@@ -33,7 +34,8 @@ def window_backward(
     *,
     window: int | None,
     scale: float,
-    spans: tuple[Tensor, ...] | None,
+    spans: tuple[Tensor, Tensor] | None,
+    kept: tuple[Tensor, Tensor] | None = None,
     dq_schedule: Schedule | None = None,
     dkv_schedule: Schedule | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
@@ -48,7 +50,8 @@ def window_backward(
     suffix, total = gates.prefix(gate) if gate else (lse, lse)
     rows = lse.new_empty((3, B, H, T))
     key_side = lse.new_empty((B, H, N)) if gate else None
-    starts, ends = (lse, lse) if spans is None else (x.contiguous() for x in spans[:2])
+    (starts, ends), (firsts, lasts) = pointers(spans, lse), pointers(kept, lse)
+    bounded = (spans is not None, kept is not None)
     scales = (scale * LOG2E.value, 1 / (scale * LOG2E.value), scale)
     sizes = (B, H, T, N, min(window or N, N))
 
@@ -57,9 +60,9 @@ def window_backward(
     items = blocks * B * H
     dq_kernel[(min(items, programs(q)),)](
         descriptor(q), descriptor(dout), descriptor(k), descriptor(v), descriptor(dq),
-        dq, out, dout, suffix, total, starts, lse,
+        dq, out, dout, suffix, total, starts, firsts, lse,
         lse if dlse is None else dlse.contiguous(), rows, *scales, *sizes, blocks, items,
-        plan.consumers, D, H // G, plan.stages, bool(gate), bounded(spans), plan.in_shared, dlse is not None,
+        plan.consumers, D, H // G, plan.stages, bool(gate), *bounded, plan.in_shared, dlse is not None,
         plan.consumer_registers, plan.producer_registers, num_warps=4, maxnreg=plan.registers_at_launch,
     )  # fmt: skip
 
@@ -68,10 +71,10 @@ def window_backward(
     items = blocks * B * G
     dkv_kernel[(min(items, programs(q) * (2 if plan.consumers == 1 else 1)),)](
         descriptor(k), descriptor(v), descriptor(q), descriptor(dout), descriptor(dk), descriptor(dv),
-        suffix, total, starts, ends, rows, key_side if gate else rows, *scales, *sizes, blocks, items,
-        plan.consumers, D, H // G, plan.stages, bool(gate), bounded(spans), plan.in_shared,
+        suffix, total, starts, ends, firsts, lasts, rows, key_side if gate else rows, *scales, *sizes, blocks, items,
+        plan.consumers, D, H // G, plan.stages, bool(gate), *bounded, plan.in_shared,
         plan.consumer_registers, plan.producer_registers, num_warps=4, maxnreg=plan.registers_at_launch,
     )  # fmt: skip
     if key_side is None:
         return dq, dk, dv, ()
-    return dq, dk, dv, gates.prefix_backward(key_side, rows[2], gate, None if spans is None else spans[-1])
+    return dq, dk, dv, gates.prefix_backward(key_side, rows[2], gate, None if spans is None else spans[1])

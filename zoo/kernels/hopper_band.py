@@ -24,8 +24,6 @@ from zoo.kernels.tiles import CHUNK
 TILE = gl.constexpr(64)  # rows of a warpgroup, keys of a step
 TILES_PER_CHUNK = gl.constexpr(CHUNK // 64)
 NOTHING = gl.constexpr(-1.0e30)  # the maximum of no logits; finite, so that a masked logit minus it is still -inf
-LN2 = gl.constexpr(0.6931471805599453)
-LOG2E = gl.constexpr(1.4426950408889634)
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -65,19 +63,21 @@ class Problem:
     window: gl.tensor
     blocks: gl.tensor  # items per head
     items: gl.tensor
-    starts: gl.tensor  # (B,N) or (B,G,N) int32: first valid key of each position; read where BOUNDED
+    starts: gl.tensor  # (B, N) int32: first valid key of each position; read where BOUNDED
+    firsts: gl.tensor  # (B, G, tiles) int32: first key tile that each tile keeps; read where PRUNED
     suffix: gl.tensor  # (B, H, N) fp32; read where GATED
     total: gl.tensor  # (B, H, chunks) fp32; read where GATED
     CONSUMERS: gl.constexpr
     D: gl.constexpr
     GROUP: gl.constexpr  # query heads per key head
     GATED: gl.constexpr
-    BOUNDED: gl.constexpr  # 0: no starts; 1: a row of them for each of the batch; 2: for each key head
+    BOUNDED: gl.constexpr
+    PRUNED: gl.constexpr
     A_SHARED: gl.constexpr  # the resident operands stay in shared memory instead of registers
 
     @gluon.constexpr_function
-    def __init__(self, batches, heads, queries, keys, window, blocks, items, starts, suffix, total,
-                 CONSUMERS, D, GROUP, GATED, BOUNDED, A_SHARED):  # fmt: skip
+    def __init__(self, batches, heads, queries, keys, window, blocks, items, starts, firsts, suffix, total,
+                 CONSUMERS, D, GROUP, GATED, BOUNDED, PRUNED, A_SHARED):  # fmt: skip
         self.batches = batches
         self.heads = heads
         self.queries = queries
@@ -86,6 +86,7 @@ class Problem:
         self.blocks = blocks
         self.items = items
         self.starts = starts
+        self.firsts = firsts
         self.suffix = suffix
         self.total = total
         self.CONSUMERS = gl.constexpr(CONSUMERS)
@@ -93,6 +94,7 @@ class Problem:
         self.GROUP = gl.constexpr(GROUP)
         self.GATED = gl.constexpr(GATED)
         self.BOUNDED = gl.constexpr(BOUNDED)
+        self.PRUNED = gl.constexpr(PRUNED)
         self.A_SHARED = gl.constexpr(A_SHARED)
 
     @gluon.jit
@@ -108,12 +110,10 @@ class Problem:
         return gl.minimum(tile, (self.keys - 1) // TILE)
 
     @gluon.jit
-    def bounds(self, base, batch, head):
-        """Where a head's row of `starts` (or of their mirror, ends) begins."""
-        row = batch
-        if self.BOUNDED == 2:
-            row = batch * (self.heads // self.GROUP) + head // self.GROUP
-        return base + row.to(gl.int64) * self.keys
+    def kept(self, base, tile, batch, kv_head):
+        """The entry of `tile` in a key head's row of `firsts` (or of their mirror, lasts)."""
+        row = batch * (self.heads // self.GROUP) + kv_head
+        return gl.load(base + row.to(gl.int64) * ((self.keys + TILE - 1) // TILE) + tile)
 
     @gluon.jit
     def oldest(self, tile, batch, head):
@@ -121,9 +121,12 @@ class Problem:
         position = tile * TILE
         first = gl.maximum(position - self.window + 1, 0)
         if self.BOUNDED:
-            start = gl.load(self.bounds(self.starts, batch, head) + gl.minimum(position, self.keys - 1))
+            start = gl.load(self.starts + batch.to(gl.int64) * self.keys + gl.minimum(position, self.keys - 1))
             first = gl.minimum(gl.maximum(first, start), position)  # rows before their own start still take one tile
-        return gl.minimum(first // TILE, self.newest(tile))
+        first = first // TILE
+        if self.PRUNED:
+            first = gl.maximum(first, self.kept(self.firsts, self.newest(tile), batch, head // self.GROUP))
+        return gl.minimum(first, self.newest(tile))
 
     @gluon.jit
     def gate_rows(self, batch, head):
@@ -163,12 +166,13 @@ class Problem:
         return suffix, newer
 
     @gluon.jit
-    def first_visible(self, batch, head, position):
-        """The oldest key that each row sees, and the latest of the rows' starts."""
+    def first_visible(self, batch, position):
+        """The oldest key that each row sees of the tiles that it keeps, and the latest of the rows' starts."""
         first = position - self.window + 1
         latest = gl.to_tensor(0)
         if self.BOUNDED:
-            start = gl.load(self.bounds(self.starts, batch, head) + position, mask=position < self.keys, other=0)
+            starts = self.starts + batch.to(gl.int64) * self.keys
+            start = gl.load(starts + position, mask=position < self.keys, other=0)
             first = gl.maximum(first, start)
             latest = gl.max(start, 0)
         return first, latest
@@ -269,6 +273,6 @@ def programs(x: torch.Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def bounded(spans: tuple[torch.Tensor, ...] | None) -> int:
-    """Problem.BOUNDED of spans (B,N) or (B,G,N)."""
-    return 0 if spans is None else spans[0].dim() - 1
+def pointers(bounds: tuple[torch.Tensor, torch.Tensor] | None, unread: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Both of `bounds` as a kernel takes them, or twice what it never reads."""
+    return (unread, unread) if bounds is None else tuple(x.contiguous() for x in bounds)

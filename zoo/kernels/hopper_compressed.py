@@ -14,8 +14,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from zoo.kernels.hopper_band import (
-    LN2,
-    LOG2E,
     NOTHING,
     TILE,
     Schedule,
@@ -26,6 +24,7 @@ from zoo.kernels.hopper_band import (
     start_ring,
 )
 from zoo.kernels.hopper_rows import HELD, Rows, mask_rows, open_channels, packed, produce, product, send
+from zoo.kernels.units import LN2, LOG2E
 
 # by head dim
 FORWARD = {64: Schedule(3, 4, True, 160, 32), 128: Schedule(3, 3, True, 160, 32)}
@@ -43,12 +42,10 @@ def forward_consume(C: gl.constexpr, rows, channels, out_desc, lse_ptr, scale_lo
     ring = start_ring(channels.passing.shape[0])
     number = gl.to_tensor(0)
     row = gl.arange(0, TILE, layout=row_layout)
-    place, first, last_place, last_first = rows.peek(gl.program_id(0))
     for item in range(gl.program_id(0), rows.items, gl.num_programs(0)):
         batch, kv_head, token = rows.locate(item)
+        begin, count, last_low, first_high = rows.walk(batch, token)
         token += C * rows.TOKENS
-        begin, count, last_low, first_high = rows.walk(place, first, last_place, last_first)
-        place, first, last_place, last_first = rows.peek(gl.minimum(item + gl.num_programs(0), rows.items - 1))
         own_place, own_first = rows.look(batch, token + row // rows.GROUP)
 
         at = channels.wait_held(C, number)

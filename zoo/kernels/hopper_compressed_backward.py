@@ -20,10 +20,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from zoo.kernels.hopper_band import LOG2E, NOTHING, TILE, Schedule, copyable, descriptor, programs, start_ring
+from zoo.kernels.hopper_band import NOTHING, TILE, Schedule, copyable, descriptor, programs, start_ring
 from zoo.kernels.hopper_dkv import query_columns
 from zoo.kernels.hopper_rows import HELD, Rows, mask_rows, open_channels, packed, produce, product, send
 from zoo.kernels.nsa_compressed import row_numbers, seen_by
+from zoo.kernels.units import LOG2E
 
 # by head dim
 DQ = {64: Schedule(2, 4, True, 224, 56), 128: Schedule(2, 3, True, 224, 56)}
@@ -45,14 +46,12 @@ def dq_consume(C: gl.constexpr, rows, channels, dq_desc, row_lse, delta, scale_l
     ring = start_ring(channels.passing.shape[0])
     number = gl.to_tensor(0)
     row = gl.arange(0, TILE, layout=row_layout)
-    place, first, last_place, last_first = rows.peek(gl.program_id(0))
     lse_ahead, delta_ahead = load_numbers(C, rows, row_lse, delta, gl.program_id(0), row)
     for item in range(gl.program_id(0), rows.items, gl.num_programs(0)):
         batch, kv_head, token = rows.locate(item)
+        begin, count, last_low, first_high = rows.walk(batch, token)
         token += C * rows.TOKENS
         next_item = gl.minimum(item + gl.num_programs(0), rows.items - 1)
-        begin, count, last_low, first_high = rows.walk(place, first, last_place, last_first)
-        place, first, last_place, last_first = rows.peek(next_item)
         own_place, own_first = rows.look(batch, token + row // rows.GROUP)
         lse = lse_ahead
         delta_rows = delta_ahead

@@ -35,28 +35,32 @@ def within(distance, reach):
 
 
 @gluon.jit
-def last_queries(problem, ends, batch, head, key):
-    """The newest position that sees each key; before the key itself where none does (padding)."""
+def last_queries(problem, ends, batch, key):
+    """The newest position that sees each key, of the tiles that keep it; before the key itself where none does
+    (padding)."""
     last = gl.minimum(key + problem.window, problem.keys) - 1
     if problem.BOUNDED:
-        at = gl.minimum(key, problem.keys - 1)
-        last = gl.minimum(last, gl.load(problem.bounds(ends, batch, head) + at) - 1)
-        last = gl.where(gl.load(problem.bounds(problem.starts, batch, head) + at) > key, -1, last)
+        at = batch.to(gl.int64) * problem.keys + gl.minimum(key, problem.keys - 1)
+        last = gl.minimum(last, gl.load(ends + at) - 1)
+        last = gl.where(gl.load(problem.starts + at) > key, -1, last)
     return last
 
 
 @gluon.jit
-def newest_query(problem, ends, batch, head, tile):
+def newest_query(problem, ends, lasts, batch, kv_head, tile):
     """The newest query tile that sees anything of key tile `tile`."""
     key = gl.minimum(tile * TILE + TILE, problem.keys) - 1
     last = gl.minimum(key + problem.window, problem.keys) - 1
     if problem.BOUNDED:
-        last = gl.minimum(last, gl.load(problem.bounds(ends, batch, head) + key) - 1)
-    return gl.maximum(last, key) // TILE
+        last = gl.minimum(last, gl.load(ends + batch.to(gl.int64) * problem.keys + key) - 1)
+    newest = gl.maximum(last, key) // TILE
+    if problem.PRUNED:
+        newest = gl.minimum(newest, problem.kept(lasts, tile, batch, kv_head) - 1)
+    return newest
 
 
 @gluon.jit
-def dkv_produce(problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows, bias_factor):
+def dkv_produce(problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, lasts, rows, bias_factor):
     CONSUMERS: gl.constexpr = problem.CONSUMERS
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [1, 1], [1, 0])
     offset = problem.keys - problem.queries
@@ -66,7 +70,7 @@ def dkv_produce(problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows
         batch, kv_head, tile = locate_keys(problem, item)
         oldest = gl.maximum(tile, offset // TILE)
         last_tile = gl.minimum(tile + CONSUMERS - 1, (problem.keys - 1) // TILE)
-        count = gl.maximum(newest_query(problem, ends, batch, kv_head * problem.GROUP, last_tile) - oldest + 1, 1)
+        count = gl.maximum(newest_query(problem, ends, lasts, batch, kv_head, last_tile) - oldest + 1, 1)
         for member in range(problem.GROUP):
             head = kv_head * problem.GROUP + member
             carry = gl.to_tensor(0.0)  # the totals of the chunks after the item's first, up to this tile's
@@ -145,8 +149,8 @@ def fetch_suffix(problem, own, batch, head, tile):
 
 
 @gluon.jit
-def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, own_tiles, dk_desc, dv_desc, ends, key_side,
-                scale_log2, scale):  # fmt: skip
+def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, own_tiles, dk_desc, dv_desc, ends, lasts,
+                key_side, scale_log2, scale):  # fmt: skip
     """Warpgroup C: 64 keys of every item. key_side (B,H,N) fp32, nats, gets the key side of dU, -sum_t dS_tj."""
     D: gl.constexpr = problem.D
     dtype: gl.constexpr = dk_desc.dtype
@@ -173,14 +177,14 @@ def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, own_tile
         tile = block_tile + C
         block_oldest = gl.maximum(block_tile, offset // TILE)
         last_tile = gl.minimum(block_tile + problem.CONSUMERS - 1, (problem.keys - 1) // TILE)
-        block_newest = gl.maximum(newest_query(problem, ends, batch, kv_head * problem.GROUP, last_tile), block_oldest)
+        block_newest = gl.maximum(newest_query(problem, ends, lasts, batch, kv_head, last_tile), block_oldest)
         oldest = gl.minimum(gl.maximum(tile, block_oldest), block_newest + 1)
         newest = gl.minimum(
-            newest_query(problem, ends, batch, kv_head * problem.GROUP, gl.minimum(tile, last_tile)), block_newest
+            newest_query(problem, ends, lasts, batch, kv_head, gl.minimum(tile, last_tile)), block_newest
         )
         newest = gl.where(tile <= last_tile, gl.maximum(newest, oldest - 1), oldest - 1)
         key = tile * TILE + gl.arange(0, TILE, layout=row_layout)
-        last = last_queries(problem, ends, batch, kv_head * problem.GROUP, key)
+        last = last_queries(problem, ends, batch, key)
         if problem.BOUNDED:
             clear = gl.min(last, 0)  # a query tile up to here has no far edge
         else:
@@ -265,14 +269,15 @@ def dkv_consume(C: gl.constexpr, problem, channels, dk_tiles, dv_tiles, own_tile
 
 @gluon.jit(do_not_specialize=["batches", "heads", "queries", "keys", "window", "blocks", "items"])
 def dkv_kernel(
-    k_desc, v_desc, q_desc, dout_desc, dk_desc, dv_desc, suffix, total, starts, ends, rows, key_side,
+    k_desc, v_desc, q_desc, dout_desc, dk_desc, dv_desc, suffix, total, starts, ends, firsts, lasts, rows, key_side,
     scale_log2, bias_factor, scale,
     batches, heads, queries, keys, window, blocks, items,
     CONSUMERS: gl.constexpr, D: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr,
-    BOUNDED: gl.constexpr, A_SHARED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    BOUNDED: gl.constexpr, PRUNED: gl.constexpr, A_SHARED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    problem = Problem(batches, heads, queries, keys, window, blocks, items, starts, suffix, total,
-                      CONSUMERS, D, GROUP, GATED, BOUNDED, A_SHARED)  # fmt: skip
+    problem = Problem(batches, heads, queries, keys, window, blocks, items, starts, firsts, suffix, total,
+                      CONSUMERS, D, GROUP, GATED, BOUNDED, PRUNED, A_SHARED)  # fmt: skip
     channels = open_channels(k_desc, q_desc, CONSUMERS, STAGES)
     if A_SHARED:
         dk_tiles = channels.held
@@ -283,16 +288,16 @@ def dkv_kernel(
     own_tiles = gl.allocate_shared_memory(gl.float32, [CONSUMERS, TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, own_tiles, dk_desc, dv_desc, ends, key_side,
+            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, own_tiles, dk_desc, dv_desc, ends, lasts, key_side,
                 scale_log2, scale)),
-            (dkv_produce, (problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows, bias_factor)),
+            (dkv_produce, (problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, lasts, rows, bias_factor)),
         ], [1], [PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 2)
         gl.warp_specialize([
-            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, own_tiles, dk_desc, dv_desc, ends, key_side,
+            (dkv_consume, (0, problem, channels, dk_tiles, dv_tiles, own_tiles, dk_desc, dv_desc, ends, lasts, key_side,
                 scale_log2, scale)),
-            (dkv_consume, (1, problem, channels, dk_tiles, dv_tiles, own_tiles, dk_desc, dv_desc, ends, key_side,
+            (dkv_consume, (1, problem, channels, dk_tiles, dv_tiles, own_tiles, dk_desc, dv_desc, ends, lasts, key_side,
                 scale_log2, scale)),
-            (dkv_produce, (problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, rows, bias_factor)),
+            (dkv_produce, (problem, channels, k_desc, v_desc, q_desc, dout_desc, ends, lasts, rows, bias_factor)),
         ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

@@ -13,8 +13,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from zoo.kernels.hopper_band import LOG2E, TILE, Problem, bias_columns, lane_sum, send, start_ring, visible
+from zoo.kernels.hopper_band import TILE, Problem, bias_columns, lane_sum, send, start_ring, visible
 from zoo.kernels.hopper_channels import announce, as_operand, load_held, load_passing, open_channels, score
+from zoo.kernels.units import LOG2E
 
 
 @gluon.jit
@@ -81,7 +82,7 @@ def dq_consume(
         oldest = problem.oldest(tile, batch, head)
         inside = tile <= newest
         position = tile * TILE + gl.arange(0, TILE, layout=row_layout)
-        first_visible, latest_start = problem.first_visible(batch, head, position)
+        first_visible, latest_start = problem.first_visible(batch, position)
         row = position - (problem.keys - problem.queries)
         mine = (row >= 0) & (row < problem.queries)
         outs, douts, lses, dlses, suffix, newer = ahead
@@ -211,15 +212,15 @@ def load_rows(C: gl.constexpr, problem, out, dout, lse, dlse, item, row_layout: 
 
 @gluon.jit(do_not_specialize=["batches", "heads", "queries", "keys", "window", "blocks", "items"])
 def dq_kernel(
-    q_desc, dout_desc, k_desc, v_desc, dq_desc, dq_ptr, out, dout, suffix, total, starts, lse, dlse, rows,
+    q_desc, dout_desc, k_desc, v_desc, dq_desc, dq_ptr, out, dout, suffix, total, starts, firsts, lse, dlse, rows,
     scale_log2, bias_factor, scale,
     batches, heads, queries, keys, window, blocks, items,
     CONSUMERS: gl.constexpr, D: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr,
-    BOUNDED: gl.constexpr, A_SHARED: gl.constexpr, WITH_DLSE: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    BOUNDED: gl.constexpr, PRUNED: gl.constexpr, A_SHARED: gl.constexpr, WITH_DLSE: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    problem = Problem(batches, heads, queries, keys, window, blocks, items, starts, suffix, total,
-                      CONSUMERS, D, GROUP, GATED, BOUNDED, A_SHARED)  # fmt: skip
+    problem = Problem(batches, heads, queries, keys, window, blocks, items, starts, firsts, suffix, total,
+                      CONSUMERS, D, GROUP, GATED, BOUNDED, PRUNED, A_SHARED)  # fmt: skip
     channels = open_channels(q_desc, k_desc, CONSUMERS, STAGES)
     dq_tiles = gl.allocate_shared_memory(dq_desc.dtype, [CONSUMERS, 1, TILE, 1, D], dq_desc.layout)
     if CONSUMERS == 2:

@@ -30,23 +30,22 @@ from triton.language.core import _aggregate as aggregate
 
 from zoo.kernels import gate as gates
 from zoo.kernels.hopper_band import (
-    LN2,
-    LOG2E,
     NOTHING,
     TILE,
     Problem,
     Schedule,
     bias_columns,
-    bounded,
     ceil_div,
     copyable,
     descriptor,
     lane_sum,
+    pointers,
     programs,
     send,
     start_ring,
     visible,
 )  # fmt: skip
+from zoo.kernels.units import LN2, LOG2E
 
 OUTGROWN = gl.constexpr(2.0**64)  # sums beyond this are not trusted; products with values up to 2^63 still fit in fp32
 
@@ -248,7 +247,7 @@ def consume_item(C: gl.constexpr, problem, channels, out_desc, out, scale_log2, 
     inside = tile <= newest  # else all rows lie past the last key: nothing to do but to pass everything on
 
     position = tile * TILE + gl.arange(0, TILE, layout=row_layout)
-    first_visible, latest_start = problem.first_visible(batch, head, position)
+    first_visible, latest_start = problem.first_visible(batch, position)
     own_suffix, newer = problem.load_row_bias(tile, block_newest, batch, head, problem.CONSUMERS - 1 - C, row_layout)
     own_bias = own_suffix + newer
 
@@ -369,16 +368,16 @@ def store_lse(problem, channels, lse, position, batch, head):
 
 @gluon.jit(do_not_specialize=["batches", "heads", "queries", "keys", "window", "blocks", "items"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, out, suffix, total, starts, lse, scale_log2, bias_factor,
+    q_desc, k_desc, v_desc, out_desc, out, suffix, total, starts, firsts, lse, scale_log2, bias_factor,
     batches, heads, queries, keys, window, blocks, items,
     CONSUMERS: gl.constexpr, D: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr,
-    BOUNDED: gl.constexpr, A_SHARED: gl.constexpr, HOPEFUL: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    BOUNDED: gl.constexpr, PRUNED: gl.constexpr, A_SHARED: gl.constexpr, HOPEFUL: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    problem = Problem(batches, heads, queries, keys, window, blocks, items, starts, suffix, total,
-                      CONSUMERS, D, GROUP, GATED, BOUNDED, A_SHARED)  # fmt: skip
+    problem = Problem(batches, heads, queries, keys, window, blocks, items, starts, firsts, suffix, total,
+                      CONSUMERS, D, GROUP, GATED, BOUNDED, PRUNED, A_SHARED)  # fmt: skip
     channels = Channels(
         gl.allocate_shared_memory(dtype, [CONSUMERS, 1, TILE, 1, D], q_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, 1, TILE, 1, D], k_desc.layout),
@@ -431,7 +430,8 @@ def window_forward(
     *,
     window: int | None,
     scale: float,
-    spans: tuple[Tensor, ...] | None,
+    spans: tuple[Tensor, Tensor] | None,
+    kept: tuple[Tensor, Tensor] | None = None,
     schedule: Schedule | None = None,
     hopeful: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -447,15 +447,16 @@ def window_forward(
         return out, lse
     q, k, v = (copyable(x) for x in (q, k, v))
     suffix, total = gates.prefix(gate) if gate else (lse, lse)
-    starts = lse if spans is None else spans[0].contiguous()
+    starts, _ = pointers(spans, lse)
+    firsts, _ = pointers(kept, lse)
     plan = schedule or TABLE[D]
     blocks = ceil_div(ceil_div(N, 64) - (N - T) // 64, plan.consumers)
     items = blocks * B * H
     scale_log2 = scale * LOG2E.value
     forward_kernel[(min(items, programs(q)),)](
-        descriptor(q), descriptor(k), descriptor(v), descriptor(out), out, suffix, total, starts, lse,
+        descriptor(q), descriptor(k), descriptor(v), descriptor(out), out, suffix, total, starts, firsts, lse,
         scale_log2, 1 / scale_log2, B, H, T, N, min(window or N, N), blocks, items,
-        plan.consumers, D, H // G, plan.stages, bool(gate), bounded(spans), plan.in_shared,
+        plan.consumers, D, H // G, plan.stages, bool(gate), spans is not None, kept is not None, plan.in_shared,
         q.dtype == torch.bfloat16 if hopeful is None else hopeful, plan.consumer_registers, plan.producer_registers,
         num_warps=4, maxnreg=plan.registers_at_launch,
     )  # fmt: skip

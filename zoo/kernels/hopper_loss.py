@@ -17,7 +17,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from zoo.kernels import loss as portable
 from zoo.kernels.hopper_band import ceil_div, programs
-from zoo.kernels.loss import LOG2E, LOWEST
+from zoo.kernels.loss import LOWEST
+from zoo.kernels.units import LOG2E
 
 EACH = gl.constexpr(8)  # elements of a 16-byte copy
 COLUMNS, WARPS = 4096, 16  # a tile of a row, and who walks it

@@ -1,7 +1,7 @@
 """Native Sparse Attention on Hopper: the functions of a back end, as in zoo/kernels/nsa.py.
 
 Compressed attention has kernels of its own for sm_90, bf16 and fp16, head dims 64 and 128 and groups that divide 64;
-the choice of blocks, the selected branch and the mix run the portable ones. Importing this imports Gluon.
+pooling, the choice of blocks, the selected branch and the mix run the portable ones. Importing this imports Gluon.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ from zoo.kernels import hopper_compressed, hopper_compressed_backward
 from zoo.kernels import nsa_compressed as portable
 from zoo.kernels.hopper_rows import takes
 from zoo.kernels.nsa_mix import mix_backward, mix_forward
+from zoo.kernels.nsa_pool import pool_backward, pool_forward
 from zoo.kernels.nsa_selected import selected_backward, selected_forward
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "compressed_forward",
     "mix_backward",
     "mix_forward",
+    "pool_backward",
+    "pool_forward",
     "selected_backward",
     "selected_forward",
 ]

@@ -79,14 +79,6 @@ class Rows:
         return gl.load(self.place + at), gl.load(self.first + at)
 
     @gluon.jit
-    def peek(self, item):
-        """What `walk` needs of an item, loaded but not looked at."""
-        batch, _, token = self.locate(item)
-        place, first = self.look(batch, token)
-        last_place, last_first = self.look(batch, token + (self.CONSUMERS * self.TOKENS - 1))
-        return place, first, last_place, last_first
-
-    @gluon.jit
     def low(self, first):
         return first * self.RATIO
 
@@ -97,8 +89,12 @@ class Rows:
         return gl.minimum(first * self.RATIO + seen, self.slots)
 
     @gluon.jit
-    def walk(self, place, first, last_place, last_first):
-        """(first tile of slots, tiles, at least one, latest low, earliest high). The bounds never fall."""
+    def walk(self, batch, token):
+        """(first tile of slots, tiles, at least one, latest low, earliest high) of the item that begins at `token`. The
+        bounds never fall. Loaded anew for each item: Gluon forgets what a loop carries for an inner loop's bounds alone
+        (docs/kernels.md)."""
+        place, first = self.look(batch, token)
+        last_place, last_first = self.look(batch, token + (self.CONSUMERS * self.TOKENS - 1))
         begin = self.low(first) // TILE
         count = gl.maximum((self.high(last_place, last_first) + (TILE - 1)) // TILE - begin, 1)
         return begin, count, self.low(last_first), self.high(place, first)
@@ -255,11 +251,9 @@ def produce(rows, channels, q_desc, too_desc, k_desc, v_desc, BOTH: gl.constexpr
     """For the kernels whose rows stay: every item's rows, then its slots, ascending."""
     ring = start_ring(channels.passing.shape[0])
     number = gl.to_tensor(0)
-    place, first, last_place, last_first = rows.peek(gl.program_id(0))
     for item in range(gl.program_id(0), rows.items, gl.num_programs(0)):
         batch, kv_head, token = rows.locate(item)
-        begin, count, _, _ = rows.walk(place, first, last_place, last_first)
-        place, first, last_place, last_first = rows.peek(gl.minimum(item + gl.num_programs(0), rows.items - 1))
+        begin, count, _, _ = rows.walk(batch, token)
         CONSUMERS: gl.constexpr = rows.CONSUMERS
         for c in gl.static_range(CONSUMERS):
             where = [batch, token + c * rows.TOKENS, kv_head * rows.GROUP, 0]

@@ -14,3 +14,8 @@ def on_device(x: Tensor) -> AbstractContextManager:
 def rows_contiguous(x: Tensor) -> Tensor:
     """The kernels take any strides but the last."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strides_of(*tensors: Tensor) -> list[int]:
+    """Of each (B,T,H,D) all but the last, which is 1."""
+    return [stride for x in tensors for stride in x.stride()[:3]]

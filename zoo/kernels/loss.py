@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.launch import on_device
+from zoo.kernels.units import LOG2E
 
 COLUMNS = 8192  # a tile of a row
 EACH = tl.constexpr(8)  # of a tile's columns to a thread: a 128-bit load of 16-bit elements
 HELD = 1 << 17  # bytes: half of a multiprocessor's registers
-LOG2E = tl.constexpr(1.4426950408889634)  # powers of two: exp takes four instructions more
 LOWEST = tl.constexpr(-1e38)  # unlike -inf it can be subtracted from itself, and in powers of two it is finite too
 
 

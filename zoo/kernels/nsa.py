@@ -1,14 +1,15 @@
 """Native Sparse Attention in Triton: compressed attention with the choice of blocks, and attention over chosen blocks.
 
-The kernels are in nsa_compressed.py, nsa_selected.py, nsa_inverse.py and nsa_mix.py; this module is the back end that
-`zoo.ops.nsa` loads, and says what bounds them. Figures are estimates that the design follows, not measurements: one
-H200 (790 TFLOP/s dense bf16, 4.8 TB/s memory), B1, T 65536, 64 query heads, 4 key/value heads, D 128, block 64, top 16.
+The kernels are in nsa_pool.py, nsa_compressed.py, nsa_selected.py, nsa_inverse.py and nsa_mix.py; this module is the
+back end that `zoo.ops.nsa` loads, and says what bounds them. Figures are estimates that the design follows, not
+measurements: one H200 (790 TFLOP/s dense bf16, 4.8 TB/s memory), B1, T 65536, 64 query heads, 4 key/value heads, D 128,
+block 64, top 16.
 
 Compressed branch: 2.1e9 visible pairs. Forward three products (scores twice: the probabilities that the choice needs
 are known only once the normaliser is), 1.65 TFLOP; backward seven, 3.8 TFLOP. Tensor cores bound it. Rows of a tile are
 (token, head) pairs of a group, whatever its size, so tiles are always full; invisible tiles are never visited. Nothing
-of size T * T/block is stored: the choice is a running list of `top` per token in registers, 64-bit keys (importance
-above, block below, so that of equal ones the earlier wins), fed by a bitonic top-k of each tile's scores. dK and dV
+of size T * T/block is stored: a program's scores wait in a room of its own. What a bitonic network sorts is the best of
+every run of four blocks; then only the runs that reach the top-th best are looked at block by block. dK and dV
 have few key tiles, so the queries are split into shares, whose partial sums are added in order.
 
 Selected branch: forward 2.2 TFLOP, 4 ms; what decides is traffic. With a program per token (the paper, fla) each of the
@@ -35,6 +36,7 @@ same merge.
 
 from zoo.kernels.nsa_compressed import compressed_backward, compressed_forward
 from zoo.kernels.nsa_mix import mix_backward, mix_forward
+from zoo.kernels.nsa_pool import pool_backward, pool_forward
 from zoo.kernels.nsa_selected import selected_backward, selected_forward
 
 __all__ = [
@@ -42,6 +44,8 @@ __all__ = [
     "compressed_forward",
     "mix_backward",
     "mix_forward",
+    "pool_backward",
+    "pool_forward",
     "selected_backward",
     "selected_forward",
 ]

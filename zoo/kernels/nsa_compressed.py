@@ -18,14 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels.launch import on_device, rows_contiguous
+from zoo.kernels.launch import on_device, rows_contiguous, strides_of
+from zoo.kernels.nsa_choice import MOST, keys, look, merge_best, top_th
 from zoo.kernels.tiles import architecture, load_tile, store_tile
-from zoo.kernels.window import LN2, LOG2E, _strides
+from zoo.kernels.units import LN2, LOG2E
 
 DELTA_ROWS = 32
 PROGRAMS = 528  # of _dkdv at least, where the keys alone make fewer: four for each multiprocessor of a Hopper card
 CHOOSERS = 2  # programs of _choose on a multiprocessor; each walks an equal share of the items, and has room for one
 SORTED = 1024  # scores that a program of _choose sorts at once: more would make warps share a token
+RUN = 4  # neighbouring blocks that _choose passes over together unless one of them is good enough: a vector of loads
 INTEGERS = ["T", "M", "rows_each", "items", "chunks"]
 # (rows, slots, warps, stages) by bytes of a head's row in units of two; float32 reads the row of twice its head_dim
 SM90 = {
@@ -89,7 +91,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, places: Any, geometry: Any, scale: f
     with on_device(q):
         rows, slots, warps, stages = choose_tile("forward", q, group_rows)
         _forward[triton.cdiv(group_rows, rows) * batch * kv_heads,](
-            q, k, v, places.place, places.first_block, out, lse, *_strides(q), *_strides(k), *_strides(v),
+            q, k, v, places.place, places.first_block, out, lse, *strides_of(q, k, v),
             **_sizes(q, k, scale), **_switches(q, k, geometry), BLOCK_R=rows, BLOCK_K=slots,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -107,16 +109,19 @@ def choose(q: Tensor, k: Tensor, lse: Tensor, places: Any, geometry: Any, scale:
         rows, slots, warps, stages = choose_tile("choose", q, length * heads // kv_heads)
         group = triton.next_power_of_2(heads // kv_heads)
         tokens, kept = max(1, rows // group, 16 // group), triton.next_power_of_2(geometry.top)
-        at_once = max(kept, min(512, SORTED // tokens))
+        sort = max(kept, min(128, SORTED // tokens))
+        short = 2 * kept
         items = triton.cdiv(length, tokens) * batch * kv_heads
         programs = min(items, CHOOSERS * multiprocessors(q))
-        chunks = triton.cdiv(k.shape[1] // geometry.ratio + 2, at_once)
-        room = torch.empty(programs * tokens * chunks * at_once, dtype=torch.float32, device=q.device)
+        chunks = triton.cdiv(k.shape[1] // geometry.ratio + 2, RUN * sort)
+        size = chunks * sort * (RUN + 1) + short
+        room = torch.empty(programs * tokens * size, dtype=torch.int32, device=q.device)
         _choose[programs,](
-            q, k, lse, places.place, places.first_block, room, index, *_strides(q), *_strides(k), items, chunks,
+            q, k, lse, places.place, places.first_block, room, index, *strides_of(q, k), items, chunks,
             **_sizes(q, k, scale), **_switches(q, k, geometry), SELECT=geometry.select, OVERLAP=geometry.overlap,
             SHIFT=geometry.shift, TOP=geometry.top, KEPT=kept, TOKENS=tokens, PADDED_GROUP=group, BLOCK_J=slots,
-            BLOCK_S=at_once, num_warps=warps, num_stages=stages, maxnreg=registers(warps),
+            BLOCK_C=2 * sort, BLOCK_S=sort, SHORT=short, RUN=RUN,
+            num_warps=warps, num_stages=stages, maxnreg=registers(warps),
         )  # fmt: skip
     return index
 
@@ -142,7 +147,7 @@ def compressed_backward(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     sizes, switches = _sizes(q, k, scale), _switches(q, k, geometry)
     group_rows = length * heads // kv_heads
-    strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(dout))
+    strides = strides_of(q, k, v, dout)
     with on_device(q):
         row_lse, delta = row_numbers(dout, dlse, out, lse)
         rows, slots, warps, stages = choose_tile("dq", q, group_rows)
@@ -169,7 +174,7 @@ def row_numbers(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> 
     row_lse, delta = (out.new_empty((batch, length, heads), dtype=torch.float32) for _ in range(2))
     _row_numbers[triton.cdiv(batch * length * heads, DELTA_ROWS),](
         out, dout, lse.contiguous(), None if dlse is None else dlse.contiguous(), row_lse, delta,
-        *_strides(out), *_strides(dout), batch * length * heads, length, heads, D=dim,
+        *strides_of(out, dout), batch * length * heads, length, heads, D=dim,
         BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_R=DELTA_ROWS, WITH_DLSE=dlse is not None,
     )  # fmt: skip
     return row_lse, delta
@@ -311,17 +316,25 @@ def _forward(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _choose(
-    q_ptr, k_ptr, lse_ptr, place_ptr, first_ptr, score_ptr, index_ptr,
+    q_ptr, k_ptr, lse_ptr, place_ptr, first_ptr, room_ptr, index_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, items, chunks, T, M, G, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
     RATIO: tl.constexpr, SELECT: tl.constexpr, OVERLAP: tl.constexpr, SHIFT: tl.constexpr, TOP: tl.constexpr,
     KEPT: tl.constexpr, TOKENS: tl.constexpr, PADDED_GROUP: tl.constexpr, BLOCK_J: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, SHORT: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """The blocks of TOKENS tokens of one key/value head, item after item. An item's scores wait in the program's own
-    room, (TOKENS, chunks * BLOCK_S), where they are looked at twice: for the TOP-th largest, and for those above it."""
-    width = chunks * BLOCK_S
-    room = score_ptr + tl.cast(tl.program_id(0), tl.int64) * TOKENS * width
+    room, (TOKENS, width), and the largest key of each run of RUN blocks. The TOP-th largest of those is at most the
+    TOP-th largest key, so only runs that reach it hold what is wanted: as a rule TOP of them. They are listed, in
+    order, and the list, with SHORT places for a token, is what is looked at closely: once for the TOP-th largest key,
+    once for those above it. Where there are few runs, or the list doesn't suffice (many equal ones), all of them are.
+    """
+    width = chunks * (RUN * BLOCK_S)
+    peaks = width // RUN
+    room = room_ptr + tl.cast(tl.program_id(0), tl.int64) * TOKENS * (width + peaks + SHORT)
+    peak_room = room + TOKENS * width
+    short = peak_room + TOKENS * peaks
+    row = tl.arange(0, TOKENS)[:, None]
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         tile, batch, kv_head = program(item, tl.cdiv(T, TOKENS), G)
         t0 = tile * TOKENS
@@ -331,6 +344,7 @@ def _choose(
         begin = tl.load(firsts + t0)
         last = min(t0 + TOKENS, T) - 1
         end = tl.load(firsts + last) + tl.load(places + last) // SELECT + 1
+        count = min(end - begin, width)
         _scores(
             q_ptr + batch * stride_qb + kv_head * GROUP * stride_qh, k_ptr + batch * stride_kb + kv_head * stride_kh,
             lse_ptr + batch * T * G * GROUP + kv_head * GROUP, firsts, room, stride_qt, stride_qh, stride_kt,
@@ -341,19 +355,49 @@ def _choose(
 
         first = tl.load(firsts + each, mask=each < T, other=0)
         own = tl.load(places + each, mask=each < T, other=0) // SELECT
-        count = min(end - begin, width)
-        best = tl.full([TOKENS, KEPT], -1, tl.int32)  # ascending
-        for c0 in range(0, count, BLOCK_S):
-            _, key = _keys(room, c0, begin, first, own, width, TOKENS, BLOCK_S)
-            best = _merge_best(best, key, KEPT)
-        limit = tl.sum(tl.where(tl.arange(0, KEPT)[None, :] == KEPT - TOP, best, 0), 1)[:, None]
+        runs = tl.cdiv(count, RUN)
+        suffices, found = False, tl.full([TOKENS], runs, tl.int32)
+        if (count > BLOCK_S) & (count > TOP * RUN):
+            free, until = tl.load(firsts + last) + 1 - begin, tl.load(places + t0) // SELECT - 1
+            for c0 in range(0, count, BLOCK_C):
+                column = c0 + tl.arange(0, BLOCK_C)[None, :]
+                key = tl.minimum(tl.load(room + row * width + column), MOST)
+                if (c0 < free) | (c0 + BLOCK_C > until):  # else all are free to be chosen by every token
+                    key = keys(key, begin + column - first[:, None], own[:, None])
+                peak = tl.max(tl.reshape(key, [TOKENS, BLOCK_C // RUN, RUN]), 2)
+                tl.store(peak_room + row * peaks + c0 // RUN + tl.arange(0, BLOCK_C // RUN)[None, :], peak)
+            tl.debug_barrier()
+            best = tl.full([TOKENS, KEPT], -1, tl.int32)  # ascending
+            for r0 in range(0, runs, BLOCK_S):
+                run = r0 + tl.arange(0, BLOCK_S)[None, :]
+                peak = tl.load(peak_room + row * peaks + run)
+                best = merge_best(best, tl.where(run < runs, peak, -1), KEPT)
+            least = tl.maximum(top_th(best, TOP, KEPT), 0)  # peaks below it are too small, or nobody's
+            listed = tl.zeros([TOKENS], tl.int32)
+            for r0 in range(0, runs, BLOCK_S):
+                run = r0 + tl.arange(0, BLOCK_S)[None, :]
+                peak = tl.load(peak_room + row * peaks + run)
+                reaches = ((peak >= least) & (run < runs)).to(tl.int32)
+                at = listed[:, None] + tl.cumsum(reaches, 1) - 1
+                tl.store(short + row * SHORT + at, run, mask=(reaches != 0) & (at < SHORT))
+                listed += tl.sum(reaches, 1)
+            tl.debug_barrier()
+            if tl.max(listed, 0) <= SHORT:
+                suffices, found = True, listed
+        length = tl.max(found, 0) * RUN
+
+        best = tl.full([TOKENS, KEPT], -1, tl.int32)
+        for c0 in range(0, length, BLOCK_S):
+            _, key = look(room, short, c0, begin, first, own, found, width, suffices, TOKENS, SHORT, BLOCK_S, RUN)
+            best = merge_best(best, key, KEPT)
+        limit = top_th(best, TOP, KEPT)
         equals = TOP - tl.sum((best > limit).to(tl.int32), 1)  # so many of those at the limit, the earliest
 
         where = index_ptr + ((batch * T + each) * G + kv_head)[:, None] * TOP
         inside = (each < T)[:, None]
         taken = tl.zeros([TOKENS], tl.int32)
-        for c0 in range(0, count, BLOCK_S):
-            block, key = _keys(room, c0, begin, first, own, width, TOKENS, BLOCK_S)
+        for c0 in range(0, length, BLOCK_S):
+            block, key = look(room, short, c0, begin, first, own, found, width, suffices, TOKENS, SHORT, BLOCK_S, RUN)
             above, equal = key > limit, (key == limit) & (key >= 0)
             both = above.to(tl.int32) + (equal.to(tl.int32) << 16)  # two counts in one scan
             ranks, counts = tl.cumsum(both, 1), tl.sum(both, 1)
@@ -374,8 +418,8 @@ def _scores(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr,
     SHIFT: tl.constexpr, TOKENS: tl.constexpr, PADDED_GROUP: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """The importance of the places [begin, end) of blocks for TOKENS tokens: room[token, place - begin]. Matrices are
-    held transposed, (slots, rows): most of a group's sum is then a thread's own."""
+    """The importance of the places [begin, end) of blocks for TOKENS tokens: room[token, place - begin], float32 bit by
+    bit. Matrices are held transposed, (slots, rows): most of a group's sum is then a thread's own."""
     row = tl.arange(0, TOKENS * PADDED_GROUP)
     token, member = t0 + row // PADDED_GROUP, row % PADDED_GROUP
     inside = (token < T) & (member < GROUP)
@@ -399,68 +443,7 @@ def _scores(
                 p = tl.where(slot[:, None] >= lowest[None, :], p, 0.0)
             score += weight * p
         column = (j - begin)[:, None]
-        tl.store(room + each[None, :] * width + column, score, mask=column < width)
-
-
-@triton.jit
-def _keys(room, c0, begin, first, own, width, TOKENS: tl.constexpr, BLOCK_S: tl.constexpr):
-    """(block, key) of the places begin + [c0, c0 + BLOCK_S), (TOKENS, BLOCK_S) int32. A block is the place less
-    `first`. Keys order like importance, which is not negative; the first, own and previous block stand above all,
-    those that are not the token's at -1. The free ones are 1 .. own - 2."""
-    column = c0 + tl.arange(0, BLOCK_S)
-    score = tl.load(room + tl.arange(0, TOKENS)[:, None] * width + column[None, :])
-    block = (begin + column)[None, :] - first[:, None]
-    own = own[:, None]
-    key = tl.minimum(score.to(tl.int32, bitcast=True), 0x7FFFFFFE)
-    key = tl.where((block == 0) | (block >= own - 1), 0x7FFFFFFF, key)
-    return block, tl.where((block >= 0) & (block <= own), key, -1)
-
-
-@triton.constexpr_function
-def _log2(n):
-    return n.bit_length() - 1
-
-
-@triton.jit
-def _merge_best(best, key, KEPT: tl.constexpr):
-    """The KEPT best of `best`, ascending, and of the rows of `key`: tl.topk's network, at half its instructions."""
-    BITS: tl.constexpr = _log2(KEPT)
-    ROWS: tl.constexpr = _log2(key.shape[0])
-    COLUMNS: tl.constexpr = _log2(key.shape[1])
-    x = tl.reshape(key, [2] * (ROWS + COLUMNS))
-    for stage in tl.static_range(1, BITS + 1):
-        x = _sort_stage(x, ROWS + COLUMNS, stage, stage == COLUMNS)
-    for i in tl.static_range(COLUMNS - BITS):
-        x = tl.max(x, ROWS + COLUMNS - i - BITS - 1)  # ascending against descending: the best of both
-        x = _sort_stage(x, ROWS + COLUMNS - i - 1, BITS, i + 1 == COLUMNS - BITS)
-    x = tl.maximum(tl.reshape(best, [2] * (ROWS + BITS)), x)
-    for i in tl.static_range(BITS):
-        x = _exchange(x, ROWS + BITS, BITS - 1 - i, 0)
-    return tl.reshape(x, best.shape)
-
-
-@triton.jit
-def _sort_stage(x, BITS: tl.constexpr, stage: tl.constexpr, LAST: tl.constexpr):
-    """Bitonic runs of 2^stage to sorted ones: by turns ascending and descending, or, the last, descending."""
-    for i in tl.static_range(stage):
-        if LAST:
-            x = _exchange(x, BITS, stage - 1 - i, 1)
-        else:
-            x = _exchange(x, BITS, stage - 1 - i, _bit(BITS, stage))
-    return x
-
-
-@triton.jit
-def _exchange(x, BITS: tl.constexpr, i: tl.constexpr, descending):
-    """Of each pair along the i-th innermost of 2 x 2 x ..., the smaller one first, or where descending the larger."""
-    other = x ^ tl.xor_sum(x, BITS - 1 - i, keep_dims=True)
-    return tl.where((descending ^ _bit(BITS, i)) != 0, tl.maximum(x, other), tl.minimum(x, other))
-
-
-@triton.jit
-def _bit(BITS: tl.constexpr, i: tl.constexpr):
-    """Index along the i-th innermost of 2 x 2 x ..."""
-    return tl.reshape(tl.arange(0, 2), [1] * (BITS - i - 1) + [2] + [1] * i)
+        tl.store(room + each[None, :] * width + column, score.to(tl.int32, bitcast=True), mask=column < width)
 
 
 @triton.jit

@@ -23,11 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels.launch import on_device, rows_contiguous
+from zoo.kernels.launch import on_device, rows_contiguous, strides_of
 from zoo.kernels.nsa_compressed import load_rows, program, row_numbers, store_rows
 from zoo.kernels.nsa_inverse import Items, Piece, inverse, is_wanted, item_of, pieces
 from zoo.kernels.tiles import architecture, load_tile
-from zoo.kernels.window import LN2, LOG2E, _strides
+from zoo.kernels.units import LN2, LOG2E
 
 FEW_PAIRS = 2048  # up to so many, a program per pair: nothing to sort, and no block is read by many
 NO_ITEMS = (None,) * 4 + (0,) * 4  # as Items.arguments()
@@ -75,7 +75,7 @@ def selected_forward(
                 _near_outputs(piece, part_q, part_k, part_v, part_out, part_lse, scale)
             sums = _summed_rows(piece, q)
             _merge[triton.cdiv(part_lse.numel(), sums["BLOCK_R"]),](
-                *partial, piece.index, piece.place, part_out, part_lse, *_strides(part_out), *_strides(part_lse),
+                *partial, piece.index, piece.place, part_out, part_lse, *strides_of(part_out, part_lse),
                 part_lse.numel(), part_q.shape[1], **piece.switches(), **sums, NEAR=items is not None, num_warps=4,
             )  # fmt: skip
     return out, lse
@@ -92,8 +92,8 @@ def _partial_outputs(
         rows = min(rows, max(16, triton.next_power_of_2(piece.group)))
     count, arguments = (piece.pairs, NO_ITEMS) if items is None else (items.count, items.arguments())
     _partial[count,](
-        q, k, v, *arguments, piece.index, piece.place, piece.first_key, piece.first_block, partial, lse, *_strides(q),
-        *_strides(k), *_strides(v), **piece.sizes(), scale=scale, **piece.switches(), BLOCK_K=piece.padded_block(),
+        q, k, v, *arguments, piece.index, piece.place, piece.first_key, piece.first_block, partial, lse,
+        *strides_of(q, k, v), **piece.sizes(), scale=scale, **piece.switches(), BLOCK_K=piece.padded_block(),
         BLOCK_R=rows, SINGLE=items is None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return partial, lse
@@ -104,8 +104,8 @@ def _near_outputs(piece: Piece, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
     rows, keys, warps, stages = choose_tile("near", q)
     programs = triton.cdiv(q.shape[1] * piece.group, rows) * q.shape[0] * k.shape[2]
     _near[programs,](
-        q, k, v, piece.index, piece.place, piece.first_key, out, lse, *_strides(q), *_strides(k), *_strides(v),
-        *_strides(out), *_strides(lse), **piece.sizes(), scale=scale, **piece.switches(),
+        q, k, v, piece.index, piece.place, piece.first_key, out, lse, *strides_of(q, k, v, out, lse),
+        **piece.sizes(), scale=scale, **piece.switches(),
         BLOCK_TOP=triton.next_power_of_2(piece.top), BLOCK_K=keys, BLOCK_R=rows, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
@@ -141,20 +141,20 @@ def selected_backward(
             item_dk, item_dv = (q.new_empty((items.count, block, dim), dtype=torch.float32) for _ in range(2))
             _grads[items.count,](
                 part_q, part_k, part_v, part_dout, part_lse, part_delta, *items.arguments(), piece.place,
-                piece.first_key, piece.first_block, partial, item_dk, item_dv, *_strides(part_q), *_strides(part_k),
-                *_strides(part_v), *_strides(part_dout), *_strides(part_lse), **piece.sizes(), scale=scale,
+                piece.first_key, piece.first_block, partial, item_dk, item_dv,
+                *strides_of(part_q, part_k, part_v, part_dout, part_lse), **piece.sizes(), scale=scale,
                 **piece.switches(), BLOCK_K=piece.padded_block(), BLOCK_R=rows, num_warps=warps, num_stages=stages,
             )  # fmt: skip
             part_dk, part_dv = piece.keys(dk), piece.keys(dv)
             _sum_items[items.blocks // items.chunks,](
                 items.order, items.bounds, items.begin, piece.place, piece.first_key, piece.first_block, item_dk,
-                item_dv, part_dk, part_dv, *_strides(part_dk), items.chunks, items.slots, piece.keys_total,
+                item_dv, part_dk, part_dv, *strides_of(part_dk), items.chunks, items.slots, piece.keys_total,
                 **piece.switches(), BLOCK_K=piece.padded_block(), num_warps=4,
             )  # fmt: skip
             part_dq = piece.queries(dq)
             sums = _summed_rows(piece, q)
             _sum_pairs[triton.cdiv(part_lse.numel(), sums["BLOCK_R"]),](
-                partial, piece.index, piece.place, part_dq, *_strides(part_dq), part_lse.numel(), part_q.shape[1],
+                partial, piece.index, piece.place, part_dq, *strides_of(part_dq), part_lse.numel(), part_q.shape[1],
                 **piece.switches(), **sums, num_warps=4,
             )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)

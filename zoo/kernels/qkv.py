@@ -11,6 +11,9 @@ down and computes m and u again from x. It begins with the token after its run, 
 between load and store is float32. Gradients of the norms' weights are summed per program, then by another kernel: no
 atomics, the same bits every time.
 
+The backward pass leaves what the projection wants: one row for each token, with the gradients of qkv, of whatever gates
+were projected beside it, and of keep.
+
 Shapes: qkv (B, T, H + 2 G, D), heads contiguous, D even; keep (B, T, 2 G) float32, for k then v, before its sigmoid;
 weights (S, H * D) and (S, G * D), or (S, D) for a norm of each head, for B / S rows each; cos, sin (B or 1, T, D / 2)
 float32; starts (T,) bool, where nothing is shifted in.
@@ -50,26 +53,31 @@ def prepare_forward(
 
 
 def prepare_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, keep: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
-    cos: Tensor | None, sin: Tensor | None, starts: Tensor | None, heads: int, per_head: bool, eps: float,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """The gradients of qkv and keep, and those of the weights of q and k, head by head: (S, H + G, D) float32."""
+    dq: Tensor, dk: Tensor, dv: Tensor, dgates: Tensor, qkv: Tensor, keep: Tensor, q_weight: Tensor | None,
+    k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, starts: Tensor | None, heads: int, per_head: bool,
+    eps: float, width: int,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The gradients of qkv, gates and keep side by side in a row of `width` columns, zeros behind them: (B, T, width)
+    of qkv's dtype; and those of the weights of q and k, head by head: (S, H + G, D) float32."""
     call = _Call(qkv, keep, q_weight, k_weight, cos, sin, starts, heads, per_head, eps)
-    batch, dim = qkv.shape[0], qkv.shape[3]
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    dkeep = torch.empty(keep.shape, dtype=keep.dtype, device=keep.device)
+    batch, tokens, _, dim = qkv.shape
+    packed = torch.empty((batch, tokens, width), dtype=qkv.dtype, device=qkv.device)
+    gates = dgates.shape[2]
+    columns = {"GATES": gates, "OUT": width, "SPARE": width - qkv.shape[2] * dim - gates - keep.shape[2]}
     partial = None
     if q_weight is not None:
         size = (batch, call.grid[0], heads + call.groups, dim)
         partial = torch.empty(size, dtype=torch.float32, device=qkv.device)
     if qkv.numel():
-        grads = (x.contiguous() for x in (dq, dk, dv))
+        grads = (x.contiguous() for x in (dq, dk, dv, dgates))
         with on_device(qkv):
-            qkv_backward_kernel[call.grid](*call.inputs, *grads, dqkv, dkeep, partial, *call.sizes, **call.switches)
+            qkv_backward_kernel[call.grid](
+                *call.inputs, *grads, packed, partial, *call.sizes, **call.switches, **columns
+            )
     if partial is None or q_weight is None:
-        return dqkv, dkeep, None
+        return packed, None
     pieces = partial.view(q_weight.shape[0], -1, (heads + call.groups) * dim)
-    return dqkv, dkeep, add_up(pieces).unflatten(1, (-1, dim))
+    return packed, add_up(pieces).unflatten(1, (-1, dim))
 
 
 class _Call:
@@ -139,18 +147,20 @@ def qkv_forward_kernel(
 
 @triton.jit(do_not_specialize=["table_rows", "rows_each", "T"])
 def qkv_backward_kernel(
-    qkv_ptr, keep_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, starts_ptr, dq_ptr, dk_ptr, dv_ptr,
-    dqkv_ptr, dkeep_ptr, partial_ptr,
+    qkv_ptr, keep_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, starts_ptr, dq_ptr, dk_ptr, dv_ptr, dgates_ptr,
+    packed_ptr, partial_ptr,
     stride_b, stride_t, stride_kb, stride_kt, table_rows, rows_each, T, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr,
     ROTATE: tl.constexpr, CUT: tl.constexpr, ROWS_Q: tl.constexpr, ROWS_KV: tl.constexpr, HALF: tl.constexpr,
-    RUN: tl.constexpr, STAGES: tl.constexpr,
+    RUN: tl.constexpr, STAGES: tl.constexpr, GATES: tl.constexpr, OUT: tl.constexpr, SPARE: tl.constexpr,
 ):  # fmt: skip
+    """packed (B, T, OUT): the gradients of q, k, v, of GATES gates and of keep, then SPARE zeros."""
     program, batch, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     qkv_ptr += batch * stride_b
-    dqkv_ptr += batch * T * ((H + 2 * G) * D)
+    packed_ptr += batch * T * OUT
     keep_ptr += batch * stride_kb
-    dkeep_ptr += batch * T * (2 * G)
+    gates_ptr = packed_ptr + (H + 2 * G) * D
+    dkeep_ptr = gates_ptr + GATES
     if ROTATE:
         cos_ptr += batch * table_rows * (D // 2)
         sin_ptr += batch * table_rows * (D // 2)
@@ -160,27 +170,44 @@ def qkv_backward_kernel(
     if part == 0:
         _down(
             qkv_ptr + H * D, keep_ptr, k_weight_ptr, cos_ptr, sin_ptr, starts_ptr, dk_ptr + batch * T * (G * D),
-            dqkv_ptr + H * D, dkeep_ptr, None if partial_ptr is None else partial_ptr + H * D,
-            program, stack, stride_t, stride_kt, T, eps, G, D, (H + 2 * G) * D, 2 * G, True, NORM, PER_HEAD, ROTATE,
-            CUT, ROWS_KV, HALF, RUN,
-            STAGES, ROWS_KV > ROWS_Q,
+            packed_ptr + H * D, dkeep_ptr, None if partial_ptr is None else partial_ptr + H * D,
+            program, stack, stride_t, stride_kt, T, eps, G, D, OUT, True, NORM, PER_HEAD, ROTATE, CUT, ROWS_KV, HALF,
+            RUN, STAGES, ROWS_KV > ROWS_Q,
         )  # fmt: skip
     elif part == 1:
+        if GATES + SPARE > 0:
+            _copy_gates(
+                dgates_ptr + batch * T * GATES, gates_ptr, program * (ROWS_Q * RUN), T, GATES, 2 * G, SPARE, OUT,
+                ROWS_Q * RUN,
+            )  # fmt: skip
         _down(
             qkv_ptr, keep_ptr, q_weight_ptr, cos_ptr, sin_ptr, starts_ptr, dq_ptr + batch * T * (H * D),
-            dqkv_ptr, dkeep_ptr, partial_ptr,
-            program, stack, stride_t, stride_kt, T, eps, H, D, (H + 2 * G) * D, 2 * G, False, NORM, PER_HEAD, ROTATE,
-            CUT, ROWS_Q, HALF, RUN,
-            STAGES, ROWS_Q > ROWS_KV,
+            packed_ptr, None, partial_ptr,
+            program, stack, stride_t, stride_kt, T, eps, H, D, OUT, False, NORM, PER_HEAD, ROTATE, CUT, ROWS_Q, HALF,
+            RUN, STAGES, ROWS_Q > ROWS_KV,
         )  # fmt: skip
     else:
         _down(
             qkv_ptr + (H + G) * D, keep_ptr + G, None, cos_ptr, sin_ptr, starts_ptr, dv_ptr + batch * T * (G * D),
-            dqkv_ptr + (H + G) * D, dkeep_ptr + G, None,
-            program, stack, stride_t, stride_kt, T, eps, G, D, (H + 2 * G) * D, 2 * G, True, False, PER_HEAD, False,
-            CUT, ROWS_KV, HALF, RUN,
-            STAGES, ROWS_KV > ROWS_Q,
+            packed_ptr + (H + G) * D, dkeep_ptr + G, None,
+            program, stack, stride_t, stride_kt, T, eps, G, D, OUT, True, False, PER_HEAD, False, CUT, ROWS_KV, HALF,
+            RUN, STAGES, ROWS_KV > ROWS_Q,
         )  # fmt: skip
+
+
+@triton.jit
+def _copy_gates(
+    dgates_ptr, gates_ptr, first, T, GATES: tl.constexpr, KEEP: tl.constexpr, SPARE: tl.constexpr, OUT: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of gates (T, GATES) into their columns, and zeros into those that stand behind the KEEP next ones."""
+    COLUMNS: tl.constexpr = triton.next_power_of_2(GATES + SPARE)
+    token, column = first + tl.arange(0, TOKENS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    grad = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    if GATES > 0:
+        grad += tl.load(dgates_ptr + token * GATES + column, mask=(token < T) & (column < GATES), other=0.0)
+    place = tl.where(column < GATES, column, column + KEEP)
+    tl.store(gates_ptr + token * OUT + place, grad, mask=(token < T) & (column < GATES + SPARE))
 
 
 @triton.jit
@@ -282,11 +309,11 @@ def _up(
 def _down(
     x_ptr, keep_ptr, weight_ptr, cos_ptr, sin_ptr, starts_ptr, grad_ptr, dx_ptr, dkeep_ptr, partial_ptr,
     program, stack, stride_t, stride_kt, T, eps, H: tl.constexpr, D: tl.constexpr, OUT: tl.constexpr,
-    OUT_KEEP: tl.constexpr, SHIFT: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr, ROTATE: tl.constexpr,
+    SHIFT: tl.constexpr, NORM: tl.constexpr, PER_HEAD: tl.constexpr, ROTATE: tl.constexpr,
     CUT: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, RUN: tl.constexpr,
     STAGES: tl.constexpr, FEWER: tl.constexpr,
 ):  # fmt: skip
-    """The backward pass of one part: ROWS runs of tokens, next to each other. OUT, OUT_KEEP: strides of dx, dkeep."""
+    """The backward pass of one part: ROWS runs of tokens, next to each other. OUT: stride of dx and dkeep."""
     HALF_D: tl.constexpr = D // 2
     HEADS: tl.constexpr = triton.next_power_of_2(H)
     head, lane = tl.arange(0, HEADS), tl.arange(0, HALF)
@@ -344,7 +371,7 @@ def _down(
                 lean, stay, leave = lean * scale, stay * scale, leave * scale
             if CUT:
                 leave = tl.where(_starts_here(starts_ptr, token, inside)[:, None], 0.0, leave)
-            dkeep_at = token[:, None] * OUT_KEEP + head[None, :]
+            dkeep_at = token[:, None] * OUT + head[None, :]
             tl.store(dkeep_ptr + dkeep_at, lean, mask=own[:, None] & (head < H)[None, :])
             stay, leave = stay[:, :, None], leave[:, :, None]
             _put(dx_ptr, stay * da + passed_a, stay * db + passed_b, token, own, OUT, at, real, HALF_D)

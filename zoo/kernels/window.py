@@ -15,9 +15,11 @@ Left out, what each row lacks adds up along the sequence into the gradients of l
 their size at 1,000 tokens, 18% at 64,000). With both sides it cancels pair by pair (0.2% at either length).
 
 One writer per element and kernel, no atomics: the same inputs give the same bits. Switches are compile-time constants:
-GATED, WINDOWED, BOUNDED (start and end bound what a token sees beside the window: documents, a row's first valid key).
+GATED, WINDOWED, BOUNDED (start and end bound what a token sees beside the window: documents, a row's first valid key),
+PRUNED (first and last bound it too, by tiles of KEPT_TILE, for each key head).
 
-Shapes: q, out (B,T,H,D); k, v (B,N,G,D); lse (B,T,H); suffix (B,H,N); row_lse, delta (B,H,T); start, end (B,N) int32.
+Shapes: q, out (B,T,H,D); k, v (B,N,G,D); lse (B,T,H); suffix (B,H,N); row_lse, delta (B,H,T); start, end (B,N) int32;
+first, last (B,G,tiles) int32.
 """
 
 import torch
@@ -25,8 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels import KEPT_TILE
 from zoo.kernels import gate as gates
-from zoo.kernels.launch import on_device, rows_contiguous
+from zoo.kernels.launch import on_device, rows_contiguous, strides_of
 from zoo.kernels.tiles import (
     CHUNK,
     Tile,
@@ -39,17 +42,10 @@ from zoo.kernels.tiles import (
     store_tile,
     tile_is_full,
 )
+from zoo.kernels.units import LN2, LOG2E
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 ROWS = 32  # per program of the pass that reads out and dout once
-INTEGERS = [
-    "T",
-    "N",
-    "window",
-    "stride_bound",
-    "stride_group",
-]  # change from call to call: compiling for their values would pay nothing
+INTEGERS = ["T", "N", "window", "stride_bound"]  # change from call to call: compiling for their values pays nothing
 
 
 # ------------------------------------------------------------------------------------------------------- the launchers
@@ -63,15 +59,15 @@ def window_forward(
     *,
     window: int | None,
     scale: float,
-    spans: tuple[Tensor, ...] | None,
+    spans: tuple[Tensor, Tensor] | None,
+    kept: tuple[Tensor, Tensor] | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out like q and natural-log lse (B,T,H) float32. gate is () for none, (log_decay,) or (z, u), each (B,N,H).
 
     Checked tensors on one CUDA device, or on the CPU under Triton's interpreter. spans = (start, end), (B,N) int32: the
-    first visible key of each query, one past the last query that sees each key. Where tiles are pruned they are (B,G,N)
-    and a third follows: the document's end (B,N) or None, which bounds the sums of the gate's gradient. `tiles`
-    overrides the table.
+    first visible key of each query, one past the last query that sees each key. kept = (first, last), (B,G,tiles)
+    int32: the same of tiles, where some are pruned (zoo/ops/prune.py). `tiles` overrides the table.
     """
     batch, length, heads, dim = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -82,11 +78,11 @@ def window_forward(
     tile = (tiles or choose_tiles(q.device, q.dtype, dim, window)).forward
     with on_device(q):
         suffix, total = gates.prefix(gate) if gate else (None, None)
-        start, bound_strides = _bound(spans, 0)
+        bounds, bound_strides = _bounds(spans, kept, 0)
         _forward[_query_tiles(q, k, tile) * batch * heads,](
-            q, k, v, suffix, total, start, out, lse,
-            *_strides(q), *_strides(k), *_strides(v), *bound_strides, **_sizes(q, k, window, scale),
-            **_switches(q, k, gate, window, spans), **_schedule(tile),
+            q, k, v, suffix, total, *bounds, out, lse,
+            *strides_of(q, k, v), *bound_strides, **_sizes(q, k, window, scale),
+            **_switches(q, k, gate, window, spans, kept), **_schedule(tile),
         )  # fmt: skip
     return out, lse
 
@@ -103,7 +99,8 @@ def window_backward(
     *,
     window: int | None,
     scale: float,
-    spans: tuple[Tensor, ...] | None,
+    spans: tuple[Tensor, Tensor] | None,
+    kept: tuple[Tensor, Tensor] | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """dq, dk, dv and the gradients of `gate`, from what the forward returned and the gradients of both."""
@@ -114,7 +111,7 @@ def window_backward(
     q, k, v, dout, out = (rows_contiguous(x) for x in (q, k, v, dout, out))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     tiles = tiles or choose_tiles(q.device, q.dtype, dim, window)
-    sizes, switches = _sizes(q, k, window, scale), _switches(q, k, gate, window, spans)
+    sizes, switches = _sizes(q, k, window, scale), _switches(q, k, gate, window, spans, kept)
     with on_device(q):
         suffix, total = gates.prefix(gate) if gate else (None, None)
         row_lse, delta = (q.new_empty((batch, heads, length), dtype=torch.float32) for _ in range(2))
@@ -122,24 +119,24 @@ def window_backward(
         query_side = torch.empty_like(delta) if suffix is not None else None
         dlse = dlse.contiguous() if dlse is not None else None
         _rows[triton.cdiv(length, ROWS) * batch * heads,](
-            out, dout, lse.contiguous(), dlse, suffix, row_lse, delta, *_strides(out), *_strides(dout),
+            out, dout, lse.contiguous(), dlse, suffix, row_lse, delta, *strides_of(out, dout),
             length, k.shape[1], heads, D=dim, BLOCK_D=switches["BLOCK_D"], BLOCK_Q=ROWS, GATED=bool(gate),
             WITH_DLSE=dlse is not None,
         )  # fmt: skip
-        strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(dout))
-        end, bound_strides = _bound(spans, 1)
+        strides = strides_of(q, k, v, dout)
+        bounds, bound_strides = _bounds(spans, kept, 1)
         _dkdv[triton.cdiv(k.shape[1], tiles.dkdv.keys) * batch * kv_heads,](
-            q, k, v, dout, suffix, total, end, row_lse, delta, dk, dv, key_side,
+            q, k, v, dout, suffix, total, *bounds, row_lse, delta, dk, dv, key_side,
             *strides, *bound_strides, **sizes, **switches, **_schedule(tiles.dkdv),
         )  # fmt: skip
-        start, bound_strides = _bound(spans, 0)
+        bounds, bound_strides = _bounds(spans, kept, 0)
         _dq[_query_tiles(q, k, tiles.dq) * batch * heads,](
-            q, k, v, dout, suffix, total, start, row_lse, delta, dq, query_side,
+            q, k, v, dout, suffix, total, *bounds, row_lse, delta, dq, query_side,
             *strides, *bound_strides, **sizes, **switches, **_schedule(tiles.dq),
         )  # fmt: skip
         if key_side is None or query_side is None:
             return dq, dk, dv, ()
-        return dq, dk, dv, gates.prefix_backward(key_side, query_side, gate, None if spans is None else spans[-1])
+        return dq, dk, dv, gates.prefix_backward(key_side, query_side, gate, None if spans is None else spans[1])
 
 
 def _query_tiles(q: Tensor, k: Tensor, tile: Tile) -> int:
@@ -152,7 +149,9 @@ def _sizes(q: Tensor, k: Tensor, window: int | None, scale: float) -> dict[str, 
     return {"T": q.shape[1], "N": k.shape[1], "H": q.shape[2], "window": window, "scale": scale}
 
 
-def _switches(q: Tensor, k: Tensor, gate: tuple, window: int | None, spans: tuple | None) -> dict[str, int | bool]:
+def _switches(
+    q: Tensor, k: Tensor, gate: tuple, window: int | None, spans: tuple | None, kept: tuple | None
+) -> dict[str, int | bool]:
     dim = q.shape[3]
     return {
         "GROUP": q.shape[2] // k.shape[2],
@@ -161,6 +160,8 @@ def _switches(q: Tensor, k: Tensor, gate: tuple, window: int | None, spans: tupl
         "GATED": bool(gate),
         "WINDOWED": window is not None,
         "BOUNDED": spans is not None,
+        "PRUNED": kept is not None,
+        "KEPT_TILE": KEPT_TILE,
         "CHUNK": CHUNK,
     }
 
@@ -169,15 +170,12 @@ def _schedule(tile: Tile) -> dict[str, int]:
     return {"BLOCK_Q": tile.queries, "BLOCK_K": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
-    return x.stride()[:3]
-
-
-def _bound(spans: tuple[Tensor, ...] | None, side: int) -> tuple[Tensor | None, tuple[int, ...]]:
-    if spans is None:
-        return None, (0, 0, 0)
-    bound = spans[side]
-    return bound, bound.stride() if bound.dim() == 3 else (bound.stride(0), 0, bound.stride(1))
+def _bounds(
+    spans: tuple[Tensor, Tensor] | None, kept: tuple[Tensor, Tensor] | None, side: int
+) -> tuple[tuple[Tensor | None, Tensor | None], tuple[int, ...]]:
+    """What bounds queries (side 0) or keys (1), by position and by tile; the strides of the former."""
+    tiles = None if kept is None else kept[side].contiguous()
+    return (None, tiles) if spans is None else (spans[side], tiles), (0, 0) if spans is None else spans[side].stride()
 
 
 # --------------------------------------------------------------------------------------------------------- the kernels
@@ -205,21 +203,73 @@ def _newer_total(total_ptr, position, moved, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _row_visible(row, column, start, window, WINDOWED: tl.constexpr, BOUNDED: tl.constexpr):
+def _kept(tiles_ptr, batch, kv_head, position, N, kv_heads, KEPT_TILE: tl.constexpr):
+    """Where positions of a tile that is kept begin or end, for each `position` < N."""
+    tiles_ptr += (batch * kv_heads + kv_head) * tl.cdiv(N, KEPT_TILE)
+    return tl.load(tiles_ptr + position // KEPT_TILE, mask=position < N, other=0) * KEPT_TILE
+
+
+@triton.jit
+def _starts(
+    start_ptr, first_tile_ptr, q0, batch, kv_head, offset, N, kv_heads, stride_bound, stride_start,
+    BLOCK_Q: tl.constexpr, BOUNDED: tl.constexpr, PRUNED: tl.constexpr, KEPT_TILE: tl.constexpr,
+):  # fmt: skip
+    """The first key that each query of a tile may see beside the window; that of its first query, and of its last."""
+    row = q0 + tl.arange(0, BLOCK_Q)
+    start, oldest, latest = row, 0, 0
+    first, last = max(q0, offset), min(q0 + BLOCK_Q, N) - 1
+    if BOUNDED:
+        start_ptr += batch * stride_bound
+        start = tl.load(start_ptr + row * stride_start, mask=row < N, other=0)
+        oldest = tl.load(start_ptr + first * stride_start)
+        latest = tl.load(start_ptr + last * stride_start)
+    if PRUNED:
+        kept = _kept(first_tile_ptr, batch, kv_head, row, N, kv_heads, KEPT_TILE)
+        start = tl.maximum(start, kept) if BOUNDED else kept
+        oldest = max(oldest, _kept(first_tile_ptr, batch, kv_head, first, N, kv_heads, KEPT_TILE))
+        latest = max(latest, _kept(first_tile_ptr, batch, kv_head, last, N, kv_heads, KEPT_TILE))
+    return start, oldest, latest
+
+
+@triton.jit
+def _ends(
+    end_ptr, last_tile_ptr, k0, batch, kv_head, N, kv_heads, stride_bound, stride_end,
+    BLOCK_K: tl.constexpr, BOUNDED: tl.constexpr, PRUNED: tl.constexpr, KEPT_TILE: tl.constexpr,
+):  # fmt: skip
+    """One past the last query that may see each key of a tile beside the window; its last key's, and its first's."""
+    column = k0 + tl.arange(0, BLOCK_K)
+    end, beyond, earliest = column, N, N
+    newest = min(k0 + BLOCK_K, N) - 1
+    if BOUNDED:
+        end_ptr += batch * stride_bound
+        end = tl.load(end_ptr + column * stride_end, mask=column < N, other=0)
+        beyond = tl.load(end_ptr + newest * stride_end)
+        earliest = tl.load(end_ptr + k0 * stride_end)
+    if PRUNED:
+        kept = _kept(last_tile_ptr, batch, kv_head, column, N, kv_heads, KEPT_TILE)
+        end = tl.minimum(end, kept) if BOUNDED else kept
+        beyond = min(beyond, _kept(last_tile_ptr, batch, kv_head, newest, N, kv_heads, KEPT_TILE))
+        earliest = min(earliest, _kept(last_tile_ptr, batch, kv_head, k0, N, kv_heads, KEPT_TILE))
+    return end, beyond, earliest
+
+
+@triton.jit
+def _row_visible(row, column, start, window, WINDOWED: tl.constexpr, STARTS: tl.constexpr):
     """The mask of a query tile's pair, (rows, columns)."""
     visible = is_visible(row[:, None], column[None, :], window, WINDOWED)
-    if BOUNDED:
+    if STARTS:
         visible = visible & (column[None, :] >= start[:, None])
     return visible
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _forward(
-    q_ptr, k_ptr, v_ptr, suffix_ptr, total_ptr, start_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, suffix_ptr, total_ptr, start_ptr, first_tile_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_bound, stride_group, stride_start, T, N, H, window, scale,
+    stride_bound, stride_start, T, N, H, window, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, BOUNDED: tl.constexpr,
+    PRUNED: tl.constexpr, KEPT_TILE: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head: online softmax over its key tiles."""
     offset = N - T
@@ -232,12 +282,10 @@ def _forward(
     if GATED:
         suffix_ptr += (batch * H + head) * N
         total_ptr += (batch * H + head) * tl.cdiv(N, CHUNK)
-    oldest, latest_start, start = 0, 0, row
-    if BOUNDED:
-        start_ptr += batch * stride_bound + head // GROUP * stride_group
-        start = tl.load(start_ptr + row * stride_start, mask=row < N, other=0)
-        oldest = tl.load(start_ptr + max(q0, offset) * stride_start)
-        latest_start = tl.load(start_ptr + (min(q0 + BLOCK_Q, N) - 1) * stride_start)
+    start, oldest, latest_start = _starts(
+        start_ptr, first_tile_ptr, q0, batch, head // GROUP, offset, N, H // GROUP, stride_bound, stride_start,
+        BLOCK_Q, BOUNDED, PRUNED, KEPT_TILE,
+    )  # fmt: skip
 
     q = load_tile(q_ptr, q0, offset, N, stride_qt, BLOCK_Q, D, BLOCK_D)
     top = tl.full([BLOCK_Q], -float("inf"), tl.float32)
@@ -255,7 +303,7 @@ def _forward(
             s += (tl.load(suffix_ptr + column, mask=column < N, other=0.0) + carry)[None, :]
         full = tile_is_full(q0, k0, window, BLOCK_Q, BLOCK_K, WINDOWED) & (k0 >= latest_start)
         if not full:
-            s = tl.where(_row_visible(row, column, start, window, WINDOWED, BOUNDED), s, -float("inf"))
+            s = tl.where(_row_visible(row, column, start, window, WINDOWED, BOUNDED or PRUNED), s, -float("inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         pivot = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row that has seen nothing yet: p = 0, not NaN
         p = tl.exp2(s - pivot[:, None])
@@ -305,11 +353,13 @@ def _rows(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _dkdv(
-    q_ptr, k_ptr, v_ptr, dout_ptr, suffix_ptr, total_ptr, end_ptr, row_lse_ptr, delta_ptr, dk_ptr, dv_ptr, key_side_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, suffix_ptr, total_ptr, end_ptr, last_tile_ptr, row_lse_ptr, delta_ptr,
+    dk_ptr, dv_ptr, key_side_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_db, stride_dt, stride_dh, stride_bound, stride_group, stride_end, T, N, H, window, scale,
+    stride_db, stride_dt, stride_dh, stride_bound, stride_end, T, N, H, window, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, BOUNDED: tl.constexpr,
+    PRUNED: tl.constexpr, KEPT_TILE: tl.constexpr,
 ):  # fmt: skip
     """One key tile of one key/value head. Matrices are held transposed, (keys, queries)."""
     offset = N - T
@@ -317,12 +367,10 @@ def _dkdv(
     tile, batch, kv_head = _split(tl.program_id(0), tl.cdiv(N, BLOCK_K), kv_heads)
     k0 = tile * BLOCK_K
     column = k0 + tl.arange(0, BLOCK_K)
-    beyond, earliest_end, end = N, N, column
-    if BOUNDED:
-        end_ptr += batch * stride_bound + kv_head * stride_group
-        end = tl.load(end_ptr + column * stride_end, mask=column < N, other=0)
-        beyond = tl.load(end_ptr + (min(k0 + BLOCK_K, N) - 1) * stride_end)
-        earliest_end = tl.load(end_ptr + k0 * stride_end)
+    end, beyond, earliest_end = _ends(
+        end_ptr, last_tile_ptr, k0, batch, kv_head, N, kv_heads, stride_bound, stride_end,
+        BLOCK_K, BOUNDED, PRUNED, KEPT_TILE,
+    )  # fmt: skip
 
     k = load_tile(k_ptr + batch * stride_kb + kv_head * stride_kh, k0, 0, N, stride_kt, BLOCK_K, D, BLOCK_D)
     v = load_tile(v_ptr + batch * stride_vb + kv_head * stride_vh, k0, 0, N, stride_vt, BLOCK_K, D, BLOCK_D)
@@ -357,7 +405,7 @@ def _dkdv(
             full = tile_is_full(q0, k0, window, BLOCK_Q, BLOCK_K, WINDOWED) & (q0 + BLOCK_Q <= earliest_end)
             if not full:
                 visible = is_visible(row[None, :], column[:, None], window, WINDOWED)
-                if BOUNDED:
+                if BOUNDED or PRUNED:
                     visible = visible & (row[None, :] < end[:, None])
                 p = tl.where(visible, p, 0.0)
             dout = load_tile(dout_base, q0, offset, N, stride_dt, BLOCK_Q, D, BLOCK_D)
@@ -377,11 +425,13 @@ def _dkdv(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _dq(
-    q_ptr, k_ptr, v_ptr, dout_ptr, suffix_ptr, total_ptr, start_ptr, row_lse_ptr, delta_ptr, dq_ptr, query_side_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, suffix_ptr, total_ptr, start_ptr, first_tile_ptr, row_lse_ptr, delta_ptr, dq_ptr,
+    query_side_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_db, stride_dt, stride_dh, stride_bound, stride_group, stride_start, T, N, H, window, scale,
+    stride_db, stride_dt, stride_dh, stride_bound, stride_start, T, N, H, window, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr, GATED: tl.constexpr, WINDOWED: tl.constexpr, BOUNDED: tl.constexpr,
+    PRUNED: tl.constexpr, KEPT_TILE: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head, the same walk as the forward's."""
     offset = N - T
@@ -396,12 +446,10 @@ def _dq(
     if GATED:
         suffix_ptr += (batch * H + head) * N
         total_ptr += (batch * H + head) * tl.cdiv(N, CHUNK)
-    oldest, latest_start, start = 0, 0, row
-    if BOUNDED:
-        start_ptr += batch * stride_bound + head // GROUP * stride_group
-        start = tl.load(start_ptr + row * stride_start, mask=row < N, other=0)
-        oldest = tl.load(start_ptr + max(q0, offset) * stride_start)
-        latest_start = tl.load(start_ptr + (min(q0 + BLOCK_Q, N) - 1) * stride_start)
+    start, oldest, latest_start = _starts(
+        start_ptr, first_tile_ptr, q0, batch, head // GROUP, offset, N, H // GROUP, stride_bound, stride_start,
+        BLOCK_Q, BOUNDED, PRUNED, KEPT_TILE,
+    )  # fmt: skip
 
     q = load_tile(q_ptr, q0, offset, N, stride_qt, BLOCK_Q, D, BLOCK_D)
     dout = load_tile(dout_ptr, q0, offset, N, stride_dt, BLOCK_Q, D, BLOCK_D)
@@ -422,7 +470,7 @@ def _dq(
         p = tl.exp2(s - row_lse[:, None])
         full = tile_is_full(q0, k0, window, BLOCK_Q, BLOCK_K, WINDOWED) & (k0 >= latest_start)
         if not full:
-            p = tl.where(_row_visible(row, column, start, window, WINDOWED, BOUNDED), p, 0.0)
+            p = tl.where(_row_visible(row, column, start, window, WINDOWED, BOUNDED or PRUNED), p, 0.0)
         v = load_tile(v_ptr, k0, 0, N, stride_vt, BLOCK_K, D, BLOCK_D)
         ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")

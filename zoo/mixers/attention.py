@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo import ops
-from zoo.layers import apply_rotary, document_starts, init_normal, token_shift
+from zoo.layers import Linear, apply_rotary, document_starts, init_normal, token_shift
 from zoo.mixers.base import Context, Dims, Mixer, visible_pairs
 from zoo.mixers.cache import cache_bytes, check_room, init_cache, past_in_order, put_chunk, put_token, start_of, take
 from zoo.state import State
@@ -61,11 +61,7 @@ class Gate(nn.Module):
             self.bias[dims.heads :] = amplitude
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.biased(ops.precise_linear(x, self.weight))
-
-    def biased(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        """z and u of x @ weight.T, (B, T, 2 H)."""
-        z, u = (pre + self.bias.to(pre.dtype)).chunk(2, dim=-1)
+        z, u = ops.precise_linear(x, self.weight, self.bias).chunk(2, dim=-1)
         return z, u
 
 
@@ -81,7 +77,7 @@ class Attention(Mixer):
         self.kv_heads = kv_sets * dims.kv_heads
         queries, keys = dims.heads * dims.head_dim, self.kv_heads * dims.head_dim
         self.qkv = nn.Linear(dims.width, queries + 2 * keys, bias=False)
-        self.out = nn.Linear(queries, dims.width, bias=False)
+        self.out = Linear(queries, dims.width)
         self.shift = nn.Linear(dims.width, 2 * self.kv_heads, bias=False) if config.token_shift else None
         per_head = config.qk_norm == "head"
         self.q_norm = None if config.qk_norm == "none" else nn.RMSNorm(dims.head_dim if per_head else queries, eps=1e-6)
@@ -108,33 +104,29 @@ class Attention(Mixer):
 
     # -- projections ---------------------------------------------------------------------------------------------------
 
-    def _packed(self, x: Tensor) -> Tensor:
-        return self.qkv(x).unflatten(-1, (self.dims.heads + 2 * self.kv_heads, self.dims.head_dim))
-
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self._packed(x).split((self.dims.heads, self.kv_heads, self.kv_heads), dim=2)
+        packed = self.qkv(x).unflatten(-1, (self.dims.heads + 2 * self.kv_heads, self.dims.head_dim))
+        q, k, v = packed.split((self.dims.heads, self.kv_heads, self.kv_heads), dim=2)
         return q, k, v
 
     def _prepare(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Whole rows, projected, shifted, normalised and rotated in one operator; and the gate, whose projection is
-        one product with that of the shift, for x is most of what it reads."""
+        """Whole rows, projected, shifted, normalised and rotated in one operator, and the gate."""
         assert self.shift is not None
-        keep, gate = self.shift.weight, None
-        if self.gate is None:
-            keep = ops.precise_linear(x, keep)
-        else:
-            weights = (self.gate.weight, keep)
-            pre, keep = ops.precise_linear(x, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
-            gate = self.gate.biased(pre)
-        q, k, v = ops.prepare_qkv(
-            self._packed(x),
-            keep,
+        q, k, v, pre = ops.attention_inputs(
+            x,
+            self.qkv.weight,
+            self.shift.weight,
             self.dims.heads,
+            gates=None if self.gate is None else self.gate.weight,
+            bias=None if self.gate is None else self.gate.bias,
             norms=None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight),
             table=ctx.rotary if self.config.rotary else None,
             starts=None if ctx.cu_seqlens is None else document_starts(ctx.cu_seqlens, x.shape[1]),
         )
-        return q, k, v, gate
+        if self.gate is None:
+            return q, k, v, None
+        z, u = pre.chunk(2, dim=-1)
+        return q, k, v, (z, u)
 
     def _shift(self, x: Tensor, k: Tensor, v: Tensor, ctx: Context, state: Any) -> tuple[Tensor, Tensor]:
         assert self.shift is not None

@@ -6,8 +6,9 @@ Layout (B, T, H, D) everywhere. `window` counts the visible keys, the token's ow
 from zoo.ops.backend import may_look
 from zoo.ops.decode import ring_attention
 from zoo.ops.gate import log_decay
-from zoo.ops.linear import precise_linear
+from zoo.ops.linear import precise_linear, wide_linear
 from zoo.ops.loss import linear_cross_entropy
+from zoo.ops.mlp import mlp_in_pieces
 from zoo.ops.norm import add_norm
 from zoo.ops.nsa import (
     compressed_attention,
@@ -18,13 +19,14 @@ from zoo.ops.nsa import (
     runs_dense,
     selected_attention,
 )
-from zoo.ops.qkv import prepare_qkv
+from zoo.ops.qkv import attention_inputs
 from zoo.ops.rotary import rotary_table
 from zoo.ops.swiglu import swiglu
 from zoo.ops.window import gated_window_attention, window_attention
 
 __all__ = [
     "add_norm",
+    "attention_inputs",
     "compressed_attention",
     "gated_window_attention",
     "gather_blocks",
@@ -32,14 +34,15 @@ __all__ = [
     "log_decay",
     "may_look",
     "mix_branches",
+    "mlp_in_pieces",
     "nsa_attention",
     "pool_blocks",
     "precise_linear",
-    "prepare_qkv",
     "ring_attention",
     "rotary_table",
     "runs_dense",
     "selected_attention",
     "swiglu",
+    "wide_linear",
     "window_attention",
 ]

@@ -3,10 +3,11 @@
 A back end offers one module per op family, with the functions of the same names and arguments of `zoo.ops.reference`:
 `window` (window_forward, window_backward), `ring` (ring_attention) and `loss` (cross_entropy_rows); of
 `zoo.ops.reference_nsa`: `nsa` (compressed_forward, compressed_backward, selected_forward, selected_backward,
-mix_forward, mix_backward); and of `zoo.ops.reference_block`: `linear` (piecewise_product), `swiglu` (swiglu_forward,
-swiglu_backward), `norm` (add_norm_forward, add_norm_backward), `qkv` (prepare_forward, prepare_backward). Back ends are
-tried in the order of `BACKENDS`; the first that has the op and does not refuse runs. Another one (a kernel for one
-architecture, say) is one more row.
+mix_forward, mix_backward, pool_forward, pool_backward); of `zoo.ops.reference_prune`: `prune` (kept_tiles); and of
+`zoo.ops.reference_block`: `linear` (piecewise_product), `swiglu` (swiglu_forward, swiglu_backward), `norm`
+(add_norm_forward, add_norm_backward), `qkv` (prepare_forward, prepare_backward). Back ends are tried in the order of
+`BACKENDS`; the first that has the op and does not refuse runs. Another one (a kernel for one architecture, say) is one
+more row.
 
 Environment, read at every call:
     ZOO_BACKEND       a name of `BACKENDS`: that one or an error for every op that it has, never a fallback
@@ -40,7 +41,7 @@ class BackendError(ValueError):
     """ZOO_BACKEND names none, or one that can't run the call."""
 
 
-OPS = ("window", "ring", "loss", "nsa", "linear", "swiglu", "norm", "qkv")
+OPS = ("window", "prune", "ring", "loss", "nsa", "linear", "swiglu", "norm", "qkv")
 NO_HEADS = 0  # the head_dim of an op without heads
 
 
@@ -150,6 +151,7 @@ BACKENDS = (
         "triton",
         {
             "window": "zoo.kernels.window",
+            "prune": "zoo.kernels.prune",
             "ring": "zoo.kernels.decode",
             "loss": "zoo.kernels.loss",
             "nsa": "zoo.kernels.nsa",
@@ -164,6 +166,7 @@ BACKENDS = (
         "reference",
         {
             **dict.fromkeys(OPS, "zoo.ops.reference"),
+            "prune": "zoo.ops.reference_prune",
             "nsa": "zoo.ops.reference_nsa",
             **dict.fromkeys(("linear", "swiglu", "norm", "qkv"), "zoo.ops.reference_block"),
         },

@@ -9,7 +9,7 @@ two a back end turns logits into their gradients in place (`cross_entropy_rows` 
 import torch
 from torch import Tensor
 
-from zoo.ops import backend
+from zoo.ops import backend, linear
 from zoo.ops.stacking import in_front
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at once on a CPU: 64 MiB in float32
@@ -69,17 +69,8 @@ def _linear_cross_entropy(
         loss_sum += losses.view(target.shape).sum(dim=-1, dtype=wide)
         if needs_grad:
             grad_hidden[..., begin : begin + rows, :] = logits @ weight
-            _accumulate(grad_weight, logits, part)
+            linear.add_product(grad_weight, logits.mT, part)
     return loss_sum, grad_hidden, grad_weight
-
-
-def _accumulate(grad_weight: Tensor, logits: Tensor, part: Tensor) -> None:
-    """grad_weight += logits^T part, in one pass over it where a GPU's product can add to its float32 output."""
-    if logits.is_cuda and logits.dtype in (torch.bfloat16, torch.float16):
-        add = torch.addmm if logits.dim() == 2 else torch.baddbmm
-        add(grad_weight, logits.mT, part, out_dtype=torch.float32, out=grad_weight)
-    else:
-        grad_weight += logits.mT @ part
 
 
 def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:

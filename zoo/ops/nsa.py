@@ -175,7 +175,10 @@ def selected_attention(
 
 
 def pool_blocks(x: Tensor, block: int, *, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Means over the blocks of `gather_blocks`, (B,N,G,D) to (B,M,G,D), summed in float32 at least."""
+    """Means over the blocks of `gather_blocks`, (B,N,G,D) to (B,M,G,D), summed in float32 at least. Differentiable once
+    (packed documents: as often as wanted)."""
+    if cu_seqlens is None:
+        return _pool_blocks(x, block)
     wide = reference.accumulator(x.dtype)
     return gather_blocks(x, block, cu_seqlens=cu_seqlens).mean(2, dtype=wide).to(x.dtype)
 
@@ -229,6 +232,40 @@ def _places(q: Tensor, select: int, limit: int, cu_seqlens: Tensor | None, query
 
 
 # --------------------------------------------------------------------------------------------------------- operators
+
+
+@torch.library.custom_op("zoo::pool_blocks", mutates_args=())
+def _pool_blocks(x: Tensor, block: int) -> Tensor:
+    return _kernels(x).pool_forward(x, block)
+
+
+@_pool_blocks.register_fake
+def _(x, block):
+    return x.new_empty((x.shape[0], (x.shape[1] + 2 * block - 1) // block, *x.shape[2:]))
+
+
+@torch.library.custom_op("zoo::pool_blocks_backward", mutates_args=())
+def _pool_blocks_backward(dmeans: Tensor, length: int, block: int) -> Tensor:
+    return _kernels(dmeans).pool_backward(dmeans, length, block)
+
+
+@_pool_blocks_backward.register_fake
+def _(dmeans, length, block):
+    return dmeans.new_empty((dmeans.shape[0], length, *dmeans.shape[2:]))
+
+
+def _save_pool(ctx, inputs, output) -> None:
+    x, ctx.block = inputs
+    ctx.length = x.shape[1]
+
+
+def _backward_pool(ctx, dmeans: Tensor):
+    return _pool_blocks_backward(dmeans, ctx.length, ctx.block), None
+
+
+_pool_blocks.register_autograd(_backward_pool, setup_context=_save_pool)
+stack_rows(_pool_blocks)
+stack_rows(_pool_blocks_backward)
 
 
 @torch.library.custom_op("zoo::compressed_attention", mutates_args=())

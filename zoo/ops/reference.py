@@ -11,20 +11,18 @@ over the visible keys max(start_t, t - window + 1) <= j <= t (SPEC.md 1.4). Two 
 Shapes: q (B,T,H,D); k, v (B,N,G,D) with N >= T and H a multiple of G; log_decay (B,N,H). Query i stands at N - T + i.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.kernels import EPS
+from zoo.kernels import EPS, KEPT_TILE
 
 BLOCK = 128  # queries per step of the blocked path: more wastes hidden keys, fewer wastes calls
 BLOCK_ELEMENTS = 1 << 20  # logits per step; above it the block shrinks, so that a step stays in cache
 
-# First visible key of each query, one past the last query that sees each key; (B,N) int32. Where tiles are pruned both
-# are (B,G,N), and the document's end (B,N) or None follows (zoo/ops/prune.py).
-Spans = tuple[Any, ...]
+# First visible key of each query, one past the last query that sees each key: spans (B,N) int32, by position. The same
+# of tiles, where tiles are pruned: kept (B,G,tiles) int32 (zoo/ops/prune.py).
+Bounds = tuple[Tensor, Tensor]
 
 
 def activate(z: Tensor, u: Tensor, eps: float = EPS) -> Tensor:
@@ -52,18 +50,29 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def document_spans(cu_seqlens: Tensor, length: int) -> Spans:
+def document_spans(cu_seqlens: Tensor, length: int) -> Bounds:
     """Start and end of each token's document, (1, length) int32, without a device sync. Documents may be empty."""
     token = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     document = torch.searchsorted(cu_seqlens, token, right=True)
     return cu_seqlens[document - 1][None].int(), cu_seqlens[document][None].int()
 
 
-def key_start_spans(key_start: Tensor, length: int) -> Spans:
+def key_start_spans(key_start: Tensor, length: int) -> Bounds:
     """The same pair for rows whose first valid key is key_start (B,) int32. No query sees the keys before it."""
     token = torch.arange(length, device=key_start.device, dtype=torch.int32)
     end = torch.where(token < key_start[:, None], 0, length).int()
     return key_start.int()[:, None].expand(-1, length), end
+
+
+def visible_spans(spans: Bounds | None, kept: Bounds | None, length: int) -> Bounds | None:
+    """Both in one, by position: (B,N), or (B,G,N) where tiles are pruned."""
+    if kept is None:
+        return spans
+    start, end = (KEPT_TILE * x.repeat_interleave(KEPT_TILE, dim=2)[:, :, :length] for x in kept)
+    end = end.clamp(max=length)
+    if spans is None:
+        return start, end
+    return torch.maximum(start, spans[0].unsqueeze(1)), torch.minimum(end, spans[1].unsqueeze(1))
 
 
 # ------------------------------------------------------------------------------------------------ the definition
@@ -77,7 +86,7 @@ def definition(
     *,
     window: int | None = None,
     scale: float | None = None,
-    spans: Spans | None = None,
+    spans: Bounds | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out (B,T,H,D) and natural-log lse (B,T,H), written down as in the module's docstring. O(T N) memory."""
     queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
@@ -98,7 +107,7 @@ def definition(
     return torch.einsum("bhts,bshd->bthd", p, v), lse.transpose(1, 2).to(accumulator(q.dtype))
 
 
-def _visible(query: Tensor, key: Tensor, window: int | None, spans: Spans | None) -> Tensor:
+def _visible(query: Tensor, key: Tensor, window: int | None, spans: Bounds | None) -> Tensor:
     """Bool mask (1 or B, 1 or G, queries, keys) from absolute positions."""
     distance = query[:, None] - key[None, :]
     visible = distance >= 0
@@ -125,7 +134,8 @@ def window_forward(
     *,
     window: int | None,
     scale: float,
-    spans: Spans | None,
+    spans: Bounds | None,
+    kept: Bounds | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out like q and natural-log lse (B,T,H); gate is () for none, (log_decay,) or (z, u). No autograd."""
     batch, length, heads, dim = q.shape
@@ -134,19 +144,20 @@ def window_forward(
     keys, values, decay = _by_head(k, wide), _by_head(v, wide), _decay_by_head(gate, kv_heads)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((batch, length, heads), dtype=wide)
-    for block in _blocks(q, k, window, spans):
+    seen = visible_spans(spans, kept, k.shape[1])
+    for block in _blocks(q, k, window, seen):
         rows, cols = block
         queries = _rows_by_group(q, rows, kv_heads, wide)
-        logits, own = _bias_and_mask(q, k, block, decay, window, spans)
+        logits, own = _bias_and_mask(q, k, block, decay, window, seen)
         logits = logits.view(batch * kv_heads, -1, cols.stop - cols.start)
         logits.baddbmm_(queries, keys[:, cols].mT, alpha=scale)
         top = logits.amax(-1, keepdim=True)
-        if spans is not None:
+        if seen is not None:
             top.masked_fill_(top == -torch.inf, 0)  # a row that sees nothing: p = 0, lse = -inf
         p = logits.sub_(top).exp_()
         total = p.sum(-1, keepdim=True)
         mixed = torch.bmm(p, values[:, cols])
-        mixed /= total if spans is None else total.clamp_min(torch.finfo(wide).tiny)
+        mixed /= total if seen is None else total.clamp_min(torch.finfo(wide).tiny)
         out[:, rows] = _rows_by_token(mixed, batch, heads, dim)
         row_lse = total.log_().add_(top).view(batch, heads, -1)
         lse[:, rows] = (row_lse if own is None else row_lse - own).transpose(1, 2)
@@ -165,7 +176,8 @@ def window_backward(
     *,
     window: int | None,
     scale: float,
-    spans: Spans | None,
+    spans: Bounds | None,
+    kept: Bounds | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """dq, dk, dv and the gate's gradients (as many as `gate` has), probabilities recomputed from lse."""
     batch, length, heads, dim = q.shape
@@ -179,10 +191,11 @@ def window_backward(
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that sees nothing gives p = 0
     if dlse is not None:
         delta = delta - dlse.to(wide).masked_fill(lse == torch.inf, 0)
-    for block in _blocks(q, k, window, spans):
+    seen = visible_spans(spans, kept, k.shape[1])
+    for block in _blocks(q, k, window, seen):
         rows, cols = block
         queries, douts = (_rows_by_group(x, rows, kv_heads, wide) for x in (q, dout))
-        p, own = _bias_and_mask(q, k, block, decay, window, spans)
+        p, own = _bias_and_mask(q, k, block, decay, window, seen)
         row_lse = lse[:, rows].transpose(1, 2)
         row_lse = (row_lse if own is None else row_lse + own).reshape(batch * kv_heads, -1, 1)
         p = p.view(batch * kv_heads, -1, cols.stop - cols.start).sub_(row_lse)
@@ -201,7 +214,7 @@ def window_backward(
     return dq, _by_token(dk, k), _by_token(dv, v), dgate
 
 
-def _blocks(q: Tensor, k: Tensor, window: int | None, spans: Spans | None) -> list[tuple[slice, slice]]:
+def _blocks(q: Tensor, k: Tensor, window: int | None, spans: Bounds | None) -> list[tuple[slice, slice]]:
     """(queries, keys) of each step: a block of rows of q, and the keys that any of them may see."""
     batch, length, heads, _ = q.shape
     offset = k.shape[1] - length
@@ -220,7 +233,7 @@ def _blocks(q: Tensor, k: Tensor, window: int | None, spans: Spans | None) -> li
 
 
 def _bias_and_mask(
-    q: Tensor, k: Tensor, block: tuple[slice, slice], decay: Tensor | None, window: int | None, spans: Spans | None
+    q: Tensor, k: Tensor, block: tuple[slice, slice], decay: Tensor | None, window: int | None, spans: Bounds | None
 ) -> tuple[Tensor, Tensor | None]:
     """What is added to a block's logits, (B,G,R,rows,cols), and each row's own share of it, (B,H,rows).
 
@@ -243,13 +256,12 @@ def _bias_and_mask(
     return hidden[:, :, None] + bias[..., None, :], bias[..., -len(query) :].flatten(1, 2)
 
 
-def _gate_backward(dprefix: Tensor, gate: tuple[Tensor, ...], spans: Spans | None) -> tuple[Tensor, ...]:
+def _gate_backward(dprefix: Tensor, gate: tuple[Tensor, ...], spans: Bounds | None) -> tuple[Tensor, ...]:
     """From the gradient of the prefix sum (B,G,R,N) to that of log_decay, or of z and u."""
     dprefix = dprefix.flatten(1, 2)
     grad = dprefix.flip(-1).cumsum(-1).flip(-1)
-    end = None if spans is None else spans[-1]
-    if end is not None:  # what lies beyond the document sums to zero but for rounding, which must not leak either
-        after = F.pad(grad, (0, 1)).gather(2, end.long()[:, None].expand(grad.shape))
+    if spans is not None:  # what lies beyond the document sums to zero but for rounding, which must not leak either
+        after = F.pad(grad, (0, 1)).gather(2, spans[1].long()[:, None].expand(grad.shape))
         grad = grad - after
     grad = grad.transpose(1, 2).contiguous()
     grads = (grad.to(gate[0].dtype),) if len(gate) == 1 else activate_backward(grad, gate[0], gate[1])

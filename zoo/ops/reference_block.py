@@ -71,16 +71,19 @@ def prepare_forward(
 
 
 def prepare_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, keep: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
-    cos: Tensor | None, sin: Tensor | None, starts: Tensor | None, heads: int, per_head: bool, eps: float,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """The gradients of qkv and keep, and those of the weights of q and k, head by head: (S, H + G, D)."""
+    dq: Tensor, dk: Tensor, dv: Tensor, dgates: Tensor, qkv: Tensor, keep: Tensor, q_weight: Tensor | None,
+    k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, starts: Tensor | None, heads: int, per_head: bool,
+    eps: float, width: int,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The gradients of qkv, gates and keep side by side in a row of `width` columns, zeros behind them: (B, T, width)
+    of qkv's dtype; and those of the weights of q and k, head by head: (S, H + G, D)."""
     parts = _parts(qkv, keep, q_weight, k_weight, cos, sin, heads)
     found = [_part_backward(grad, *part, starts, per_head, eps) for grad, part in zip((dq, dk, dv), parts, strict=True)]
-    dqkv = torch.cat([dx for dx, _, _ in found], dim=2)
-    dkeep = torch.cat([dkeep for _, dkeep, _ in found if dkeep is not None], dim=2)
+    columns = [dx.flatten(2) for dx, _, _ in found]
+    columns += [x.to(qkv.dtype) for x in (dgates, *(dkeep for _, dkeep, _ in found if dkeep is not None))]
+    packed = torch.cat(columns, dim=2)
     dweights = [dweight for _, _, dweight in found if dweight is not None]
-    return dqkv, dkeep, torch.cat(dweights, dim=1) if dweights else None
+    return F.pad(packed, (0, width - packed.shape[2])), torch.cat(dweights, dim=1) if dweights else None
 
 
 def _parts(qkv, keep, q_weight, k_weight, cos, sin, heads) -> list[tuple[Any, Any, Any, Any]]:  # noqa: ANN001

@@ -1,6 +1,6 @@
 """Compressed and selected attention in plain PyTorch: the path that CPUs run, float64 included (SPEC.md 5.1).
 
-The same four functions as `zoo.kernels.nsa`, on checked tensors and without autograd. The queries are walked in chunks,
+The same functions as `zoo.kernels.nsa`, on checked tensors and without autograd. The queries are walked in chunks,
 so that no tensor grows with T times the number of keys or blocks: memory is linear in T.
 
 Shapes: q (B,T,H,D); k, v (B,N,G,D); compressed keys and values (B,M,G,D); block_index (B,T,G,top) int32. R = H/G query
@@ -336,6 +336,23 @@ def _rows(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, wide: tor
     if dlse is not None:
         delta = delta - dlse.to(wide).masked_fill(lse == torch.inf, 0)
     return delta, lse
+
+
+# ------------------------------------------------------------------------------------------------------ means of blocks
+
+
+def pool_forward(x: Tensor, block: int) -> Tensor:
+    """(B,N,G,D) to (B,M,G,D): block c holds [c * block, (c + 1) * block), zeros beyond the last token. One block more
+    than hold a token."""
+    count = (x.shape[1] + 2 * block - 1) // block
+    x = F.pad(x, (0, 0, 0, 0, 0, count * block - x.shape[1]))
+    return x.unflatten(1, (count, block)).mean(2, dtype=accumulator(x.dtype)).to(x.dtype)
+
+
+def pool_backward(dmeans: Tensor, length: int, block: int) -> Tensor:
+    """dx (B,length,G,D)."""
+    share = (dmeans.to(accumulator(dmeans.dtype)) / block).to(dmeans.dtype)
+    return share.repeat_interleave(block, 1)[:, :length].contiguous()
 
 
 # -------------------------------------------------------------------------------------------------- the sum of branches

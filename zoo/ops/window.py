@@ -14,8 +14,7 @@ from torch import Tensor
 
 from zoo.ops import backend, reference
 from zoo.ops.gate import check_gate
-from zoo.ops.gate import log_decay as activated
-from zoo.ops.prune import first_tiles, pruned_spans
+from zoo.ops.prune import kept_tiles
 from zoo.ops.stacking import stack_rows
 
 
@@ -56,8 +55,8 @@ def window_attention(
             allowed = "float32 or float64" if q.dtype == torch.float64 else "float32"
             raise ValueError(f"log_decay is {log_decay.dtype}: with q in {q.dtype} it must be {allowed}")
     scale = _check_options(q, k, window, scale, cu_seqlens, key_start)
-    first = _first_tiles(q, k, log_decay, window, scale, prune)
-    out, lse = _window_attention(q, k, v, log_decay, None, None, window, scale, cu_seqlens, key_start, first)
+    kept = _kept_tiles(q, k, _gate(log_decay, None, None), window, scale, prune)
+    out, lse = _window_attention(q, k, v, log_decay, None, None, window, scale, cu_seqlens, key_start, *kept)
     return (out, lse) if return_lse else out
 
 
@@ -82,24 +81,20 @@ def gated_window_attention(
     check_gate(z, u)
     _check_like_keys("z", z, q, k)
     scale = _check_options(q, k, window, scale, cu_seqlens, key_start)
-    first = None
-    if prune is not None:
-        with torch.no_grad():
-            decay = activated(z, u)
-        first = _first_tiles(q, k, decay, window, scale, prune)
-    return _window_attention(q, k, v, None, z, u, window, scale, cu_seqlens, key_start, first)[0]
+    kept = _kept_tiles(q, k, (z, u), window, scale, prune)
+    return _window_attention(q, k, v, None, z, u, window, scale, cu_seqlens, key_start, *kept)[0]
 
 
-def _first_tiles(
-    q: Tensor, k: Tensor, decay: Tensor | None, window: int | None, scale: float, prune: float | None
-) -> Tensor | None:
+def _kept_tiles(
+    q: Tensor, k: Tensor, gate: tuple[Tensor, ...], window: int | None, scale: float, prune: float | None
+) -> tuple[Tensor | None, Tensor | None]:
     if prune is None:
-        return None
-    if decay is None:
+        return None, None
+    if not gate:
         raise ValueError("prune needs log_decay: without a gate no key is known to be negligible")
     if not 0 < prune < 1:
         raise ValueError(f"prune is {prune!r}: it is a share of the probability, above 0 and below 1, or None")
-    return first_tiles(q, k, decay, window=window, scale=scale, prune=prune) if q.numel() else None
+    return kept_tiles(q, k, gate, window=window, scale=scale, prune=prune) if q.numel() else (None, None)
 
 
 # ------------------------------------------------------------------------------------------------------ the operator
@@ -118,16 +113,17 @@ def _window_attention(
     cu_seqlens: Tensor | None,
     key_start: Tensor | None,
     first: Tensor | None,
+    last: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     _check_values(q, k, log_decay, cu_seqlens, key_start)
     kernels = backend.choose("window", q.device, q.dtype, q.shape[3])
-    spans = _spans(k, cu_seqlens, key_start, first)
+    bounds = {"spans": _spans(k, cu_seqlens, key_start), "kept": _kept(first, last)}
     with torch.autocast(q.device.type, enabled=False):  # the op chooses its own dtypes, accumulators above all
-        return kernels.window_forward(q, k, v, _gate(log_decay, z, u), window=window, scale=scale, spans=spans)
+        return kernels.window_forward(q, k, v, _gate(log_decay, z, u), window=window, scale=scale, **bounds)
 
 
 @_window_attention.register_fake
-def _(q, k, v, log_decay, z, u, window, scale, cu_seqlens, key_start, first):
+def _(q, k, v, log_decay, z, u, window, scale, cu_seqlens, key_start, first, last):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=reference.accumulator(q.dtype))
 
 
@@ -148,38 +144,39 @@ def _window_attention_backward(
     cu_seqlens: Tensor | None,
     key_start: Tensor | None,
     first: Tensor | None,
+    last: Tensor | None,
 ) -> list[Tensor]:
     """dq, dk, dv, then the gradients of log_decay, or of z and u."""
     kernels = backend.choose("window", q.device, q.dtype, q.shape[3])
-    spans, gate = _spans(k, cu_seqlens, key_start, first), _gate(log_decay, z, u)
+    gate, bounds = _gate(log_decay, z, u), {"spans": _spans(k, cu_seqlens, key_start), "kept": _kept(first, last)}
     with torch.autocast(q.device.type, enabled=False):
         dq, dk, dv, dgate = kernels.window_backward(
-            dout, dlse, q, k, v, out, lse, gate, window=window, scale=scale, spans=spans
+            dout, dlse, q, k, v, out, lse, gate, window=window, scale=scale, **bounds
         )
     return [dq, dk, dv, *dgate]
 
 
 @_window_attention_backward.register_fake
-def _(dout, dlse, q, k, v, out, lse, log_decay, z, u, window, scale, cu_seqlens, key_start, first):
+def _(dout, dlse, q, k, v, out, lse, log_decay, z, u, window, scale, cu_seqlens, key_start, first, last):
     return [x.new_empty(x.shape) for x in (q, k, v, *_gate(log_decay, z, u))]
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, log_decay, z, u, window, scale, cu_seqlens, key_start, first = inputs
-    ctx.save_for_backward(q, k, v, *output, log_decay, z, u, cu_seqlens, key_start, first)
+    q, k, v, log_decay, z, u, window, scale, cu_seqlens, key_start, first, last = inputs
+    ctx.save_for_backward(q, k, v, *output, log_decay, z, u, cu_seqlens, key_start, first, last)
     ctx.window, ctx.scale = window, scale
     ctx.set_materialize_grads(False)  # an lse that nobody used costs nothing
 
 
 def _backward(ctx, dout: Tensor | None, dlse: Tensor | None):
-    q, k, v, out, lse, log_decay, z, u, cu_seqlens, key_start, first = ctx.saved_tensors
+    q, k, v, out, lse, log_decay, z, u, cu_seqlens, key_start, first, last = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv, *dgate = _window_attention_backward(
-        dout, dlse, q, k, v, out, lse, log_decay, z, u, ctx.window, ctx.scale, cu_seqlens, key_start, first
+        dout, dlse, q, k, v, out, lse, log_decay, z, u, ctx.window, ctx.scale, cu_seqlens, key_start, first, last
     )
     dlog_decay = dgate[0] if log_decay is not None else None
     dz, du = dgate if z is not None else (None, None)
-    return dq, dk, dv, dlog_decay, dz, du, None, None, None, None, None
+    return dq, dk, dv, dlog_decay, dz, du, None, None, None, None, None, None
 
 
 _window_attention.register_autograd(_backward, setup_context=_save)
@@ -191,13 +188,14 @@ def _gate(log_decay: Tensor | None, z: Tensor | None, u: Tensor | None) -> tuple
     return tuple(x for x in (log_decay, z, u) if x is not None)
 
 
-def _spans(k: Tensor, cu_seqlens: Tensor | None, key_start: Tensor | None, first: Tensor | None) -> Any:
-    spans = None
+def _spans(k: Tensor, cu_seqlens: Tensor | None, key_start: Tensor | None) -> reference.Bounds | None:
     if cu_seqlens is not None:
-        spans = reference.document_spans(cu_seqlens, k.shape[1])
-    elif key_start is not None:
-        spans = reference.key_start_spans(key_start, k.shape[1])
-    return spans if first is None else pruned_spans(first, spans, k.shape[1])
+        return reference.document_spans(cu_seqlens, k.shape[1])
+    return None if key_start is None else reference.key_start_spans(key_start, k.shape[1])
+
+
+def _kept(first: Tensor | None, last: Tensor | None) -> reference.Bounds | None:
+    return None if first is None or last is None else (first, last)
 
 
 # -------------------------------------------------------------------------------------------------------- the checks
