@@ -312,9 +312,11 @@ def run(out: Path, rounds: int = 3, peers: list[str] | None = None, shapes: list
     rows: list[dict[str, Any]] = []
     for number in range(rounds):
         process = start("one_round", peers, shapes, stdout=subprocess.PIPE, stderr=None)
-        text, _ = process.communicate()
-        rows += [{"round": number, **json.loads(line)} for line in text.splitlines() if line.startswith("{")]
-        write_csv(rows, out / "bench.csv")  # what is there when a later round fails
+        for line in process.stdout or ():
+            if line.startswith("{"):
+                rows.append({"round": number, **json.loads(line)})
+                write_csv(rows, out / "bench.csv")  # what is there when the rest fails, or is interrupted
+        process.wait()
         if process.returncode:
             raise BenchError(f"round {number + 1} of {rounds} failed with exit code {process.returncode}")
     plot(summarise(rows), out / "bench.png")
