@@ -82,8 +82,10 @@ def test_a_weights_gradient_is_not_rounded_under_autocast():
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
-def test_an_mlp_in_pieces_is_no_further_from_float64_than_in_one(gated):
+def test_an_mlp_in_pieces_is_no_further_from_float64_than_in_one(gated, monkeypatch):
     """Under autocast; and never more of its inner activations than a piece's."""
+    # a product of few rows is split along K, and torch lets cuBLAS round the partial sums to bfloat16
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
     generator = torch.Generator("cuda").manual_seed(0)
     sizes = ((1, 20001, 256), (2048 if gated else 1024, 256), (256, 1024))
     leaves = [0.1 * torch.randn(size, generator=generator, device="cuda") for size in sizes]
