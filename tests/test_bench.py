@@ -1,6 +1,9 @@
 """The bench without a GPU: what it counts, how it sums up, and that it refuses to print what it cannot trust."""
 
+import csv
+import json
 import subprocess
+import sys
 import time
 from dataclasses import asdict
 from functools import partial
@@ -125,6 +128,25 @@ def test_no_speed_without_green_tests(monkeypatch):
         bench.check_kernels(workers=2)
     assert asked[-2:] == ["-n", "2"]
     assert "no:benchmark" in asked  # whose warning about the workers would be an error
+
+
+def test_what_is_measured_outlives_a_round_that_fails(monkeypatch, tmp_path):
+    measured = [{"peer": "zoo", "what": "forward", "ms": 1.5}, {"peer": "zoo", "what": "backward", "ms": 2.5}]
+    lines = "\n".join(["a word of a library's", *(json.dumps(row) for row in measured)])
+    endings = iter((0, 3))
+
+    def start(function, *arguments, **options):
+        command = [sys.executable, "-c", f"print({lines!r}); raise SystemExit({next(endings)})"]
+        return subprocess.Popen(command, text=True, **options)
+
+    monkeypatch.setattr(bench, "start", start)
+    with pytest.raises(bench.BenchError, match="round 2 of 3 failed with exit code 3"):
+        bench.measure(tmp_path / "bench.csv", 3, ["zoo"], [])
+    with (tmp_path / "bench.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["round"], row["what"], row["ms"]) for row in rows] == [
+        (number, what, ms) for number in "01" for what, ms in (("forward", "1.5"), ("backward", "2.5"))
+    ]
 
 
 def test_each_kind_of_call_is_compiled_once(monkeypatch):

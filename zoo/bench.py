@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from zoo import ops
 from zoo.bench_report import plot, summarise, table, write_csv
@@ -309,18 +310,26 @@ def run(out: Path, rounds: int = 3, peers: list[str] | None = None, shapes: list
             process.wait()
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench.json").write_text(json.dumps(provenance(), indent=1) + "\n", encoding="utf-8")
-    rows: list[dict[str, Any]] = []
-    for number in range(rounds):
-        process = start("one_round", peers, shapes, stdout=subprocess.PIPE, stderr=None)
-        for line in process.stdout or ():
-            if line.startswith("{"):
-                rows.append({"round": number, **json.loads(line)})
-                write_csv(rows, out / "bench.csv")  # what is there when the rest fails, or is interrupted
-        process.wait()
-        if process.returncode:
-            raise BenchError(f"round {number + 1} of {rounds} failed with exit code {process.returncode}")
+    rows = measure(out / "bench.csv", rounds, peers, shapes)
     plot(summarise(rows), out / "bench.png")
     return table(rows)
+
+
+def measure(path: Path, rounds: int, peers: list[str], shapes: list[str]) -> list[dict[str, Any]]:
+    """The figures of all rounds. Each is in `path` once it is there, whatever becomes of the rest."""
+    rows: list[dict[str, Any]] = []
+    with tqdm(desc="zoo bench kernels", unit=" figures", disable=not sys.stderr.isatty()) as bar:
+        for number in range(rounds):
+            bar.set_postfix_str(f"round {number + 1} of {rounds}")
+            with start("one_round", peers, shapes, stdout=subprocess.PIPE, stderr=None) as process:
+                for line in process.stdout or ():
+                    if line.startswith("{"):
+                        rows.append({"round": number, **json.loads(line)})
+                        write_csv(rows, path)
+                        bar.update()
+            if process.returncode:
+                raise BenchError(f"round {number + 1} of {rounds} failed with exit code {process.returncode}")
+    return rows
 
 
 def start(function: str, *arguments: Any, **options: Any) -> subprocess.Popen:
