@@ -186,12 +186,17 @@ def main() -> None:
             if device.type == "cuda":
                 row |= times(q, k, v, decay, args.window, prune, args.rounds)
             rows.append(row | gains(row))
-        rows.append({"run": str(args.run), "window": args.window, "prune": prune, "device": place, **together(rows)})
-        for row in rows:
-            print(line(row), flush=True)
-        if args.out is not None:
-            with args.out.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            put(rows[-1], args.out)
+        whole = {"run": str(args.run), "window": args.window, "prune": prune, "device": place, **together(rows)}
+        put(whole, args.out)
+
+
+def put(row: dict[str, Any], out: Path | None) -> None:
+    """As soon as it is known: a layer takes seconds, and compiling before the first one takes longer."""
+    print(line(row), flush=True)
+    if out is not None:
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
