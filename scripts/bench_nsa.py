@@ -7,9 +7,9 @@ speed      compression + selection and the whole op, forward and backward, their
 crossover  the whole op against dense causal attention, one CUDA graph each
 decode     a step after 64k tokens, one CUDA graph: time, bytes of keys and values, against full attention
 
-Prints medians in ms; with $OUT set every row, complete, goes to $OUT/bench_nsa.json as soon as it is there. A row whose
-measurement fails says so and the others go on. 64 query heads, head_dim 128, block 64, top 16, window 512, bfloat16.
-Tiles are tried by tune_nsa.py.
+Prints medians in ms, each on stderr as soon as it is measured; with $OUT set every row, complete, goes to
+$OUT/bench_nsa.json. A row whose measurement fails says so and the others go on. 64 query heads, head_dim 128, block 64,
+top 16, window 512, bfloat16. Tiles are tried by tune_nsa.py.
 """
 
 import argparse
@@ -127,6 +127,7 @@ class Row(dict):
             self[name] = None
             self.setdefault("errors", {})[name] = f"{type(error).__name__}: {error}"[:300]
             check_device(f"{name} of {dict(self)}")
+        sys.stderr.write(f"    {self.text(name)}\n")
         torch.cuda.empty_cache()
 
     def forward_and_backward(

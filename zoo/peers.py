@@ -202,10 +202,13 @@ def flex(gated: bool) -> Callable[[Inputs], tuple[Call, list[Tensor], Tensor]]:
     """torch.compile(flex_attention) with the key-side bias: what a user would write (SPEC.md 0.1)."""
 
     def make(x: Inputs) -> tuple[Call, list[Tensor], Tensor]:
+        from torch._functorch import config
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         if x.shape.document:
             raise Skip("no mask of documents is built for it")
+        torch.compiler.reset()  # compiled for this shape, as ours is; more than eight shapes would run uncompiled
+        config.donated_buffer = False  # a backward pass that gives its inputs away cannot be timed twice
         window, tokens = x.shape.window, x.shape.tokens
         mask = create_block_mask(
             lambda b, h, i, j: (j <= i) & (i - j < window), None, None, tokens, tokens, _compile=True
@@ -213,7 +216,7 @@ def flex(gated: bool) -> Callable[[Inputs], tuple[Call, list[Tensor], Tensor]]:
         q, k, v, dout = (by_head(t) for t in (x.q, x.k, x.v, x.dout))
         bias = (-x.log_decay.detach().cumsum(1)).transpose(1, 2).contiguous().requires_grad_(gated)
         score = (lambda s, b, h, i, j: s + bias[b, h, j]) if gated else None
-        compiled = torch.compile(flex_attention)
+        compiled = torch.compile(flex_attention, dynamic=False)
         leaves = [q, k, v, *([bias] if gated else [])]
         options: dict[str, Any] = {"score_mod": score, "block_mask": mask, "enable_gqa": bool(x.shape.kv_heads)}
         return (lambda: compiled(q, k, v, **options)), leaves, dout
