@@ -274,10 +274,10 @@ def trained(job: Job) -> Iterator[tuple[Replica, Path]]:
         replicas = cell.replicas()
         yield from zip(replicas, sweep(recipe, job.folder, replicas), strict=True)
         return
+    # Compiled code of former cells counts against the number that is kept; a cell's own serves all its replicas
+    torch._dynamo.reset()
     for replica, _ in job.missing:
-        folder = job.folder / replica.name
-        torch._dynamo.reset()  # compiled code of former models counts against the number that is kept
-        yield replica, train(replica.recipe(recipe), folder, resume=True).run
+        yield replica, train(replica.recipe(recipe), job.folder / replica.name, resume=True).run
 
 
 def rows_of_speed(cell: Cell, replica: Replica) -> list[Row]:
