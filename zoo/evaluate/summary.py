@@ -104,7 +104,8 @@ def lines(rows: Sequence[Row], measurement: str = "scores") -> list[Line]:
         for row in own:
             values.setdefault(row["name"], []).append(row["value"])
         spreads = {name: Spread.of(held) for name, held in values.items()}
-        found.append(Line(model, arm, best if several else None, own[0], spreads))
+        facts = next((row for row in own if "published" in row), own[0])  # the first, unless that one came back later
+        found.append(Line(model, arm, best if several else None, facts, spreads))
     return found
 
 
