@@ -1,5 +1,7 @@
 """The recall task: a synthetic data set as batches with their answers; accuracy, pooled and by segment."""
 
+import functools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ class RecallTask(Task):
     def __init__(self, config: Config, assets: Path | None = None):
         self.config = config = configs.build(self.Config, config)
         assert config.dataset is not None
-        self.data: Synthetic = datasets.get(config.dataset.name)(config.dataset.config)
+        self.data = data_set(config.dataset.name, json.dumps(configs.to_dict(config.dataset.config)))
 
     def model_config(self, config: ModelConfig) -> ModelConfig:
         return configs.build(ModelConfig, config, {"head": {"vocabulary": self.data.vocabulary}})
@@ -54,6 +56,13 @@ class RecallTask(Task):
         parts = self.data.segments(split)
         named = ", ".join(f"{part.name} ({len(part)})" for part in parts)
         return f"{self.data.name}, segments {named}; accuracy per example, then over all examples"
+
+
+@functools.lru_cache(maxsize=2)
+def data_set(name: str, config: str) -> Synthetic:
+    """By its name and its config as JSON; made once for all runs of a process that ask for the same numbers."""
+    kind = datasets.get(name)
+    return kind(configs.build(kind.Config, json.loads(config)))
 
 
 class Accuracy:

@@ -10,6 +10,7 @@ from zoo.config import ConfigError, list_suites
 from zoo.evaluate import find_suite, run_suite, runner
 from zoo.evaluate.rows import is_complete, merge, read_rows
 from zoo.evaluate.suite import fitting_mlp, parameter_count, read_suite
+from zoo.evaluate.summary import lines, sections
 from zoo.train import Recipe, Replica
 
 
@@ -95,6 +96,25 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(suite, tmp_path, monkeyp
     assert done.ran == ["tiny/recall_gatedfwa_d32"]
 
 
+def test_a_cell_that_breaks_off_leaves_the_rows_of_what_it_measured(suite, tmp_path, monkeypatch):
+    real = runner.MEASURE["scores"]
+
+    def breaks(run, settings, device):
+        if "seed1" in str(run):
+            raise RuntimeError("the time is up")
+        return real(run, settings, device)
+
+    monkeypatch.setitem(runner.MEASURE, "scores", breaks)
+    done = quiet(suite, tmp_path, only=["swa"])
+    assert list(done.failed) == ["tiny/recall_swa_d32"]
+    before = read_rows(done.rows)
+    assert {row["seed"] for row in before} == {0}
+    monkeypatch.setitem(runner.MEASURE, "scores", real)
+    after = read_rows(quiet(suite, tmp_path, only=["swa"]).rows)
+    assert after[: len(before)] == before
+    assert {row["seed"] for row in after[len(before) :]} == {1}
+
+
 def test_a_changed_recipe_replaces_its_rows(suite, tmp_path):
     quiet(suite, tmp_path, only=["swa"])
     before = read_rows(tmp_path / "out/tiny.jsonl")
@@ -178,6 +198,17 @@ def test_completeness_is_seen_from_the_rows():
     assert not is_complete(rows[:1], group, "x")
     assert not is_complete([rows[0], rows[0]], group, "x")
     assert not is_complete(rows, group, "y")
+
+
+def test_the_order_of_the_rows_decides_nothing_on_the_page():
+    base = {"measurement": "scores", "name": "accuracy", "at": {}, "value": 0.5, "lr": 0.1, "seed": 0}
+    rows = [
+        {**base, "experiment": name, "section": name, "model": "m", "arm": arm}
+        for name in ("b", "a")
+        for arm in ("length-128", "length-64", "length-1024")
+    ]
+    assert list(sections(rows)) == ["a", "b"]
+    assert [line.arm for line in lines(rows[:3])] == ["length-64", "length-128", "length-1024"]
 
 
 def test_a_suite_may_be_a_file_and_keeps_its_name(suite):

@@ -118,6 +118,15 @@ def test_a_replica_that_breaks_down_takes_none_along(tmp_path):
     assert all(p.isfinite().all() for p in weights_of(runs[1]).values())
 
 
+def test_evaluation_takes_batches_of_its_own_size(tmp_path):
+    rows = []
+    for words in ([], ["train.eval_batch_size=9"]):
+        (run,) = sweep(small(*words), tmp_path / str(len(words)), REPLICAS[:1])
+        rows.append([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+    for one, other in zip(*rows, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
 def test_early_end_is_each_ones_own(tmp_path):
     recipe = small("train.steps=16", "train.stop_when=loss < 3.45")
     runs = sweep(recipe, tmp_path / "stopped", [Replica(1e-5, 0), Replica(3e-2, 0), Replica(2e-5, 1)])

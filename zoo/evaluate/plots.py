@@ -186,7 +186,7 @@ def finish(axes: Any, x: str, y: str, *, logarithmic: bool) -> None:
         axes.set_xscale("symlog", base=2, linthresh=16, linscale=1)
     elif logarithmic:
         axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(EngFormatter(sep="") if axes.get_xscale() == "linear" else in_powers_of_two)
     if axes.get_yscale() == "log":
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.yaxis.set_minor_formatter(EngFormatter(sep=""))
@@ -195,3 +195,12 @@ def finish(axes: Any, x: str, y: str, *, logarithmic: bool) -> None:
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
+
+
+def in_powers_of_two(value: float, _: int) -> str:
+    """65536 -> 64Ki, as ticks at powers of two read best."""
+    units = ["", "Ki", "Mi", "Gi"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        del units[0]
+    return f"{value:.4g}{units[0]}"

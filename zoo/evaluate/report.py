@@ -84,7 +84,8 @@ def score_table(found: list[Line], names: Iterable[str]) -> str:
     columns = {name: cells for name, cells in facts.items() if any(cells) and name != "published"}
     columns |= {name: [spread(line.values.get(name)) for line in found] for name in names}
     if any(facts["published"]):
-        columns[f"{names[0]}, published"] = facts["published"]
+        named = next(line.facts["name"] for line in found if "published" in line.facts)
+        columns[f"{named}, published"] = facts["published"]
     return table(
         ["model", *columns], [[line.model, *cells] for line, *cells in zip(found, *columns.values(), strict=True)]
     )

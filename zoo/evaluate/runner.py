@@ -4,7 +4,8 @@
     <out>/<suite>-*.png         the plots
     <work>/<suite>/<cell>/…     the runs: they make going on after a crash cheap, and are not needed for the page
 
-Cells run one after another, or several at once in processes of their own; this process alone writes.
+Cells run one after another, or several at once in processes of their own; this process alone writes. What is measured
+of a replica is written when it is measured, before the cell's next one: what is cut short leaves that much.
 """
 
 import concurrent.futures
@@ -13,8 +14,11 @@ import logging
 import math
 import multiprocessing
 import os
+import queue
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,9 @@ from zoo.train import Replica, pick_device, sweep, train
 from zoo.train.recipe import make_task, what_a_number_carries
 
 log = logging.getLogger(__name__)
+
+# Seconds between the starts of processes that share a GPU: each finds the kernels that those before it have compiled
+START_APART = 4.0
 
 
 @dataclass(frozen=True)
@@ -90,16 +97,22 @@ def run_suite(
         return Summary(len(cells), [job.cell.name for job in todo], {}, path, out.with_suffix(".md"), listed)
 
     failed: dict[str, str] = {}
+    ended, began = 0, time.monotonic()
     bar = tqdm(total=len(todo), desc=suite.name, unit="cell", disable=not sys.stderr.isatty() or jobs == 1)
     with contextlib.closing(bar):
-        for number, (job, fresh) in enumerate(done(todo, jobs), 1):
-            if isinstance(fresh, Exception):
-                failed[job.cell.name] = f"{type(fresh).__name__}: {fresh}"
+        for job, news in reports(todo, jobs):
+            if isinstance(news, list):
+                write_rows(path, merge(read_rows(path), news))
+                log.info("%s: %d numbers", job.cell.name, len(news))
+                continue
+            ended += 1
+            bar.update()
+            if isinstance(news, Exception):
+                failed[job.cell.name] = f"{type(news).__name__}: {news}"
                 log.warning("%s failed: %s", job.cell.name, failed[job.cell.name])
             else:
-                write_rows(path, merge(read_rows(path), fresh))
-                log.info("%s (%d of %d): %d numbers", job.cell.name, number, len(todo), len(fresh))
-            bar.update()
+                seconds = time.monotonic() - began
+                log.info("%s ended, %d of %d, after %.0f s", job.cell.name, ended, len(todo), seconds)
     page = report.write_page(out)
     table = report.tables(read_rows(path))
     return Summary(len(cells), [job.cell.name for job in todo], failed, path, page, table)
@@ -152,38 +165,61 @@ def describe(job: Job) -> str:
 # Running jobs
 
 
-def done(todo: Sequence[Job], jobs: int) -> Iterator[tuple[Job, list[Row] | Exception]]:
-    """Each job with its rows, or what it failed with, as they end."""
+Rows = list[Row]
+
+
+def reports(todo: Sequence[Job], jobs: int) -> Iterator[tuple[Job, Rows | Exception | None]]:
+    """Of each job its rows as they are measured, then None, or what it failed with."""
     if jobs <= 1:
         for job in todo:
             try:
-                yield job, run_job(job)
+                for rows in run_job(job):
+                    yield job, rows
             except Exception as error:
                 if os.environ.get("ZOO_DEBUG") == "1":
                     raise
                 yield job, error
+            else:
+                yield job, None
         return
     # A fresh process for each: the memory of a GPU goes back, and one that dies takes no other along
-    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    news: queue.SimpleQueue[tuple[Job, Rows | Exception | None]] = queue.SimpleQueue()
+    pool, gate = concurrent.futures.ThreadPoolExecutor(jobs), threading.Lock()
+
+    def follow(job: Job) -> None:
+        try:
+            in_process(job, lambda rows: news.put((job, rows)), gate)
+        except Exception as error:
+            news.put((job, error))
+        else:
+            news.put((job, None))
+
     try:
-        waiting = {pool.submit(in_process, job): job for job in todo}
-        for future in concurrent.futures.as_completed(waiting):
-            fault = future.exception()
-            yield waiting[future], fault if isinstance(fault, Exception) else future.result()
+        for job in todo:
+            pool.submit(follow, job)
+        ended = 0
+        while ended < len(todo):
+            job, what = news.get()
+            ended += not isinstance(what, list)
+            yield job, what
     except BaseException:
         pool.shutdown(wait=True, cancel_futures=True)  # those that run got the Ctrl-C, too, and save
         raise
     pool.shutdown()
 
 
-def in_process(job: Job) -> list[Row]:
+def in_process(job: Job, take: Callable[[Rows], None], gate: threading.Lock) -> None:
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=work_and_send, args=(job, send, sys.argv[1:]))
-    process.start()
+    with gate:
+        process.start()
+        time.sleep(START_APART if torch.cuda.is_available() else 0)
     send.close()
+    result: Rows | Exception | None
     try:
-        result = receive.recv()
+        while isinstance(result := receive.recv(), list):
+            take(result)
     except EOFError:
         result = RuntimeError("its process ended without a word")
     process.join()
@@ -191,7 +227,6 @@ def in_process(job: Job) -> list[Row]:
         if process.exitcode:
             result.add_note(f"exit code {process.exitcode}")
         raise RuntimeError(f"{result}; its log is {job.folder / 'log.txt'}") from result
-    return result
 
 
 def work_and_send(job: Job, send: Any, words: list[str]) -> None:
@@ -202,43 +237,47 @@ def work_and_send(job: Job, send: Any, words: list[str]) -> None:
             os.dup2(file.fileno(), stream)
         sys.argv[1:] = words  # the command that its rows name
         try:
-            send.send(run_job(job))
+            for rows in run_job(job):
+                send.send(rows)
+            send.send(None)
         except Exception as error:
             logging.exception("failed")
             send.send(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
-def run_job(job: Job) -> list[Row]:
-    """Train what has to be trained, measure what is missing; the rows."""
+def run_job(job: Job) -> Iterator[Rows]:
+    """Train what has to be trained, measure what is missing; the rows of each replica."""
     cell = job.cell
     if not cell.settings.trains:
         ((replica, _),) = job.missing
-        return rows_of_speed(cell, replica)
-    runs = trained(job)
-    rows = []
-    for replica, names in job.missing:
-        device = pick_device(cell.recipe.train.device)
-        for name in names:
+        yield rows_of_speed(cell, replica)
+        return
+    device = pick_device(cell.recipe.train.device)
+    names = dict(job.missing)
+    for replica, run in trained(job):
+        rows = []
+        for name in names.get(replica, ()):
             if name == "speed":
                 rows += rows_of_speed(cell, replica)
                 continue
-            numbers = MEASURE[name](runs[replica], cell.settings, device)
-            rows += as_rows(cell, replica, name, numbers, origin(runs[replica]), device)
-    return rows
+            numbers = MEASURE[name](run, cell.settings, device)
+            rows += as_rows(cell, replica, name, numbers, origin(run), device)
+        if rows:
+            yield rows
 
 
-def trained(job: Job) -> dict[Replica, Path]:
-    """The runs of all replicas that something is missing of; a run that is there is gone on with."""
+def trained(job: Job) -> Iterator[tuple[Replica, Path]]:
+    """The replicas that something is missing of, each when its run is there (of a stack all of them); a run that was
+    begun is gone on with."""
     cell, recipe = job.cell, job.cell.recipe
     if cell.settings.stacked:
         replicas = cell.replicas()
-        return dict(zip(replicas, sweep(recipe, job.folder, replicas), strict=True))
-    runs = {}
+        yield from zip(replicas, sweep(recipe, job.folder, replicas), strict=True)
+        return
+    # Compiled code of former cells counts against the number that is kept; a cell's own serves all its replicas
+    torch._dynamo.reset()
     for replica, _ in job.missing:
-        folder = job.folder / replica.name
-        torch._dynamo.reset()  # compiled code of former models counts against the number that is kept
-        runs[replica] = train(replica.recipe(recipe), folder, resume=True).run
-    return runs
+        yield replica, train(replica.recipe(recipe), job.folder / replica.name, resume=True).run
 
 
 def rows_of_speed(cell: Cell, replica: Replica) -> list[Row]:

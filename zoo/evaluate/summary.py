@@ -1,5 +1,6 @@
 """Rows brought together: of several learning rates the best, of several seeds mean and spread."""
 
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -48,11 +49,16 @@ def higher_is_better(name: str) -> bool:
 
 
 def sections(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """By section, each in the order of the rows."""
+    """By section, in the order of their names: rows come in the order in which cells happened to end."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row["section"], []).append(row)
-    return found
+    return dict(sorted(found.items(), key=lambda item: by_number(item[0])))
+
+
+def by_number(*names: str) -> list[list[tuple[str, int]]]:
+    """A key that sorts length-64 before length-128."""
+    return [[(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)] for name in names]
 
 
 def title_of(rows: Sequence[Row]) -> str:
@@ -65,11 +71,11 @@ def measured(rows: Iterable[Row], measurement: str) -> list[Row]:
 
 
 def members(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """By (model, arm); of several learning rates only the best one's rows."""
+    """By (model, arm), in the order of these names."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         found.setdefault((row["model"], row["arm"]), []).append(row)
-    return found
+    return dict(sorted(found.items(), key=lambda item: by_number(*item[0])))
 
 
 def best_rates(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
@@ -98,7 +104,8 @@ def lines(rows: Sequence[Row], measurement: str = "scores") -> list[Line]:
         for row in own:
             values.setdefault(row["name"], []).append(row["value"])
         spreads = {name: Spread.of(held) for name, held in values.items()}
-        found.append(Line(model, arm, best if several else None, own[0], spreads))
+        facts = next((row for row in own if "published" in row), own[0])  # the first, unless that one came back later
+        found.append(Line(model, arm, best if several else None, facts, spreads))
     return found
 
 

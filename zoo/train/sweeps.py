@@ -215,7 +215,7 @@ class Sweep:
         sums: dict[str, list[Tensor]] = {}
         self.stack.mode(training=False)
         with checkpoint.undisturbed_rng(train.seed):
-            stream = self.task.stream("valid", batch_size=train.batch_size)
+            stream = self.task.stream("valid", batch_size=train.eval_batch_size or train.batch_size)
             for number, batch in enumerate(stream):
                 if train.eval_batches and number == train.eval_batches:
                     break
