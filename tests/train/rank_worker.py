@@ -129,6 +129,17 @@ def run(folder, resume=False, faults=None, expect="", **settings):
         assert not expect, "nothing was raised"
 
 
+def compiled(folder, into, **settings):
+    """A run, and how many graphs its blocks came to."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run(folder, compile=True, **settings)
+    if os.environ["RANK"] == "0":
+        counters = torch._dynamo.utils.counters
+        found = {"graphs": counters["stats"]["unique_graphs"], "breaks": list(counters["graph_break"])}
+        Path(into).write_text(json.dumps(found))
+
+
 def resave(folder, into, **settings):
     """Take up the newest checkpoint and write it again elsewhere: it has to come out as it was."""
     recipe = rows_recipe(**settings)
