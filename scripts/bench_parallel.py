@@ -15,8 +15,8 @@
 
 Recipes and arms are those of bench_train.py: made-up tokens, bfloat16, compiled. Jobs of one GPU run two at a time, a
 GPU each; jobs of both GPUs one after the other in the same two processes. A job that fails or takes longer than its
-limit costs itself alone: its processes end, and the rest begins anew. Every finding is a JSON line, printed and added to
---out as soon as it is known. --work keeps the runs; a job whose run is there already is not repeated.
+limit costs itself alone: its processes end, and the rest begins anew. Every finding is a JSON line, printed and added
+to --out as soon as it is known. --work keeps the runs; a job whose run is there already is not repeated.
 """
 
 import argparse
@@ -129,7 +129,7 @@ def shrink() -> None:
     LONG.update(budget=64)
 
 
-# ------------------------------------------------------------------------------------------------- jobs, in their process
+# ----------------------------------------------------------------------------------------------- jobs, in their process
 
 
 class Worker:
@@ -188,7 +188,8 @@ class Worker:
             row["tokens_per_second"] = round(statistics.median(r["tokens_per_second"] for r in late))
             row["step_seconds"] = round(size["budget"] / row["tokens_per_second"], 4)
             row["mfu"] = round(statistics.median(r.get("mfu", 0.0) for r in late), 3)
-        row |= {"peak_gib": peaks, "last_loss": rows[-1]["train/loss"], "job_seconds": round(time.monotonic() - began, 1)}
+        seconds = round(time.monotonic() - began, 1)
+        row |= {"peak_gib": peaks, "last_loss": rows[-1]["train/loss"], "job_seconds": seconds}
         if profile and self.rank == 0:
             row |= exchange_table(folder / "profile" / "trace-rank0.json")
         return row
@@ -314,7 +315,7 @@ def covered(intervals: list[tuple[float, float]]) -> float:
     return total
 
 
-# ------------------------------------------------------------------------------------------------------------ the parent
+# ----------------------------------------------------------------------------------------------------------- the parent
 
 
 class Bench:
@@ -394,10 +395,8 @@ class Bench:
             lines = path.read_text().splitlines(keepends=True)
             for line in (line for line in lines[read:] if line.endswith("\n")):
                 read += 1
-                event = json.loads(line)
-                if "began" in event:
-                    since = time.monotonic()
-                else:
+                event, since = json.loads(line), time.monotonic()
+                if "ended" in event:
                     job = jobs[event["ended"]]
                     self.found[job["name"]] = event["row"]
                     done = event["ended"] + 1
@@ -409,7 +408,7 @@ class Bench:
             start = self.options.start if read == 0 else 0
             if done < len(jobs) and time.monotonic() - since > start + jobs[done]["limit"]:
                 return done, f"no end after {jobs[done]['limit']} s"
-            if done == len(jobs) and time.monotonic() - since > 30 + jobs[-1]["limit"]:
+            if done == len(jobs) and time.monotonic() - since > 30:
                 return done, ""
             time.sleep(0.05)
 
@@ -435,7 +434,7 @@ class Bench:
             if process.poll() is None:
                 end_group(process)
 
-    # -- what several jobs say together ---------------------------------------------------------------------------------
+    # -- what several jobs say together -------------------------------------------------------------------------------
 
     def judge(self, job: Job) -> None:
         with suppress(FileNotFoundError, KeyError):
@@ -449,14 +448,17 @@ class Bench:
             elif job["part"] in ("scaling", "long"):
                 self.speed_up(job)
 
-    def all_equal(self) -> None:
-        """Once both runs of one GPU are there."""
+    def all_equal(self, late: bool = False) -> None:
+        """Once both runs of one GPU are there; late: now, also without the one that shows the noise."""
         with self.lock:
-            if not {"one", "one-other"} <= self.found.keys() or "equal" in self.found:
+            known = {"one", "one-other"} & self.found.keys()
+            if "equal" in self.found or "one" not in known or (len(known) < 2 and not late):
                 return
             self.found["equal"] = {}
-        noise = apart(self.losses("one-other"), self.losses("one"))
-        self.say({"part": "equal", "name": "one-other", "against": "one", "noise": True, **noise})
+        noise = None
+        if len(known) == 2:
+            noise = apart(self.losses("one-other"), self.losses("one"))
+            self.say({"part": "equal", "name": "one-other", "against": "one", "noise": True, **noise})
         for way in SPREADS:
             with suppress(FileNotFoundError):
                 self.same_losses("equal", way, "one", noise)
@@ -552,13 +554,16 @@ def run_plan(bench: Bench, both: list[Job], singles: list[list[Job]], late: list
     began = time.monotonic()
     bench.run(both, ranks=2)
     beside: list[Callable[[], None]] = [
-        lambda jobs=jobs, gpu=gpu: bench.run(jobs, ranks=1, gpu=gpu) for gpu, jobs in enumerate(singles)  # type: ignore[misc]
+        lambda jobs=jobs, gpu=gpu: bench.run(jobs, ranks=1, gpu=gpu)
+        for gpu, jobs in enumerate(singles)  # type: ignore[misc]
     ]
     threads = [threading.Thread(target=work, daemon=True) for work in beside]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    if "equal" in bench.options.only:
+        bench.all_equal(late=True)
     bench.run(late, ranks=2)
     bench.say({"part": "all", "seconds": round(time.monotonic() - began, 1)})
 

@@ -1,5 +1,5 @@
-"""scripts/bench_parallel.py from end to end with a tiny model on two processes of the CPU, and its real plan as far as a
-CPU can read it: what is wrong with it fails here and not on the GPUs."""
+"""scripts/bench_parallel.py from end to end with a tiny model on two processes of the CPU, and its real plan as far as
+a CPU can read it: what is wrong with it fails here and not on the GPUs."""
 
 import importlib.util
 import json

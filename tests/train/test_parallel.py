@@ -166,10 +166,10 @@ def test_equals_one_process(way, single, request):
 def test_compiled_blocks_equal_one_process_without_a_compiler(single, tmp_path):
     """All blocks share two or three graphs (the first gets no branch to add), and only the exchange breaks one."""
     ways = ("ddp", "fsdp", "context", "context, checkpointed")
-    jobs = [
-        job("compiled", tmp_path / way, into=str(tmp_path / f"{way}.json"), parallel_to=WAYS[way][1], model=WAYS[way][2])
-        for way in ways
-    ]
+    jobs = []
+    for way in ways:
+        _, spread, model = WAYS[way]
+        jobs.append(job("compiled", tmp_path / way, into=f"{tmp_path / way}.json", parallel_to=spread, model=model))
     start(2, tmp_path, jobs)
     for way in ways:
         assert_same(tmp_path / way, single())
@@ -187,7 +187,7 @@ def test_the_last_block_and_what_surrounds_the_blocks_stay_gathered(monkeypatch)
     from torch.distributed import fsdp
 
     freed = []
-    monkeypatch.setattr(fsdp, "fully_shard", lambda part, mesh, reshard_after_forward: freed.append(reshard_after_forward))
+    monkeypatch.setattr(fsdp, "fully_shard", lambda part, mesh, **asked: freed.append(asked["reshard_after_forward"]))
     ranks = Ranks()
     ranks.sharded, ranks.mesh = True, None
     model = rank_worker.RowModelConfig(mixers=["gatedfwa"]).build()

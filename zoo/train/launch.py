@@ -60,7 +60,7 @@ def _watch(processes: list[subprocess.Popen], store: TCPStore) -> int:
     while True:
         codes = [process.poll() for process in processes]
         if failed is None and (bad := [rank for rank, code in enumerate(codes) if code]):
-            failed = min(bad, key=lambda rank: (codes[rank] or 0) > 0)  # one that was killed explains the others' errors
+            failed = min(bad, key=lambda rank: (codes[rank] or 0) > 0)  # a killed one explains errors of others
             why = _how(codes[failed])
             sys.stderr.write(f"zoo: rank {failed} ended with {why}; ending the job\n")
             deadline = time.monotonic() + GRACE
