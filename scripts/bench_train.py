@@ -120,7 +120,7 @@ def _blocks() -> None:
     from zoo.train import parallel
 
     def trainer_of(self: Any, model: nn.Module, compiled: bool) -> nn.Module:
-        for block in parallel.blocks_of(model):
+        for block in parallel.blocks_of(model) if compiled else []:
             block.compile()
         return model
 
