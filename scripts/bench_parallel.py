@@ -493,7 +493,11 @@ class Bench:
     def speed_up(self, job: Job) -> None:
         """Of two GPUs over one, as soon as both are known."""
         kind, _, ranks = job["name"].partition("-on-")
-        if (one := self.found.get(f"{kind}-on-1")) is None or (two := self.found.get(f"{kind}-on-2")) is None:
+        if (
+            ranks not in ("1", "2")
+            or (one := self.found.get(f"{kind}-on-1")) is None
+            or (two := self.found.get(f"{kind}-on-2")) is None
+        ):
             return
         rates = one["tokens_per_second"], two["tokens_per_second"]
         row = {"part": job["part"], "name": f"{kind}: two over one", "speed_up": round(rates[1] / rates[0], 3)}

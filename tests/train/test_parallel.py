@@ -164,7 +164,7 @@ def test_equals_one_process(way, single, request):
 
 @pytest.mark.slow
 def test_compiled_blocks_equal_one_process_without_a_compiler(single, tmp_path):
-    """All blocks share two or three graphs (the first gets no branch to add), and only the exchange breaks one."""
+    """A graph for each of the two blocks, whose mixers differ, and only the exchange cuts one in pieces."""
     ways = ("ddp", "fsdp", "context", "context, checkpointed")
     jobs = []
     for way in ways:
@@ -174,7 +174,7 @@ def test_compiled_blocks_equal_one_process_without_a_compiler(single, tmp_path):
     for way in ways:
         assert_same(tmp_path / way, single())
         found = json.loads((tmp_path / f"{way}.json").read_text())
-        assert found["graphs"] <= 4
+        assert found["graphs"] <= (6 if "context" in way else 2), way
         assert ("Halo._exchange" in "".join(found["breaks"])) == ("context" in way)
         assert len(found["breaks"]) == ("context" in way)
 
