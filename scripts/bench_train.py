@@ -116,6 +116,17 @@ def _reread_loss() -> None:
     put(hopper_loss, "takes", lambda logits: False)
 
 
+def _blocks() -> None:
+    from zoo.train import parallel
+
+    def trainer_of(self: Any, model: nn.Module, compiled: bool) -> nn.Module:
+        for block in parallel.blocks_of(model) if compiled else []:
+            block.compile()
+        return model
+
+    put(parallel.Ranks, "trainer_of", trainer_of)
+
+
 def _inductor(**values: Any) -> Callable[[], None]:
     def apply() -> None:
         from torch._inductor import config
@@ -153,6 +164,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "inlinerotary": _inline_rotary,  # the compiler sees how rotary angles are computed
     "rows5632": _loss_rows(5632),  # tokens whose logits stand at once; 5632 * 768 is a whole wave of 132 tiles
     "rows8192": _loss_rows(8192),
+    "blocks": _blocks,  # one process compiles block by block, as several do
     "autotune": _inductor(max_autotune=True),
     "descent": _inductor(coordinate_descent_tuning=True),
     "sync": _no_sync,
@@ -168,12 +180,19 @@ CHANGES: dict[str, dict[str, Any]] = {  # of the recipe
 # ------------------------------------------------------------------------------------------------------------ our arms
 
 
+SHAPES: dict[str, dict[str, Any]] = {  # of an arm `name-shape`; without one it is that of GPT-2 small
+    "": {},
+    "wide": {"width": 1024, "heads": 16, "kv_heads": 1, "depth": 12},  # of fla's NSA
+    "8m": {"width": 256, "heads": 4, "depth": 8},
+    "1b": {"width": 1792, "heads": 28, "depth": 24},  # 0.93 G parameters in blocks, 0.09 G in the embedding
+}
+
+
 def zoo_overrides(arm: str, tokens: int) -> tuple[str, dict[str, Any]]:
-    """(model name, overrides) of an arm; `name-wide` has the shape of fla's NSA: 1024 wide, 16 heads on one kv head."""
-    name, _, variant = arm.partition("-")
+    """(model name, overrides) of an arm."""
+    name, _, shape = arm.partition("-")
     backbone: dict[str, Any] = {"mixer": {"gate_bias": 2.0}} if name.startswith("gatedfwa") else {}
-    if variant == "wide":
-        backbone |= {"width": 1024, "heads": 16, "kv_heads": 1, "depth": 12}
+    backbone |= SHAPES[shape]
     if tokens > 1 << 18:
         backbone |= {"checkpoint": True, "mlp_chunk": 65536}
     return f"text_{name}_125m", {"backbone": backbone}

@@ -162,8 +162,41 @@ def test_equals_one_process(way, single, request):
     assert_same(root / way, single())
 
 
+@pytest.mark.slow
+def test_compiled_blocks_equal_one_process_without_a_compiler(single, tmp_path):
+    """A graph for each of the two blocks, whose mixers differ, and only the exchange cuts one in pieces."""
+    ways = ("ddp", "fsdp", "context", "context, checkpointed")
+    jobs = []
+    for way in ways:
+        _, spread, model = WAYS[way]
+        jobs.append(job("compiled", tmp_path / way, into=f"{tmp_path / way}.json", parallel_to=spread, model=model))
+    start(2, tmp_path, jobs)
+    for way in ways:
+        assert_same(tmp_path / way, single())
+        found = json.loads((tmp_path / f"{way}.json").read_text())
+        assert found["graphs"] <= (6 if "context" in way else 2), way
+        assert ("Halo._exchange" in "".join(found["breaks"])) == ("context" in way)
+        assert len(found["breaks"]) == ("context" in way)
+
+
 def test_micro_batches_change_nothing(single):
     assert_same(single(micro_batch_size=None), single())
+
+
+def test_the_last_block_and_what_surrounds_the_blocks_stay_gathered(monkeypatch):
+    from torch.distributed import fsdp
+
+    freed = []
+    monkeypatch.setattr(fsdp, "fully_shard", lambda part, mesh, **asked: freed.append(asked["reshard_after_forward"]))
+    ranks = Ranks()
+    ranks.sharded, ranks.mesh = True, None
+    model = rank_worker.RowModelConfig(mixers=["gatedfwa"]).build()
+    ranks.shard(model)
+    assert freed == [True, False, False]
+    ranks.config.reshard = False
+    freed.clear()
+    ranks.shard(model)
+    assert freed == [False, False, False]
 
 
 def test_a_checkpoint_of_slices_is_the_same_on_any_number_of_ranks(four):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ def launch(ranks: int, command: Sequence[str]) -> int:
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # they join this store instead of opening one
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", _loopback()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }
     processes = [
@@ -58,7 +60,7 @@ def _watch(processes: list[subprocess.Popen], store: TCPStore) -> int:
     while True:
         codes = [process.poll() for process in processes]
         if failed is None and (bad := [rank for rank, code in enumerate(codes) if code]):
-            failed = bad[0]
+            failed = min(bad, key=lambda rank: (codes[rank] or 0) > 0)  # a killed one explains errors of others
             why = _how(codes[failed])
             sys.stderr.write(f"zoo: rank {failed} ended with {why}; ending the job\n")
             deadline = time.monotonic() + GRACE
@@ -69,6 +71,11 @@ def _watch(processes: list[subprocess.Popen], store: TCPStore) -> int:
         if all(code is not None for code in codes) or time.monotonic() > deadline:
             return 0 if failed is None else _exit_code(codes[failed])
         time.sleep(0.05)
+
+
+def _loopback() -> str:
+    """All ranks are on this machine, whose own name may not resolve."""
+    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "")
 
 
 def _how(code: int | None) -> str:

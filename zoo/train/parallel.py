@@ -79,6 +79,7 @@ class Ranks:
         self.data_rank, self.context_rank = divmod(rank, context)
         self.data_world = world // context
         self.sharded = world > 1 and self.config.name == "fsdp"
+        self.compiled = False  # block by block
         self.watchdog: Watchdog | None = None
         self.halo: Halo | None = None
         if world > 1:
@@ -167,8 +168,12 @@ class Ranks:
         from torch.distributed.fsdp import FSDPModule, fully_shard  # half a second, for those who shard alone
 
         skeleton = Skeleton(model, self.device)
-        for part in [*(module for module in model.modules() if isinstance(module, Block)), model]:
-            fully_shard(part, mesh=self.mesh, reshard_after_forward=self.config.reshard and part is not model)
+        blocks = blocks_of(model)
+        # What the backward pass needs first stays gathered: the last block, and what surrounds the blocks
+        keep = [model, *blocks[-1:]]
+        for part in [*blocks, model]:
+            again = self.config.reshard and not any(part is one for one in keep)
+            fully_shard(part, mesh=self.mesh, reshard_after_forward=again)
         for part in model.modules():
             if isinstance(part, FSDPModule):
                 part.set_force_sum_reduction_for_comms(True)
@@ -176,21 +181,32 @@ class Ranks:
         return skeleton
 
     def trainer_of(self, model: nn.Module, compiled: bool) -> Any:
-        """The callable that a training step calls instead of the model."""
+        """The callable that a training step calls instead of the model.
+
+        Several ranks compile each block by itself: the gradients of a model that is one graph would all arrive at its
+        end, and could cross between ranks only then; so they cross while the blocks before are still at work."""
         if self.halo is not None and not isinstance(model, Model):
             raise ValueError(f"parallel.context splits rows for zoo's Model; {type(model).__name__} is none")
-        if self.sharded:
-            for part in model.modules():
-                if compiled and isinstance(part, Block):
-                    part.compile()
-            return model
-        forward = torch.compile(model) if compiled else model
         if self.world == 1:
-            return forward
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        spread = nn.parallel.DistributedDataParallel(forward, device_ids=ids, gradient_as_bucket_view=True)
+            return torch.compile(model) if compiled else model
+        self.compiled = compiled
+        blocks = blocks_of(model) if compiled else []
+        for block in blocks:
+            block.compile()
+        if self.sharded:
+            return model
+        if blocks:
+            from torch._dynamo import config as dynamo
+
+            dynamo.optimize_ddp = False  # it would cut a block where a bucket of gradients is full
+        forward = torch.compile(model) if compiled and not blocks else model
+        spread = nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
         spread.register_comm_hook(None, _sum_bucket)
         return spread
+
+    def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
+        """Around evaluation and samples, whose many shapes are not worth compiling the blocks for."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def micro_batch(self, forward: Any, *, last: bool) -> Iterator[None]:
@@ -238,6 +254,11 @@ def start_ranks(config: ParallelConfig, device: torch.device) -> Ranks:
     ranks = Ranks(config, rank=rank, world=world, device=device)
     ranks.watchdog = Watchdog(store.clone(), rank, world, dead=config.dead, stall=config.stall, session=session)
     return ranks
+
+
+def blocks_of(model: nn.Module) -> list[Block]:
+    """In the order of a forward pass."""
+    return [module for module in model.modules() if isinstance(module, Block)]
 
 
 def _sum_bucket(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -370,10 +391,13 @@ class Halo:
                 raise ValueError(f"parallel.context cannot split {tuple(x.shape)} along {tokens} tokens")
             return x[:, self.place * each : (self.place + 1) * each]
 
-        positions = batch.ctx.positions
-        if positions is None:
-            positions = torch.arange(tokens).unsqueeze(0)
-        ctx = replace(batch.ctx, positions=cut(positions), halo=self.exchange)
+        if batch.ctx.positions is None:
+            positions = torch.arange(self.place * each, (self.place + 1) * each).unsqueeze(0)
+            if batch.targets.is_pinned():  # as a batch for a GPU is: copies from other memory wait for the device
+                positions = positions.pin_memory()
+        else:
+            positions = cut(batch.ctx.positions)
+        ctx = replace(batch.ctx, positions=positions, halo=self.exchange)
         return replace(batch, inputs=cut(batch.inputs), targets=cut(batch.targets), mask=cut(batch.mask), ctx=ctx)
 
     def _exchange(self, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -203,6 +203,7 @@ class Run:
         ranks.mark(f"evaluation after step {self.step}")
         model = self.averaged
         with (
+            ranks.uncompiled(),
             checkpoint.undisturbed_rng(self.recipe.train.seed),
             autocast(self.recipe.train.precision, self.device),
             self._stream("valid", 2) as stream,
@@ -245,7 +246,8 @@ class Run:
         self.ranks.mark(f"samples after step {self.step}")
         if self.ranks.rank > 0:
             return
-        with checkpoint.undisturbed_rng(self.recipe.train.seed), self._stream("valid", 1) as stream:
+        seed = self.recipe.train.seed
+        with self.ranks.uncompiled(), checkpoint.undisturbed_rng(seed), self._stream("valid", 1) as stream:
             batch = next(iter(stream)).to(self.device)
             mode = model.training
             model.eval()

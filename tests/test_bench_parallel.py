@@ -1,0 +1,96 @@
+"""scripts/bench_parallel.py from end to end with a tiny model on two processes of the CPU, and its real plan as far as
+a CPU can read it: what is wrong with it fails here and not on the GPUs."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from zoo import registry
+
+pytest.importorskip("triton")
+
+FILE = Path(__file__).parents[1] / "scripts" / "bench_parallel.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    sys.path.insert(0, str(FILE.parent))  # as where a script lies is
+    try:
+        spec = importlib.util.spec_from_file_location("bench_parallel", FILE)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(FILE.parent))
+    return module
+
+
+def findings(tmp_path, *parts):
+    words = ["--tiny", "--only", *parts, "--out", str(tmp_path / "out.jsonl")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(FILE), *words], env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert rows == [json.loads(line) for line in done.stdout.splitlines()]
+    assert not [row for row in rows if "log" in row]
+    return rows
+
+
+def test_resuming_in_small(tmp_path):
+    """On two processes, on one, and on two again."""
+    rows = findings(tmp_path, "resume")
+    resaved = {row["name"]: row for row in rows if "different" in row}
+    for name, worlds in (("fsdp-then-one-resaved", (2, 1)), ("one-then-fsdp-resaved", (1, 2))):
+        assert resaved[name]["equal"], rows
+        assert resaved[name]["tensors"] > 50
+        assert (resaved[name]["saved_by"], resaved[name]["loaded_by"]) == worlds
+    compared = {row["name"]: row for row in rows if "against" in row}
+    assert compared.keys() == {"fsdp-then-one", "one-then-fsdp"}
+    assert all(row["steps"] == 4 and row["largest"] < 0.01 for row in compared.values())
+
+
+@pytest.mark.slow
+def test_the_rest_in_small(tmp_path):
+    rows = findings(tmp_path, "equal", "scaling", "long", "kill")
+    compared = {row["name"]: row for row in rows if "against" in row}
+    assert compared.keys() == {"one-other", "ddp", "fsdp", "context", "killed"}
+    assert all(row["largest"] < 0.01 for row in compared.values())
+    assert {row["name"].partition(":")[0] for row in rows if "speed_up" in row} == {"1b", "4096", "16384", "long"}
+    killed = next(row for row in rows if "killed_in_step" in row)
+    assert killed["seconds_to_the_end"] < 30
+    assert killed["said"][0] == "zoo: rank 1 ended with signal SIGKILL; ending the job"
+    assert killed["said"][1].startswith("rank 0: rank 1 ended with signal SIGKILL. This rank was at: step 6")
+
+
+def test_the_real_plan(bench, monkeypatch):
+    """Every job's recipe can be built, and its batch shared by its ranks; every part has jobs."""
+    monkeypatch.setitem(registry.tasks._entries, "random", None)
+    worker = bench.Worker.__new__(bench.Worker)
+    worker.tiny = False
+    monkeypatch.setattr(bench.bench_train, "put", lambda *_: None)
+    both, singles, late = bench.plan(list(bench.PARTS))
+    seen = set()
+    for job, ranks in [*((job, 2) for job in both + late), *((job, 1) for jobs in singles for job in jobs)]:
+        seen.add(job["part"])
+        if job["do"] == "links":
+            continue
+        recipe = worker.recipe(job)
+        readers = ranks // recipe.train.parallel.context
+        assert recipe.train.batch_size % (recipe.train.micro_batch_size * readers) == 0, job
+        parts = recipe.train.batch_size // (recipe.train.micro_batch_size * readers)
+        assert parts > 1 or not job.get("kill"), "it is killed between two micro-batches"
+    assert seen == set(bench.PARTS)
+    assert [job["name"] for job in bench.plan(["kill"])[0]] == ["fsdp"]
+
+
+def test_what_no_computation_hides(bench, tmp_path):
+    trace = tmp_path / "trace.json"
+    events = [("ncclDevKernel_AllReduce", 0, 3000), ("gemm", 2000, 4000), ("triton_", 9000, 3000)]
+    named = [{"cat": "kernel", "name": name, "ts": ts, "dur": dur} for name, ts, dur in events]
+    trace.write_text(json.dumps({"traceEvents": [*named, {"cat": "cpu_op", "name": "nccl", "ts": 0, "dur": 99}]}))
+    found = bench.exchange_table(trace)["ms_a_step"]
+    assert found == {"exchanges": 1.0, "exchanges_alone": 0.67, "computation": 2.33, "idle": 1.0}
