@@ -11,7 +11,7 @@ from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
 from tests.ops.run_nsa import run, spans
 from zoo import ops
-from zoo.kernels import nsa_compressed, nsa_inverse, nsa_mix, nsa_pool, nsa_selected
+from zoo.kernels import nsa_compressed, nsa_inverse, nsa_mix, nsa_near, nsa_pool, nsa_selected
 from zoo.ops import backend, nsa, reference_nsa
 
 repair()
@@ -192,6 +192,60 @@ def test_near_blocks_that_nobody_or_somebody_chose(cu_seqlens):
     arguments = (x["q"], x["k"], x["v"], index, places, 4, 0.3)
     actual, expected = nsa_selected.selected_forward(*arguments), reference_nsa.selected_forward(*arguments)
     torch.testing.assert_close(actual, expected)
+
+
+BLOCK = 4
+NEAR = [  # batch, tokens, keys, documents
+    (1, 37, 37, None),
+    (1, 3, 3, None),  # below a block
+    (1, 64, 64, None),
+    (2, 21, 45, None),  # each row's queries begin somewhere among more keys
+    (1, 50, 50, (0, 3, 3, 40, 50)),
+    (1, 60, 60, (0, 1, 5, 8, 20, 33, 60)),
+]
+
+
+@pytest.mark.parametrize("tokens", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 12, 16))])
+@pytest.mark.parametrize("top", [1, 2, 7])
+@pytest.mark.parametrize("sizes", NEAR, ids=str)
+def test_the_walks_of_near_show_each_query_its_near_keys_once(sizes, top, tokens, monkeypatch):
+    """What zoo/kernels/hopper_near.py does with nsa_near's tables, in place of a device that runs it."""
+    monkeypatch.setattr(nsa_near, "LOADED", 256)
+    poison_new_tensors(monkeypatch)
+    batch, length, keys, documents = sizes
+    generator = torch.Generator().manual_seed(top)
+    packed = None if documents is None else torch.tensor(documents, dtype=torch.int32)
+    start = None if length == keys else torch.tensor([3, keys - length], dtype=torch.int32)
+    q, k = torch.empty(batch, length, 4, 16), torch.empty(batch, keys, 2, 16)
+    places = nsa._places(q, BLOCK, keys, packed, start)
+    own = places.place.div(BLOCK, rounding_mode="floor")[..., None, None].expand(-1, -1, 2, -1)
+    index = torch.rand(batch, length, 2, keys // BLOCK + 7, generator=generator).argsort(-1)[..., :top]
+    index = torch.where(torch.rand(index.shape, generator=generator) < 0.2, -1, index)
+    forced = torch.cat((own, own - 1, own * 0), -1)[..., :top]
+    index[:, length // 2 :, :, : forced.shape[-1]] = forced[:, length // 2 :]  # as they are chosen
+    (piece,) = nsa_inverse.pieces(q, k, index.int(), places, BLOCK)
+    table = nsa_near.walks(piece, tokens)
+    assert table.items == math.ceil(length / tokens) * batch * 2 == len(table.item)
+    seen = torch.zeros(batch, length, 2, keys, dtype=torch.int32)
+    masks = []
+    for item, (begin, then, count, ragged, last_low, first_high) in enumerate(table.item.tolist()):
+        pair, tile = item % table.pairs, (table.items - 1 - item) // table.pairs  # hopper_rows.locate
+        for i in range(count):
+            key0 = then + (i - 1) * BLOCK if i else begin
+            key = torch.arange(key0, key0 + BLOCK)
+            masked = (key0 < last_low or key0 + BLOCK > first_high) if i else ragged
+            masks.append(bool(masked))
+            for t in range(tile * tokens, min((tile + 1) * tokens, length)):
+                first, end, low, high = table.query[:, pair // 2, pair % 2, t].tolist()
+                low, high = (low, high) if key0 + BLOCK > low else (first, end)
+                shown = (key >= low) & (key < high) if masked else torch.ones(BLOCK, dtype=torch.bool)
+                seen[pair // 2, t, pair % 2, key[shown]] += 1
+    key = torch.arange(keys) - places.first_key[..., None, None]
+    near = (index >= 0) & ((index == 0) | (index == own - 1) | (index == own))
+    there = (key.div(BLOCK, rounding_mode="floor")[..., None] == index[..., None, :]) & near[..., None, :]
+    expected = there.any(-1) & (key >= 0) & (key <= places.place[..., None, None])
+    assert torch.equal(seen, expected.int())
+    assert documents or top < 3 or length < 37 or not all(masks)
 
 
 @pytest.mark.parametrize("rows", [16, 32])

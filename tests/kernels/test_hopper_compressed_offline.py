@@ -1,4 +1,4 @@
-"""The Hopper kernels of compressed attention compile without a GPU, fit, and keep their products asynchronous."""
+"""The Hopper kernels of NSA's branches compile without a GPU, fit, and keep their products asynchronous."""
 
 # ruff: noqa: E402 - what follows needs triton
 
@@ -15,14 +15,15 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from zoo.kernels import hopper_compressed, hopper_compressed_backward
+from zoo.kernels import hopper_compressed, hopper_compressed_backward, hopper_near
 from zoo.kernels.tiles import SHARED_BYTES
 
-INDEX_POINTERS = {"place", "first", "begin", "full", "rest", "end"}
+INDEX_POINTERS = {"place", "first", "begin", "full", "rest", "end", "walks", "queries"}
 FLOAT_POINTERS = {"lse", "row_lse", "delta", "dk_ptr", "dv_ptr"}
 FLOATS = {"scale", "scale_log2", "bias_factor"}
 KERNELS = {
     "forward": (hopper_compressed.forward_kernel, hopper_compressed.FORWARD),
+    "near": (hopper_near.near_kernel, hopper_near.NEAR),
     "dq": (hopper_compressed_backward.dq_kernel, hopper_compressed_backward.DQ),
     "dkv": (hopper_compressed_backward.dkv_kernel, hopper_compressed_backward.DKV),
 }
@@ -50,7 +51,7 @@ def build(name, dim, group=16, element="bf16", schedule=None):
 
     signature = {name: kind(name) for name in kernel.arg_names}
     places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
-    values = {places[name]: value for name, value in constants.items()}
+    values = {places[name]: value for name, value in constants.items() if name in places}
     divisible = {places[name]: [["tt.divisibility", 16]] for name in signature if signature[name].startswith("*")}
     options = {"num_warps": 4, "maxnreg": plan.registers_at_launch}
     source = GluonASTSource(kernel, signature, values, divisible)
@@ -58,7 +59,10 @@ def build(name, dim, group=16, element="bf16", schedule=None):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize(("dim", "group", "element"), [(128, 16, "bf16"), (128, 1, "fp16"), (64, 64, "bf16")])
+@pytest.mark.parametrize(
+    ("dim", "group", "element"),
+    [(128, 16, "bf16"), (128, 1, "fp16"), (64, 64, "bf16"), (64, 4, "bf16")],
+)
 def test_every_row_compiles_fits_and_stays_asynchronous(name, dim, group, element, tmp_path):
     built = build(name, dim, group, element)
     assert built.metadata.shared <= SHARED_BYTES["sm90"]
@@ -67,12 +71,15 @@ def test_every_row_compiles_fits_and_stays_asynchronous(name, dim, group, elemen
     command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(tmp_path / "kernel.cubin")]
     log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     assert "C75" not in log, log  # "wgmma.mma_async instructions are serialized", "setmaxnreg ignored"
+    if name == "near":
+        assert int(re.search(r"(\d+) bytes spill stores", log)[1]) <= 16, log
 
 
-@pytest.mark.parametrize("name", ["forward", "dq"])
+@pytest.mark.parametrize("name", ["forward", "near", "dq"])
 def test_every_item_looks_up_which_slots_it_sees(name):
     """Gluon of triton 3.6 forgets what a loop carries where only bounds of inner loops ask for it: every item had the
-    first one's. So each partition loads both ends' place and first block within its loop over items, and none before.
+    first one's. So each partition loads both ends' place and first block, or near's numbers of the item, within its
+    loop over items, and none before.
     """
     text = build(name, 128).asm["ttgir"]
     partitions = re.split(r"\n    (?:default|partition\d+)[ (]", text)[1:]
@@ -80,4 +87,5 @@ def test_every_item_looks_up_which_slots_it_sees(name):
     for partition in partitions:
         before, within = partition.split("scf.for", 1)
         loads = [len(re.findall(r"tt\.load \S+ : !tt\.ptr<i32>", part)) for part in (before, within)]
-        assert loads == [0, 3 if partition is partitions[-1] else 4], loads  # the producer needs no first row's place
+        consumes, produces = (6, 3) if name == "near" else (4, 3)  # the producer needs no first row's place
+        assert loads == [0, produces if partition is partitions[-1] else consumes], loads

@@ -33,6 +33,7 @@ SHAPES = [
     (1100, 16, 1, 128, 32, 16, 64, 6, (0, 40, 1100)),
     (9000, 16, 2, 128, 64, 64, 64, 8, (0, 4800, 5000, 5020, 8900, 9000)),  # a dozen items for every program
     (7000, 4, 4, 64, 64, 64, 64, 8, (0, 6400, 6500, 7000)),
+    (1333, 1, 4, 128, 64, 64, 64, 8, None),
 ]
 
 
@@ -197,6 +198,72 @@ def test_any_near_block_may_be_missing(shape):
     assert torch.equal(seen, lse > -torch.inf)
     assert relative_error(out, true_out) <= 1e-2
     assert relative_error(lse[seen], true_lse[seen]) <= 1e-2
+
+
+NEAR_SHAPES = [  # batch, tokens, keys, query heads a kv head, kv heads, head_dim, top, documents
+    (1, 2048, 2048, 16, 2, 128, 8, None),
+    (1, 1333, 1333, 1, 4, 128, 3, None),
+    (1, 20000, 20000, 16, 2, 64, 5, None),  # several items for every program
+    (1, 3000, 3000, 1, 8, 64, 7, (0, 900, 950, 1040, 3000)),
+    (2, 1000, 1700, 4, 2, 128, 6, None),  # queries that begin somewhere among more keys
+    (2, 50, 50, 64, 2, 64, 1, None),  # below a block
+    (1, 50, 300, 2, 2, 128, 3, None),
+    (1, 1100, 1100, 16, 1, 128, 2, (0, 0, 1, 300, 555, 1100)),
+    (1, 9000, 9000, 4, 4, 128, 8, (0, 4800, 5000, 5020, 8900, 9000)),
+]
+
+
+@pytest.mark.parametrize("scratch", [5 << 30, 4 << 20], ids=["whole", "pieces"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", NEAR_SHAPES, ids=str)
+def test_near_blocks_on_hopper_equal_float64(shape, dtype, scratch, monkeypatch):
+    """zoo/kernels/hopper_near.py alone, into poisoned tensors, twice; and beside the portable kernel."""
+    if backend.explain("nsa", "cuda", dtype, 128)[0] != "hopper":
+        pytest.skip("not a Hopper device")
+    from zoo.kernels import hopper_near, nsa_selected
+
+    monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", scratch)
+    batch, tokens, keys, group, kv_heads, dim, *_ = shape
+    q, k, v, index, near_index, places = near_inputs(shape, dtype)
+    assert hopper_near.takes(q, k, 64, 0.1)
+
+    def call(near_outputs):
+        out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan, device="cuda")
+        for piece in nsa_inverse.pieces(q, k, index, places, 64):
+            part = (piece.queries(q), piece.keys(k), piece.keys(v), piece.queries(out), piece.queries(lse))
+            near_outputs(piece, *part, 0.1)
+        return out, lse * math.log(2)
+
+    found = call(hopper_near.near_outputs)
+    truth = reference_nsa.selected_forward(q.double(), k.double(), v.double(), near_index, places, 64, 0.1)
+    for got, expected in zip(found, truth, strict=True):
+        there = expected > -torch.inf
+        assert torch.equal(got > -torch.inf, there)
+        assert relative_error(got[there], expected[there]) <= (1e-2 if dtype == torch.bfloat16 else 2e-3)
+    portable = call(nsa_selected.near_outputs)
+    assert relative_error(found[0], portable[0].double()) <= 1e-2
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(call(hopper_near.near_outputs), found, strict=True))
+
+
+def near_inputs(shape, dtype):
+    """q, k, v, the chosen blocks, those of them that are near ones, places. The first half of the queries chose any,
+    the others as the compressed branch does."""
+    batch, tokens, keys, group, kv_heads, dim, top, documents = shape
+    torch.manual_seed(0)
+    q = torch.randn(batch, tokens, group * kv_heads, dim, device="cuda").to(dtype)
+    k, v = (torch.randn(batch, keys, kv_heads, dim, device="cuda").to(dtype) for _ in "kv")
+    packed = None if documents is None else torch.tensor(documents, dtype=torch.int32, device="cuda")
+    start = torch.tensor([17, keys - tokens][:batch], dtype=torch.int32, device="cuda") if keys > tokens else None
+    places = nsa._places(q, 64, keys, packed, start)
+    own = places.place.div(64, rounding_mode="floor")[..., None, None].expand(-1, -1, kv_heads, -1)
+    index = torch.rand(batch, tokens, kv_heads, -(-keys // 64) + 8, device="cuda").topk(top).indices
+    forced = torch.cat((own, own - 1, torch.where(own >= 2, 0, -1)), -1)[..., :top]
+    near = (index == 0) | (index == own - 1) | (index == own)
+    index[:, tokens // 2 :] = index.masked_fill(near, -1)[:, tokens // 2 :]  # none is chosen twice
+    index[:, tokens // 2 :, :, : forced.shape[-1]] = forced[:, tokens // 2 :]
+    near = (index == 0) | (index == own - 1) | (index == own)
+    return q, k, v, index.int(), index.masked_fill(~near, -1).int(), places
 
 
 # What `tune_nsa.py` tries beside the table's rows, which the other tests run

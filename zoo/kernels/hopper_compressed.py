@@ -2,6 +2,7 @@
 
 The portable kernel's plan (zoo/kernels/nsa_compressed.py) on warpgroups: rows stay, keys and values pass by, an online
 softmax. The output leaves by way of the queries' place, while the next item's queries are there already.
+`forward_program` serves other geometries too: hopper_near.py.
 """
 
 from typing import Any
@@ -23,8 +24,8 @@ from zoo.kernels.hopper_band import (
     programs,
     start_ring,
 )
-from zoo.kernels.hopper_rows import HELD, Rows, mask_rows, open_channels, packed, produce, product, send
-from zoo.kernels.units import LN2, LOG2E
+from zoo.kernels.hopper_rows import HELD, Rows, locate, open_channels, packed, produce, product, send
+from zoo.kernels.units import LOG2E
 
 # by head dim
 FORWARD = {64: Schedule(3, 4, True, 160, 32), 128: Schedule(3, 3, True, 160, 32)}
@@ -43,10 +44,10 @@ def forward_consume(C: gl.constexpr, rows, channels, out_desc, lse_ptr, scale_lo
     number = gl.to_tensor(0)
     row = gl.arange(0, TILE, layout=row_layout)
     for item in range(gl.program_id(0), rows.items, gl.num_programs(0)):
-        batch, kv_head, token = rows.locate(item)
-        begin, count, last_low, first_high = rows.walk(batch, token)
+        batch, kv_head, token = locate(rows, item)
+        walk = rows.walk(item, batch, kv_head, token)
         token += C * rows.TOKENS
-        own_place, own_first = rows.look(batch, token + row // rows.GROUP)
+        looked = rows.look(batch, kv_head, token + row // rows.GROUP)
 
         at = channels.wait_held(C, number)
         q = channels.held.index(at).reshape([TILE, D])
@@ -54,25 +55,25 @@ def forward_consume(C: gl.constexpr, rows, channels, out_desc, lse_ptr, scale_lo
         s = product(q, channels.passing.index(ring.slot), D, s_layout)
         channels.give_up_last(C, number)
         s = warpgroup_mma_wait(0, deps=(s,))
-        slot0 = begin * TILE
-        low, high = rows.low(own_first), rows.high(own_place, own_first)
-        if (slot0 < last_low) | (slot0 + TILE > first_high):
-            s = mask_rows(s, slot0, low, high, s_layout)
+        sight = rows.sight(*looked)
+        if walk.ragged:
+            s = rows.mask(s, walk.begin, sight, s_layout)
         m = gl.maximum(gl.max(s, 1) * scale_log2, NOTHING)
         p = gl.exp2(s * scale_log2 - gl.expand_dims(m, 1))
         total = lane_sum(p, 64)
         p = gl.convert_layout(p.to(dtype), p_layout)
         o = gl.zeros([TILE, D], gl.float32, o_layout)
-        for _ in range(count - 1):
+        key0 = walk.then
+        for _ in range(walk.count - 1):
             before = ring.slot
             ring = ring.next()
-            slot0 += TILE
             mbarrier.wait(channels.ready.index(ring.slot), ring.parity)
             s = product(q, channels.passing.index(ring.slot), D, s_layout)
             o = warpgroup_mma(p, channels.passing_too.index(before).reshape([TILE, D]), o, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s,))
-            if (slot0 < last_low) | (slot0 + TILE > first_high):
-                s = mask_rows(s, slot0, low, high, s_layout)
+            if walk.needs_mask(key0):
+                s = rows.mask(s, key0, sight, s_layout)
+            key0 += TILE
             m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
             alpha = gl.exp2(m - m_new)
             m = m_new
@@ -86,9 +87,8 @@ def forward_consume(C: gl.constexpr, rows, channels, out_desc, lse_ptr, scale_lo
             o *= gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)), 1)
         o = warpgroup_mma(p, channels.passing_too.index(ring.slot).reshape([TILE, D]), o, is_async=True)
         total = gl.convert_layout(gl.sum(total, 1), row_layout)
-        lse = gl.where(total > 0.0, (m + gl.log2(total)) * LN2, float("-inf"))
-        where, inside = rows.numbers(batch, kv_head, token, row)
-        gl.store(lse_ptr + where, lse, mask=inside)
+        lse = gl.where(total > 0.0, m + gl.log2(total), float("-inf"))
+        rows.keep_lse(lse_ptr, batch, kv_head, token, row, lse)
         inverse = gl.convert_layout(gl.where(total > 0.0, 1.0 / total, 0.0), gl.SliceLayout(1, o_layout))
         o, p = warpgroup_mma_wait(0, deps=(o, p))
         ring = channels.pass_on(ring)
@@ -98,6 +98,28 @@ def forward_consume(C: gl.constexpr, rows, channels, out_desc, lse_ptr, scale_lo
     tma.store_wait(0)
 
 
+@gluon.jit
+def forward_program(
+    rows, q_desc, k_desc, v_desc, out_desc, lse, scale_log2, STAGES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    channels = open_channels(q_desc, k_desc, rows.CONSUMERS, STAGES, HELD, False, False)
+    if rows.CONSUMERS == 2:
+        gl.warp_specialize([
+            (forward_consume, (0, rows, channels, out_desc, lse, scale_log2)),
+            (forward_consume, (1, rows, channels, out_desc, lse, scale_log2)),
+            (produce, (rows, channels, q_desc, q_desc, k_desc, v_desc, False)),
+        ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+    else:
+        gl.static_assert(rows.CONSUMERS == 3)
+        gl.warp_specialize([
+            (forward_consume, (0, rows, channels, out_desc, lse, scale_log2)),
+            (forward_consume, (1, rows, channels, out_desc, lse, scale_log2)),
+            (forward_consume, (2, rows, channels, out_desc, lse, scale_log2)),
+            (produce, (rows, channels, q_desc, q_desc, k_desc, v_desc, False)),
+        ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+
+
 @gluon.jit(do_not_specialize=["tokens", "slots", "groups", "pairs", "items"])
 def forward_kernel(
     q_desc, k_desc, v_desc, out_desc, place, first, lse, scale_log2, tokens, slots, groups, pairs, items,
@@ -105,21 +127,9 @@ def forward_kernel(
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     rows = Rows(tokens, slots, groups, pairs, items, place, first, GROUP, D, BLOCK, STRIDE, RATIO, CONSUMERS)
-    channels = open_channels(q_desc, k_desc, CONSUMERS, STAGES, HELD, False, False)
-    if CONSUMERS == 2:
-        gl.warp_specialize([
-            (forward_consume, (0, rows, channels, out_desc, lse, scale_log2)),
-            (forward_consume, (1, rows, channels, out_desc, lse, scale_log2)),
-            (produce, (rows, channels, q_desc, q_desc, k_desc, v_desc, False)),
-        ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
-    else:
-        gl.static_assert(CONSUMERS == 3)
-        gl.warp_specialize([
-            (forward_consume, (0, rows, channels, out_desc, lse, scale_log2)),
-            (forward_consume, (1, rows, channels, out_desc, lse, scale_log2)),
-            (forward_consume, (2, rows, channels, out_desc, lse, scale_log2)),
-            (produce, (rows, channels, q_desc, q_desc, k_desc, v_desc, False)),
-        ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+    forward_program(
+        rows, q_desc, k_desc, v_desc, out_desc, lse, scale_log2, STAGES, CONSUMER_REGISTERS, PRODUCER_REGISTERS
+    )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, places: Any, geometry: Any, scale: float) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from triton.language.core import _aggregate as aggregate
 
 from zoo.kernels.hopper_band import NOTHING, TILE, Schedule, copyable, descriptor, programs, start_ring
 from zoo.kernels.hopper_dkv import query_columns
-from zoo.kernels.hopper_rows import HELD, Rows, mask_rows, open_channels, packed, produce, product, send
+from zoo.kernels.hopper_rows import HELD, Rows, locate, open_channels, packed, produce, product, send
 from zoo.kernels.nsa_compressed import row_numbers, seen_by
 from zoo.kernels.units import LOG2E
 
@@ -48,11 +48,11 @@ def dq_consume(C: gl.constexpr, rows, channels, dq_desc, row_lse, delta, scale_l
     row = gl.arange(0, TILE, layout=row_layout)
     lse_ahead, delta_ahead = load_numbers(C, rows, row_lse, delta, gl.program_id(0), row)
     for item in range(gl.program_id(0), rows.items, gl.num_programs(0)):
-        batch, kv_head, token = rows.locate(item)
-        begin, count, last_low, first_high = rows.walk(batch, token)
+        batch, kv_head, token = locate(rows, item)
+        walk = rows.walk(item, batch, kv_head, token)
         token += C * rows.TOKENS
         next_item = gl.minimum(item + gl.num_programs(0), rows.items - 1)
-        own_place, own_first = rows.look(batch, token + row // rows.GROUP)
+        looked = rows.look(batch, kv_head, token + row // rows.GROUP)
         lse = lse_ahead
         delta_rows = delta_ahead
         lse_ahead, delta_ahead = load_numbers(C, rows, row_lse, delta, next_item, row)
@@ -65,25 +65,25 @@ def dq_consume(C: gl.constexpr, rows, channels, dq_desc, row_lse, delta, scale_l
         dp = product(do, channels.passing_too.index(ring.slot), D, s_layout)
         channels.give_up_last(C, number)
         s = warpgroup_mma_wait(1, deps=(s,))
-        slot0 = begin * TILE
-        low, high = rows.low(own_first), rows.high(own_place, own_first)
-        if (slot0 < last_low) | (slot0 + TILE > first_high):
-            s = mask_rows(s, slot0, low, high, s_layout)
+        sight = rows.sight(*looked)
+        if walk.ragged:
+            s = rows.mask(s, walk.begin, sight, s_layout)
         p = gl.exp2(s * scale_log2 - gl.expand_dims(lse, 1))
         dp = warpgroup_mma_wait(0, deps=(dp,))
         ds = gl.convert_layout((p * (dp - gl.expand_dims(delta_rows, 1))).to(dtype), ds_layout)
         dq = gl.zeros([TILE, D], gl.float32, o_layout)
-        for _ in range(count - 1):
+        key0 = walk.then
+        for _ in range(walk.count - 1):
             before = ring.slot
             ring = ring.next()
-            slot0 += TILE
             mbarrier.wait(channels.ready.index(ring.slot), ring.parity)
             s = product(q, channels.passing.index(ring.slot), D, s_layout)
             dq = warpgroup_mma(ds, channels.passing.index(before).reshape([TILE, D]), dq, is_async=True)
             dp = product(do, channels.passing_too.index(ring.slot), D, s_layout)
             s = warpgroup_mma_wait(2, deps=(s,))
-            if (slot0 < last_low) | (slot0 + TILE > first_high):
-                s = mask_rows(s, slot0, low, high, s_layout)
+            if walk.needs_mask(key0):
+                s = rows.mask(s, key0, sight, s_layout)
+            key0 += TILE
             p = gl.exp2(s * scale_log2 - gl.expand_dims(lse, 1))
             dq, dp, ds = warpgroup_mma_wait(0, deps=(dq, dp, ds))
             mbarrier.arrive(channels.free.index(before), count=1)
@@ -99,7 +99,7 @@ def dq_consume(C: gl.constexpr, rows, channels, dq_desc, row_lse, delta, scale_l
 @gluon.jit
 def load_numbers(C: gl.constexpr, rows, row_lse, delta, item, row):
     """lse and delta of consumer C's rows of an item, as they lie in memory."""
-    batch, kv_head, token = rows.locate(item)
+    batch, kv_head, token = locate(rows, item)
     at, inside = rows.numbers(batch, kv_head, token + C * rows.TOKENS, row)
     return gl.load(row_lse + at, mask=inside, other=float("inf")), gl.load(delta + at, mask=inside, other=0.0)
 
@@ -245,7 +245,7 @@ def dkv_consume(C: gl.constexpr, rows, shares, channels, dk_ptr, dv_ptr, scale_l
             s = warpgroup_mma_wait(1, deps=(s,))
             if (i < clear_first) | (i >= clear_last):
                 row = gl.arange(0, TILE, layout=gl.SliceLayout(0, s_layout))
-                place, begins = rows.look(batch, i * rows.TOKENS + row // rows.GROUP)
+                place, begins = rows.look(batch, kv_head, i * rows.TOKENS + row // rows.GROUP)
                 slot = tile * TILE + gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(1, s_layout)), 1)
                 low, high = rows.low(begins), rows.high(place, begins)
                 seen = (slot >= gl.expand_dims(low, 0)) & (slot < gl.expand_dims(high, 0))

@@ -1,7 +1,8 @@
 """Native Sparse Attention on Hopper: the functions of a back end, as in zoo/kernels/nsa.py.
 
-Compressed attention has kernels of its own for sm_90, bf16 and fp16, head dims 64 and 128 and groups that divide 64;
-pooling, the choice of blocks, the selected branch and the mix run the portable ones. Importing this imports Gluon.
+Compressed attention, and in the selected branch's forward the near blocks of 64 keys, have kernels of their own for
+sm_90, bf16 and fp16, head dims 64 and 128 and groups that divide 64; pooling, the choice of blocks, the rest of the
+selected branch and the mix run the portable ones. Importing this imports Gluon.
 """
 
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.kernels import hopper_compressed, hopper_compressed_backward
+from zoo.kernels import hopper_compressed, hopper_compressed_backward, hopper_near, nsa_selected
 from zoo.kernels import nsa_compressed as portable
 from zoo.kernels.hopper_rows import takes
 from zoo.kernels.nsa_mix import mix_backward, mix_forward
 from zoo.kernels.nsa_pool import pool_backward, pool_forward
-from zoo.kernels.nsa_selected import selected_backward, selected_forward
+from zoo.kernels.nsa_selected import selected_backward
 
 __all__ = [
     "compressed_backward",
@@ -52,3 +53,10 @@ def compressed_backward(
     kernels = hopper_compressed_backward if takes(q, k, scale) else portable
     with torch.cuda.device(q.device):
         return kernels.compressed_backward(dout, dlse, q, k, v, out, lse, places, geometry, scale)
+
+
+def selected_forward(
+    q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, places: Any, block: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    near = hopper_near if hopper_near.takes(q, k, block, scale) else nsa_selected
+    return nsa_selected.selected_forward(q, k, v, block_index, places, block, scale, near.near_outputs)

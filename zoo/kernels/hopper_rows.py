@@ -1,8 +1,12 @@
-"""Rows of (token, query head) pairs on Hopper: what the kernels of compressed attention share. Gluon, sm_90 only.
+"""Rows of (token, query head) pairs on Hopper: what the kernels of NSA's branches share. Gluon, sm_90 only.
 
 A row is a (token, query head) pair of one key/value head; 64 consecutive ones are a box of 64 / GROUP tokens and GROUP
 heads, which the copy engine packs by itself. One warp produces by bulk copies, CONSUMERS warpgroups of 64 rows consume.
 Barriers are counted: `number` is an item's place among those of its program.
+
+Which tiles an item walks, and what its rows see of them, the geometry says: `Rows` here, `NearRows` in hopper_near.py.
+Both have the fields tokens, groups, pairs, items, GROUP, D, CONSUMERS and TOKENS, and the functions walk, look, sight,
+mask and keep_lse.
 """
 
 from torch import Tensor
@@ -14,6 +18,7 @@ from triton.language.core import _aggregate as aggregate
 
 from zoo.kernels.hopper_band import ELEMENTS, TILE, start_ring
 from zoo.kernels.nsa_compressed import STEP_ROWS
+from zoo.kernels.units import LN2
 
 HELD = gl.constexpr(2)  # places of a consumer for what stays: one item's is fetched while the other's is used
 
@@ -28,9 +33,48 @@ def takes(q: Tensor, k: Tensor, scale: float) -> bool:
 # ------------------------------------------------------------------------------------------------ who sees what
 
 
+@gluon.jit
+def locate(rows, item):
+    """(batch row, key/value head, first token); the latest tokens first, they see most."""
+    pair = item % rows.pairs
+    tile = (rows.items - 1 - item) // rows.pairs
+    return pair // rows.groups, pair % rows.groups, tile * (rows.CONSUMERS * rows.TOKENS)
+
+
+@aggregate
+class Walk:
+    """The tiles of an item: `count`, at least one, from key `begin` and then from key `then` on, without gaps."""
+
+    begin: gl.tensor
+    then: gl.tensor
+    count: gl.tensor
+    ragged: gl.tensor  # whether some row doesn't see all of the first one
+    last_low: gl.tensor  # of the others all rows see all, between these two
+    first_high: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, begin, then, count, ragged, last_low, first_high):
+        self.begin = begin
+        self.then = then
+        self.count = count
+        self.ragged = ragged
+        self.last_low = last_low
+        self.first_high = first_high
+
+    @gluon.jit
+    def tile(self, i):
+        """The first key of the i-th."""
+        return gl.where(i == 0, self.begin, self.then + (i - 1) * TILE)
+
+    @gluon.jit
+    def needs_mask(self, key0):
+        """Of a tile after the first."""
+        return (key0 < self.last_low) | (key0 + TILE > self.first_high)
+
+
 @aggregate
 class Rows:
-    """Sizes of one launch; which rows an item holds and which slots they see."""
+    """Compressed attention's geometry: sizes of one launch, and which slots rows see. Keys are slots."""
 
     tokens: gl.tensor
     slots: gl.tensor
@@ -66,14 +110,7 @@ class Rows:
         self.TOKENS = gl.constexpr(64 // GROUP)
 
     @gluon.jit
-    def locate(self, item):
-        """(batch row, key/value head, first token); the latest tokens first, they see most."""
-        pair = item % self.pairs
-        tile = (self.items - 1 - item) // self.pairs
-        return pair // self.groups, pair % self.groups, tile * (self.CONSUMERS * self.TOKENS)
-
-    @gluon.jit
-    def look(self, batch, token):
+    def look(self, batch, kv_head, token):
         """place and first_block of a token or tokens, as they lie in memory; beyond the last, the last one's."""
         at = batch * self.tokens + gl.minimum(token, self.tokens - 1)
         return gl.load(self.place + at), gl.load(self.first + at)
@@ -89,15 +126,25 @@ class Rows:
         return gl.minimum(first * self.RATIO + seen, self.slots)
 
     @gluon.jit
-    def walk(self, batch, token):
-        """(first tile of slots, tiles, at least one, latest low, earliest high) of the item that begins at `token`. The
-        bounds never fall. Loaded anew for each item: Gluon forgets what a loop carries for an inner loop's bounds alone
-        (docs/kernels.md)."""
-        place, first = self.look(batch, token)
-        last_place, last_first = self.look(batch, token + (self.CONSUMERS * self.TOKENS - 1))
-        begin = self.low(first) // TILE
-        count = gl.maximum((self.high(last_place, last_first) + (TILE - 1)) // TILE - begin, 1)
-        return begin, count, self.low(last_first), self.high(place, first)
+    def walk(self, item, batch, kv_head, token):
+        """Of the item that begins at `token`; bounds never fall from token to token. Loaded anew for each item: Gluon
+        forgets what a loop carries for an inner loop's bounds alone (docs/kernels.md)."""
+        place, first = self.look(batch, kv_head, token)
+        last_place, last_first = self.look(batch, kv_head, token + (self.CONSUMERS * self.TOKENS - 1))
+        tile = self.low(first) // TILE
+        count = gl.maximum((self.high(last_place, last_first) + (TILE - 1)) // TILE - tile, 1)
+        begin, last_low, first_high = tile * TILE, self.low(last_first), self.high(place, first)
+        ragged = (begin < last_low) | (begin + TILE > first_high)
+        return Walk(begin, begin + TILE, count, ragged, last_low, first_high)
+
+    @gluon.jit
+    def sight(self, place, first):
+        """[low, high) of tokens that were looked up."""
+        return self.low(first), self.high(place, first)
+
+    @gluon.jit
+    def mask(self, s, key0, sight, layout: gl.constexpr):
+        return mask_rows(s, key0, sight[0], sight[1], layout)
 
     @gluon.jit
     def numbers(self, batch, kv_head, token, row):
@@ -106,12 +153,18 @@ class Rows:
         at = (batch.to(gl.int64) * self.tokens + own) * (self.groups * self.GROUP) + kv_head * self.GROUP
         return at + row % self.GROUP, own < self.tokens
 
+    @gluon.jit
+    def keep_lse(self, lse_ptr, batch, kv_head, token, row, lse):
+        """lse is in log2, memory wants natural logs."""
+        where, inside = self.numbers(batch, kv_head, token, row)
+        gl.store(lse_ptr + where, lse * LN2, mask=inside)
+
 
 @gluon.jit
-def mask_rows(s, first_slot, low, high, layout: gl.constexpr):
-    """s (rows, slots) with -inf where a row doesn't see a slot."""
-    slot = first_slot + gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, layout)), 0)
-    seen = (slot >= gl.expand_dims(low, 1)) & (slot < gl.expand_dims(high, 1))
+def mask_rows(s, key0, low, high, layout: gl.constexpr):
+    """s (rows, keys from key0 on) with -inf where a row doesn't see a key."""
+    key = key0 + gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(0, layout)), 0)
+    seen = (key >= gl.expand_dims(low, 1)) & (key < gl.expand_dims(high, 1))
     return gl.where(seen, s, float("-inf"))
 
 
@@ -248,18 +301,18 @@ def send(value, tile, desc, rows, batch, kv_head, token):
 
 @gluon.jit
 def produce(rows, channels, q_desc, too_desc, k_desc, v_desc, BOTH: gl.constexpr):
-    """For the kernels whose rows stay: every item's rows, then its slots, ascending."""
+    """For the kernels whose rows stay: every item's rows, then its tiles of keys."""
     ring = start_ring(channels.passing.shape[0])
     number = gl.to_tensor(0)
     for item in range(gl.program_id(0), rows.items, gl.num_programs(0)):
-        batch, kv_head, token = rows.locate(item)
-        begin, count, _, _ = rows.walk(batch, token)
+        batch, kv_head, token = locate(rows, item)
+        walk = rows.walk(item, batch, kv_head, token)
         CONSUMERS: gl.constexpr = rows.CONSUMERS
         for c in gl.static_range(CONSUMERS):
             where = [batch, token + c * rows.TOKENS, kv_head * rows.GROUP, 0]
             channels.hold(c, number, q_desc, too_desc, where, BOTH)
-        for i in range(count):
-            channels.fetch(ring, k_desc, v_desc, [batch, (begin + i) * TILE, kv_head, 0])
+        for i in range(walk.count):
+            channels.fetch(ring, k_desc, v_desc, [batch, walk.tile(i), kv_head, 0])
             channels.announce(ring, k_desc)
             ring = ring.next()
         number += 1

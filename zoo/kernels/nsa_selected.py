@@ -16,6 +16,7 @@ together, and they need no pairs. In the backward, and where there are few queri
 Shapes: q, out (B,T,H,D); k, v (B,N,G,D); block_index (B,T,G,top); lse, row_lse, delta (B,T,H).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from zoo.kernels.launch import on_device, rows_contiguous, strides_of
 from zoo.kernels.nsa_compressed import load_rows, program, row_numbers, store_rows
 from zoo.kernels.nsa_inverse import Items, Piece, inverse, is_wanted, item_of, pieces
+from zoo.kernels.nsa_near import sees
 from zoo.kernels.tiles import architecture, load_tile
 from zoo.kernels.units import LN2, LOG2E
 
@@ -56,10 +58,28 @@ def choose_tile(kernel: str, q: Tensor) -> Any:
 # ------------------------------------------------------------------------------------------------------- the launchers
 
 
+def near_outputs(piece: Piece, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
+    """Writes to out, and to lse in log2."""
+    rows, keys, warps, stages = choose_tile("near", q)
+    programs = triton.cdiv(q.shape[1] * piece.group, rows) * q.shape[0] * k.shape[2]
+    _near[programs,](
+        q, k, v, piece.index, piece.place, piece.first_key, out, lse, *strides_of(q, k, v, out, lse),
+        **piece.sizes(), scale=scale, **piece.switches(),
+        BLOCK_TOP=triton.next_power_of_2(piece.top), BLOCK_K=keys, BLOCK_R=rows, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
 def selected_forward(
-    q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, places: Any, block: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    places: Any,
+    block: int,
+    scale: float,
+    near: Callable[[Piece, Tensor, Tensor, Tensor, Tensor, Tensor, float], None] = near_outputs,
 ) -> tuple[Tensor, Tensor]:
-    """out like q and natural-log lse (B,T,H) float32."""
+    """out like q and natural-log lse (B,T,H) float32. near: does what `near_outputs` does."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel() == 0:
@@ -72,7 +92,7 @@ def selected_forward(
             items = None if piece.pairs <= FEW_PAIRS else inverse(piece, "partial")
             partial = _partial_outputs(piece, items, part_q, part_k, part_v, scale)
             if items is not None:
-                _near_outputs(piece, part_q, part_k, part_v, part_out, part_lse, scale)
+                near(piece, part_q, part_k, part_v, part_out, part_lse, scale)
             sums = _summed_rows(piece, q)
             _merge[triton.cdiv(part_lse.numel(), sums["BLOCK_R"]),](
                 *partial, piece.index, piece.place, part_out, part_lse, *strides_of(part_out, part_lse),
@@ -97,17 +117,6 @@ def _partial_outputs(
         BLOCK_R=rows, SINGLE=items is None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return partial, lse
-
-
-def _near_outputs(piece: Piece, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
-    """Writes to out, and to lse in log2."""
-    rows, keys, warps, stages = choose_tile("near", q)
-    programs = triton.cdiv(q.shape[1] * piece.group, rows) * q.shape[0] * k.shape[2]
-    _near[programs,](
-        q, k, v, piece.index, piece.place, piece.first_key, out, lse, *strides_of(q, k, v, out, lse),
-        **piece.sizes(), scale=scale, **piece.switches(),
-        BLOCK_TOP=triton.next_power_of_2(piece.top), BLOCK_K=keys, BLOCK_R=rows, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
 
 
 def selected_backward(
@@ -261,12 +270,6 @@ def _weigh(top, total, acc, s, v):
     return new_top, total * shrink + tl.sum(p, 1), acc
 
 
-@triton.jit
-def _chose(chosen, block):
-    """1 where a row of `chosen` holds the row's block, 0 elsewhere and where there is no such block."""
-    return tl.max(((chosen == block[:, None]) & (chosen >= 0)).to(tl.int32), 1)
-
-
 @triton.jit(do_not_specialize=INTEGERS)
 def _near(
     q_ptr, k_ptr, v_ptr, index_ptr, place_ptr, first_key_ptr, out_ptr, lse_ptr,
@@ -285,16 +288,12 @@ def _near(
     first_key_ptr += batch * T
     place = tl.load(place_ptr + t, mask=inside, other=-1)
     first_key = tl.load(first_key_ptr + t, mask=inside, other=0)
-    own = place // BLOCK
     i = tl.arange(0, BLOCK_TOP)
     choice = (batch * T + t) * G + kv_head
     chosen = tl.load(
         index_ptr + choice[:, None] * TOP + i[None, :], mask=inside[:, None] & (i < TOP)[None, :], other=-1
     )
-    # What a row sees: keys from low on before high, and before first_high.
-    first_high = first_key + tl.minimum(place + 1, _chose(chosen, own * 0) * BLOCK)
-    low = first_key + (own - _chose(chosen, own - 1)) * BLOCK
-    high = tl.where(_chose(chosen, own) > 0, first_key + place + 1, first_key + own * BLOCK)
+    first_high, low, high = sees(chosen, place, first_key, BLOCK)
     q_ptr += batch * stride_qb + kv_head * GROUP * stride_qh
     k_ptr += batch * stride_kb + kv_head * stride_kh
     v_ptr += batch * stride_vb + kv_head * stride_vh
