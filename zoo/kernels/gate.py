@@ -20,7 +20,7 @@ from zoo.kernels.launch import rows_contiguous
 from zoo.kernels.tiles import CHUNK
 from zoo.kernels.units import LOG2E
 
-HEADS = 16  # per program: a row of the (B,N,H) inputs is read in pieces this wide
+HEADS = 16  # per program at most: a row of the (B,N,H) inputs is read in pieces this wide
 SEGMENTS = 512  # of a row at most, in the backward: their sums are added up by every program anew
 
 
@@ -32,9 +32,10 @@ def prefix(gate: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     chunks = triton.cdiv(length, CHUNK)
     suffix = first.new_empty((batch, heads, length), dtype=torch.float32)
     total = first.new_empty((batch, heads, chunks), dtype=torch.float32)
-    _prefix[(chunks, batch, triton.cdiv(heads, HEADS))](
+    wide = min(HEADS, triton.next_power_of_2(heads))
+    _prefix[(chunks, batch, triton.cdiv(heads, wide))](
         first, second, suffix, total, *first.stride()[:2], *second.stride()[:2], length, heads, chunks,
-        EPS=EPS, ACTIVATE=len(gate) == 2, CHUNK=CHUNK, HEADS=HEADS,
+        EPS=EPS, ACTIVATE=len(gate) == 2, CHUNK=CHUNK, HEADS=wide,
     )  # fmt: skip
     return suffix, total
 
@@ -56,16 +57,17 @@ def prefix_backward(
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in gate)
     steps = triton.cdiv(length, CHUNK * SEGMENTS)  # chunks to a segment
     segments = triton.cdiv(length, CHUNK * steps)
-    sums = key_side.new_empty((batch, heads, segments))
-    grid = (segments, batch, triton.cdiv(heads, HEADS))
-    shape = {"CHUNK": CHUNK, "HEADS": HEADS}
+    sums = key_side.new_empty((batch, segments, heads))
+    wide = min(HEADS, triton.next_power_of_2(heads))
+    grid = (segments, batch, triton.cdiv(heads, wide))
+    shape = {"CHUNK": CHUNK, "HEADS": wide}
     strides = (*first.stride()[:2], *second.stride()[:2])
     activation = {"EPS": EPS, "ACTIVATE": len(gate) == 2}
     _segment_sums[grid](key_side, query_side, sums, length, offset, heads, steps, segments, **shape)
     _segment_backward[grid](
         key_side, query_side, sums, first, second, grads[0], grads[-1],
         *strides, length, offset, heads, steps, segments,
-        BOUNDED=end is not None, SEGMENTS=SEGMENTS, **activation, **shape,
+        BOUNDED=end is not None, SEGMENTS=triton.next_power_of_2(segments), **activation, **shape,
     )  # fmt: skip
     if end is not None:
         _bounded_backward[(triton.cdiv(length, CHUNK), *grid[1:])](
@@ -101,7 +103,7 @@ def log_decay_at(first_ptr, second_ptr, first_at, second_at, inside, EPS: tl.con
     return z * LOG2E
 
 
-@triton.jit(do_not_specialize=["N", "chunks"])
+@triton.jit(do_not_specialize=["chunks"])
 def _prefix(
     first_ptr, second_ptr, suffix_ptr, total_ptr,
     stride_fb, stride_ft, stride_sb, stride_st, N, H, chunks,
@@ -136,22 +138,22 @@ def _both_sides(key_side_ptr, query_side_ptr, row, token, head, N, offset, H):
     return x + tl.load(query_side_ptr + row[None, :] * (N - offset) + (token - offset)[:, None], mask=asked, other=0.0)
 
 
-@triton.jit(do_not_specialize=["N", "offset", "steps", "segments"])
+@triton.jit(do_not_specialize=["steps", "segments"])
 def _segment_sums(
     key_side_ptr, query_side_ptr, sums_ptr, N, offset, H, steps, segments, CHUNK: tl.constexpr, HEADS: tl.constexpr
 ):
     """The sum of d prefix over one segment, HEADS heads."""
-    segment = tl.program_id(0)
+    segment, batch = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
     head = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
-    row = tl.cast(tl.program_id(1), tl.int64) * H + head
-    total = tl.zeros([HEADS], tl.float32)
+    row = batch * H + head
+    total = tl.zeros([CHUNK, HEADS], tl.float32)
     for i in range(0, steps):
         token = (tl.cast(segment, tl.int64) * steps + i) * CHUNK + tl.arange(0, CHUNK)
-        total += tl.sum(_both_sides(key_side_ptr, query_side_ptr, row, token, head, N, offset, H), 0)
-    tl.store(sums_ptr + row * segments + segment, total, mask=head < H)
+        total += _both_sides(key_side_ptr, query_side_ptr, row, token, head, N, offset, H)
+    tl.store(sums_ptr + (batch * segments + segment) * H + head, tl.sum(total, 0), mask=head < H)
 
 
-@triton.jit(do_not_specialize=["N", "offset", "steps", "segments"])
+@triton.jit(do_not_specialize=["steps", "segments"])
 def _segment_backward(
     key_side_ptr, query_side_ptr, sums_ptr, first_ptr, second_ptr, dfirst_ptr, dsecond_ptr,
     stride_fb, stride_ft, stride_sb, stride_st, N, offset, H, steps, segments,
@@ -164,15 +166,19 @@ def _segment_backward(
     batch = tl.cast(tl.program_id(1), tl.int64)
     head = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     row = batch * H + head
+    newest = (tl.cast(segment, tl.int64) * steps + (steps - 1)) * CHUNK + tl.arange(0, CHUNK)
+    x = _both_sides(key_side_ptr, query_side_ptr, row, newest, head, N, offset, H)  # on its way while sums are added up
     later = tl.arange(0, SEGMENTS)
     mask = ((later > segment) & (later < segments))[:, None] & (head < H)[None, :]
-    carry = tl.sum(tl.load(sums_ptr + row[None, :] * segments + later[:, None], mask=mask, other=0.0), 0)
+    sums_at = (batch * segments + later)[:, None] * H + head[None, :]
+    carry = tl.sum(tl.load(sums_ptr + sums_at, mask=mask, other=0.0), 0)
     for i in range(0, steps):
-        token = (tl.cast(segment, tl.int64) * steps + (steps - 1 - i)) * CHUNK + tl.arange(0, CHUNK)
+        token = newest - i * CHUNK
         inside = (token < N)[:, None] & (head < H)[None, :]
-        x = _both_sides(key_side_ptr, query_side_ptr, row, token, head, N, offset, H)
         grad = tl.cumsum(x, 0, reverse=True) + carry[None, :]
         carry += tl.sum(x, 0)
+        if i + 1 < steps:
+            x = _both_sides(key_side_ptr, query_side_ptr, row, token - CHUNK, head, N, offset, H)
         if BOUNDED:
             tl.store(key_side_ptr + row[None, :] * N + token[:, None], grad, mask=inside)
         else:
