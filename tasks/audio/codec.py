@@ -203,13 +203,16 @@ class Codec(nn.Module):
         return self.quantizer.encode(self._encoded(self._checked(sound)), stages)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, F, n) of the first n stages -> (B, F * hop) amplitudes."""
-        return self._decoded(self.quantizer.decode(codes))
+        """Codes (B, F, n) of the first n stages -> (B, F * hop) amplitudes, in float32 whatever the precision around:
+        a bfloat16 has eight bits, a sample sixteen."""
+        with torch.autocast(codes.device.type, enabled=False):
+            return self._decoded(self.quantizer.decode(codes))
 
     def decode_on(self, codes: Tensor, state: State) -> tuple[Tensor, State]:
         """The same for the next frames of a sound, after `start_decoding`."""
-        sound, state = self.decoder(self.quantizer.decode(codes).movedim(-1, 1), state)
-        return sound[:, 0].float(), state
+        with torch.autocast(codes.device.type, enabled=False):
+            sound, state = self.decoder(self.quantizer.decode(codes).movedim(-1, 1), state)
+        return sound[:, 0], state
 
     def start_decoding(self, rows: int) -> State:
         return self.decoder.start(rows)

@@ -50,6 +50,17 @@ def test_pieces_are_the_whole(codec, sizes):
 
 
 @torch.no_grad()
+def test_sounds_have_all_their_bits_under_autocast(codec):
+    """Speech is made and judged at the precision that its generator trains in; the codec is not."""
+    codes = torch.randint(0, 16, (2, 32, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, pieces = codec.decode(codes), torch.cat(list(codec.decode_in_pieces(codes.split(8, dim=1))), dim=1)
+    assert whole.dtype == pieces.dtype == torch.float32
+    assert torch.equal(whole, codec.decode(codes))
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 def test_the_state_of_decoding_does_not_grow(codec):
     from zoo.state import state_bytes
 
