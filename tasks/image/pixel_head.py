@@ -31,6 +31,7 @@ from zoo.state import State
 # (rows up, columns to the left) of the pixels that a token sees, where they come earlier in the order
 NEARBY = ((0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, -1), (1, 2), (1, -2), (2, 0), (2, 1), (2, -1), (3, 0))
 COARSE, FINE = 5, 7  # octaves in which a value is told to the backbone, and to the next channel of its pixel
+WAVES = 32  # half turns over the levels of the finest wave that the softmax's logits are made of, beside free ones
 
 
 class PixelHead(Head):
@@ -68,6 +69,7 @@ class PixelHead(Head):
     nearby: Tensor  # (T, K) int64: the input that holds each neighbour; 0, the start, where none is known
     coarse: Tensor  # (levels + 1, 1 + 2 COARSE): a value as functions of it; zeros for the start
     fine: Tensor  # (levels + 1, 1 + 2 FINE)
+    waves: Tensor  # (levels, F)
 
     def __init__(self, config: Config, width: int):
         super().__init__()
@@ -81,6 +83,7 @@ class PixelHead(Head):
         self.register_buffer("nearby", nearby, persistent=False)
         self.register_buffer("coarse", functions_of(config.levels, COARSE), persistent=False)
         self.register_buffer("fine", functions_of(config.levels, FINE), persistent=False)
+        self.register_buffer("waves", waves_of(config.levels), persistent=False)
 
         self.positions = nn.ModuleList(nn.Embedding(size, width) for size in shape)
         shown = len(NEARBY) * (channels * self.coarse.shape[1] + 1)
@@ -91,6 +94,8 @@ class PixelHead(Head):
         self.told = nn.ModuleList(Linear(c * self.fine.shape[1], hidden) for c in range(1, channels))
         self.down = nn.ModuleList(Linear(hidden, width) for _ in range(channels))
         self.out = nn.Linear(width, channels * config.levels, bias=False)
+        self.smooth = nn.Linear(width, channels * self.waves.shape[1], bias=False)
+        nn.init.zeros_(self.smooth.weight)
         init_normal((self.positions, self.near[2], self.up, self.down, self.out), 0.02)
 
     @property
@@ -159,7 +164,13 @@ class PixelHead(Head):
         return Output(torch.stack([loss for loss, _ in parts]).sum(), torch.stack([n for _, n in parts]).sum())
 
     def _weights(self) -> tuple[Tensor, ...]:
-        return self.out.weight.chunk(self.config.channels)
+        """Of each channel's softmax, (levels, C): free for each level, plus what neighbouring levels share. A
+        distribution around some value is then learned in hundreds of steps, not level by level."""
+        parts = self.smooth.weight.chunk(self.config.channels)
+        return tuple(
+            free + self.waves @ part
+            for free, part in zip(self.out.weight.chunk(self.config.channels), parts, strict=True)
+        )
 
     def _channel(self, h: Tensor, inner: Tensor, told: Tensor, channel: int) -> Tensor:
         """h (…, C) and its part of `up` -> what the channel's softmax reads; told (…, channels or fewer, F): the values
@@ -187,7 +198,7 @@ class PixelHead(Head):
         return self.places[places.clamp(max=self.config.elements - 1)]
 
     def flops(self, tokens: int) -> int:
-        parts = (self.near, self.up, self.told, self.down, self.out)
+        parts = (self.near, self.up, self.told, self.down, self.out)  # `smooth` is folded into `out`
         return 2 * tokens * sum(p.numel() for part in parts for p in part.parameters() if p.ndim == 2)
 
 
@@ -198,3 +209,10 @@ def functions_of(levels: int, octaves: int) -> Tensor:
     turns = math.pi * x.unsqueeze(1) * 2.0 ** torch.arange(octaves)
     table = torch.cat((2 * x.unsqueeze(1) - 1, turns.sin(), turns.cos()), dim=1)
     return torch.cat((table, torch.zeros(1, table.shape[1])))
+
+
+def waves_of(levels: int) -> Tensor:
+    """(levels, 1 + 2 W): values scaled to [-1, 1], and sines and cosines of pi k x for k = 1 … W."""
+    x = (torch.arange(levels) + 0.5) / levels
+    turns = math.pi * x.unsqueeze(1) * torch.arange(1, min(WAVES, levels // 2) + 1)
+    return torch.cat((2 * x.unsqueeze(1) - 1, turns.sin(), turns.cos()), dim=1)
