@@ -47,8 +47,8 @@ class ImageTask(Task):
         """sequence     sub-pixels themselves, with an exact likelihood, or codes of a tokenizer
         tokenizer    of codes: a run folder or weights of an image_tokenizer
         tokenizer_sha256  refuse any other
-        token        what the backbone runs over: sub-pixels or codes one by one (element), or whole pixels (pixel), with
-                     the head image_pixels: exact likelihood, too, at a third of the work for colour images
+        token        what the backbone runs over: sub-pixels or codes one by one (element), or whole pixels (pixel),
+                     with the head image_pixels: as exact a likelihood, at a third of the work for colour images
         order        of the elements: raster, planar, columns, snake, spiral, hilbert, shuffled
         conditional  on the class
         augment      of training images; flips only where left and right are alike
