@@ -96,12 +96,14 @@ def train(recipe: str, words: list[str]) -> list[dict[str, Any]]:
 
 
 def best_of(rows: list[dict[str, Any]], by: str) -> dict[str, Any]:
-    """step, mse, and mse_96 … of the evaluation with the least mean error over the horizons, and all such means."""
+    """step, mse, and mse_96 … of the evaluation with the least mean error over the horizons; all such means; and, in
+    `others`, all that this evaluation found."""
     evaluations = [row for row in rows if any(name.startswith(f"valid/{by}_") for name in row)]
     best = min(evaluations, key=lambda row: mean_error(row, by))
     errors = {name.removeprefix("valid/"): value for name, value in best.items() if name.startswith(f"valid/{by}_")}
     curve = [round(mean_error(row, by), 4) for row in evaluations]
-    return {"step": best["step"], by: mean_error(best, by), **errors, "curve": curve}
+    others = {name.removeprefix("valid/"): value for name, value in best.items() if name.startswith("valid/")}
+    return {"step": best["step"], by: mean_error(best, by), **errors, "curve": curve, "others": others}
 
 
 def mean_error(row: dict[str, Any], by: str) -> float:

@@ -25,3 +25,4 @@ def register() -> None:
         registry.datasets.add(name, target)
     import_module("tasks.image.models")
     registry.heads.add("image", "tasks.image.head:ImageHead")
+    registry.heads.add("image_pixels", "tasks.image.pixel_head:PixelHead")

@@ -189,7 +189,9 @@ class ImageHead(Head):
         return 2 * tokens * (self.out.weight.numel() + near)
 
 
-def nearby_places(order: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+def nearby_places(
+    order: np.ndarray, shape: tuple[int, int, int], nearby: tuple[tuple[int, int], ...] = NEARBY
+) -> np.ndarray:
     """(T, K) int64: for the element at each place of `order`, the places of its neighbours, -1 where outside the image
     or not earlier. First those of the same channel, then the other channels in turn; last its own pixel's."""
     height, width, channels = shape
@@ -199,7 +201,7 @@ def nearby_places(order: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     row, column, channel = np.unravel_index(order, shape)
     found = []
     for turn in range(channels):
-        for up, left in NEARBY if turn == 0 else (*NEARBY, (0, 0)):
+        for up, left in nearby if turn == 0 else (*nearby, (0, 0)):
             r, c, ch = row - up, column - left, (channel + turn) % channels
             inside = (r >= 0) & (c >= 0) & (c < width)
             index = (r.clip(0) * width + c.clip(0, width - 1)) * channels + ch

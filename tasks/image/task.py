@@ -47,6 +47,8 @@ class ImageTask(Task):
         """sequence     sub-pixels themselves, with an exact likelihood, or codes of a tokenizer
         tokenizer    of codes: a run folder or weights of an image_tokenizer
         tokenizer_sha256  refuse any other
+        token        what the backbone runs over: sub-pixels or codes one by one (element), or whole pixels (pixel),
+                     with the head image_pixels: as exact a likelihood, at a third of the work for colour images
         order        of the elements: raster, planar, columns, snake, spiral, hilbert, shuffled
         conditional  on the class
         augment      of training images; flips only where left and right are alike
@@ -58,6 +60,7 @@ class ImageTask(Task):
         sequence: Literal["pixels", "codes"] = "pixels"
         tokenizer: str = ""
         tokenizer_sha256: str = ""
+        token: Literal["element", "pixel"] = "element"
         order: str = "raster"
         conditional: bool = False
         augment: Augment = field(default_factory=Augment)
@@ -75,6 +78,11 @@ class ImageTask(Task):
                 raise ValueError(f"tokenizer = {self.tokenizer!r} has no use with sequence = 'pixels'")
             if self.sequence == "codes" and self.augment.shift:
                 raise ValueError(f"augment.shift = {self.augment.shift}: codes are made once, so it takes 0 with them")
+            if self.token == "pixel" and (self.sequence == "codes" or self.conditional or self.order == "planar"):
+                raise ValueError(
+                    "token = 'pixel' takes sequence = 'pixels', conditional = false and an order of whole pixels; got "
+                    f"{self.sequence!r}, {self.conditional} and {self.order!r}"
+                )
             if self.grid < 1:
                 raise ValueError(f"grid = {self.grid}; it takes 1 or more")
 
@@ -131,9 +139,19 @@ class ImageTask(Task):
     def levels(self) -> int:
         return 256 if self.tokenizer is None else self.tokenizer.codes
 
+    @property
+    def _grouped(self) -> bool:
+        """Whether a token is a whole pixel."""
+        return self.config.token == "pixel"
+
+    @cached_property
+    def _places(self) -> tuple[int, int, int]:
+        """Rows, columns and channels of what has a place of its own in the sequence."""
+        return (*self.shape[:2], 1) if self._grouped else self.shape
+
     @cached_property
     def _order(self) -> np.ndarray:
-        return ORDERS[self.config.order](*self.shape)
+        return ORDERS[self.config.order](*self._places)
 
     @cached_property
     def _classes(self) -> tuple[str, ...]:
@@ -146,7 +164,15 @@ class ImageTask(Task):
     def model_config(self, config: ModelConfig) -> ModelConfig:
         height, width, channels = self.shape
         head: dict[str, Any] = {"height": height, "width": width, "channels": channels, "levels": self.levels}
-        head |= {"order": self.config.order, "classes": len(self._classes) if self.config.conditional else 0}
+        head |= {"order": self.config.order}
+        wanted = "image_pixels" if self._grouped else "image"
+        if config.head is None or config.head.name != wanted:
+            found = None if config.head is None else config.head.name
+            raise configs.ConfigError(
+                f"task.token = {self.config.token!r} takes model.head.name = {wanted!r}; got {found!r}"
+            )
+        if not self._grouped:
+            head["classes"] = len(self._classes) if self.config.conditional else 0
         layers: list[Any] = [config, {"head": head}]
         if config.backbone.positions == "learned":
             layers.append({"backbone": {"max_len": len(self._order)}})
@@ -190,8 +216,9 @@ class ImageTask(Task):
         )
 
     def _rows(self, elements: np.ndarray) -> Tensor:
-        """(B, h, w, c) -> (B, T) int64 in the order of the sequence."""
-        return torch.from_numpy(elements.reshape(len(elements), -1)[:, self._order].astype(np.int64))
+        """(B, h, w, c) -> (B, T) int64 in the order of the sequence; of whole pixels (B, T, c)."""
+        each = (elements.shape[-1],) if self._grouped else ()
+        return torch.from_numpy(elements.reshape(len(elements), -1, *each)[:, self._order].astype(np.int64))
 
     def _shifted(self, targets: Tensor) -> Tensor:
         """The start token, then all but the last element."""
@@ -210,7 +237,8 @@ class ImageTask(Task):
         rows = [self._beginning(one.given) for one in asked]
         if len({len(row) for row in rows}) > 1:
             raise ValueError("the given pictures of a batch have different heights; give as many rows of each")
-        inputs = torch.cat((torch.full((len(rows), 1), self.levels), torch.stack(rows)), dim=1)
+        given = torch.stack(rows)
+        inputs = torch.cat((torch.full((len(rows), 1, *given.shape[2:]), self.levels), given), dim=1)
         return Batch(inputs, condition=torch.tensor(labels) if self.config.conditional else None)
 
     def _label(self, label: int | None) -> int:
@@ -226,9 +254,9 @@ class ImageTask(Task):
         return label
 
     def _beginning(self, given: np.ndarray | None) -> Tensor:
-        """The elements (n,) of the given upper rows."""
+        """The elements (n,) of the given upper rows, or their pixels (n, C)."""
         if given is None:
-            return torch.zeros(0, dtype=torch.int64)
+            return torch.zeros(0, *((self.shape[2],) if self._grouped else ()), dtype=torch.int64)
         height, width, channels = self.data.shape
         if given.ndim != 3 or given.shape[1:] != (width, channels) or not 0 < len(given) < height:
             raise ValueError(
@@ -238,7 +266,7 @@ class ImageTask(Task):
         if tokenizer is not None and len(given) % tokenizer.config.factor:
             raise ValueError(f"{len(given)} given rows: the tokenizer takes multiples of {tokenizer.config.factor}")
         rows = len(given) // (tokenizer.config.factor if tokenizer else 1)
-        count = rows_given(self._order, *self.shape, rows)
+        count = rows_given(self._order, *self._places, rows)
         if count is None:
             raise ValueError(
                 f"a model with order {self.config.order!r} cannot complete a given upper part: its rows do not come "
@@ -266,7 +294,7 @@ class ImageTask(Task):
         return list(decode_all(self.tokenizer, elements[..., 0]))
 
     def artefact(self, inputs: Tensor) -> np.ndarray:
-        """All elements (T,) of a row -> a picture (H, W, C) uint8."""
+        """All elements (T,) of a row, or its pixels (T, C) -> a picture (H, W, C) uint8."""
         return self.artefacts(self.prompt(None), inputs.unsqueeze(0))[0]
 
     def ask(self, request: Request) -> list[ImagePrompt]:
@@ -338,7 +366,7 @@ class ImageTask(Task):
         assert isinstance(model, Model)
         sampling, images = self.config.samples.sampling(), {"samples": self._grid(model)}
         shown = min(8, len(batch.targets))
-        known = rows_given(self._order, *self.shape, self.shape[0] // 2)
+        known = rows_given(self._order, *self._places, self.shape[0] // 2)
         if known:
             condition = batch.condition[:shown].cpu() if batch.condition is not None else None
             given = Batch(batch.inputs[:shown, : known + 1].cpu(), condition=condition)

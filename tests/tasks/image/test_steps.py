@@ -62,6 +62,10 @@ TRAIN = {"steps": 24, "batch_size": 8, "optimizer": {"lr": 3e-3}, "schedule": {"
 SMALL = {"backbone": BACKBONE, "head": {"neighbours": True}}
 KINDS = {
     "pixels": ({"name": "image", "augment": {"flip": True}}, {"name": "image_gatedfwa_1m", **SMALL}),
+    "whole pixels": (
+        {"name": "image", "token": "pixel", "augment": {"flip": True}},
+        {"name": "image_gatedfwa_1m", "backbone": BACKBONE, "head": {"name": "image_pixels"}},
+    ),
     "softmax": (
         {"name": "image"},
         {"name": "image_softmax_1m", "backbone": {**BACKBONE, "mixer": {}}, "head": {"neighbours": True}},
