@@ -5,7 +5,8 @@
     python scripts/bench_train.py --arms gatedfwa+narrow --tokens 1048576 --budget 1048576 --micro 1 --steps 4
     python scripts/bench_train.py --arms gatedfwa --tokens 4096 --profile    where a step's time goes, kernel by kernel
     python scripts/bench_train.py --arms gatedfwa+sync     an error if a step waits for the device
-    python scripts/bench_train.py --curves gatedfwa gatedfwa+reference --tokens 1024 --budget 16384    losses compared
+    python scripts/bench_train.py --curves gatedfwa+narrow gatedfwa+narrow+reference+eager --tokens 1024 --budget 16384
+                                                           losses over 200 steps: kernels, and plain torch uncompiled
 
 12 layers, 768 wide, 12 heads of 64, vocabulary 50304 tied, window 512, bfloat16 autocast, fused AdamW, compiled. Our
 arms run zoo.train.train on random tokens, reading, logging and all; peers run the least loop that trains. Every arm is
@@ -173,6 +174,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
 }
 
 CHANGES: dict[str, dict[str, Any]] = {  # of the recipe
+    "eager": {"train": {"compile": False}},  # with `reference`: plain torch and nothing else
     "graph": {"train": {"graph": True}},
     "narrow": {"model": {"backbone": {"residual": "autocast"}}},  # the residual stream in bfloat16
 }

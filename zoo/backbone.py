@@ -190,6 +190,12 @@ class Block(nn.Module):
         return h, self.mlp(x)
 
 
+def to_whole(block: Block, h: Tensor, ctx: Context) -> Tensor:
+    """The block with the sum at its end: what one recomputed block hands to the next is what is kept. A compiler that
+    finds a sum between them would rather recompute it too, and with it the whole stack at once."""
+    return whole(block((h, None), ctx)[0])
+
+
 def residual_drop(dropout: float, drop_path: float) -> nn.Module:
     parts: list[nn.Module] = [nn.Dropout(dropout)] if dropout else []
     if drop_path:
@@ -227,7 +233,7 @@ class Backbone(nn.Module):
         stream: Stream = (h, None)
         for i, (block, state) in enumerate(zip(self.blocks, states, strict=True)):
             if self.config.checkpoint and self.training and state is None:
-                stream, _ = checkpoint(block, (whole(stream), None), ctx, use_reentrant=False)  # type: ignore[misc]
+                stream = checkpoint(to_whole, block, stream[0], ctx, use_reentrant=False), None  # type: ignore[assignment]
             else:
                 stream, states[i] = block(stream, ctx, state)
         if cache is not None:

@@ -18,7 +18,9 @@ from torch.nn import functional as F
 from zoo.kernels import EPS, KEPT_TILE
 
 BLOCK = 128  # queries per step of the blocked path: more wastes hidden keys, fewer wastes calls
-BLOCK_ELEMENTS = 1 << 20  # logits per step; above it the block shrinks, so that a step stays in cache
+# Logits per step; above it the block shrinks: on a CPU, so that a step stays in cache; elsewhere, where a step is a few
+# dozen short kernels, so that it stays under 128 MiB a tensor
+BLOCK_ELEMENTS, BLOCK_ELEMENTS_GPU = 1 << 20, 1 << 25
 
 # First visible key of each query, one past the last query that sees each key: spans (B,N) int32, by position. The same
 # of tiles, where tiles are pruned: kept (B,G,tiles) int32 (zoo/ops/prune.py).
@@ -219,8 +221,8 @@ def _blocks(q: Tensor, k: Tensor, window: int | None, spans: Bounds | None) -> l
     batch, length, heads, _ = q.shape
     offset = k.shape[1] - length
     width = k.shape[1] if window is None else window
-    size = BLOCK
-    while size > 16 and batch * heads * size * (size + width) > BLOCK_ELEMENTS:
+    size, most = BLOCK, BLOCK_ELEMENTS if q.device.type == "cpu" else BLOCK_ELEMENTS_GPU
+    while size > 16 and batch * heads * size * (size + width) > most:
         size //= 2
     blocks = []
     for first in range(0, length, size):
