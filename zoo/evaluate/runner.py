@@ -184,11 +184,11 @@ def reports(todo: Sequence[Job], jobs: int) -> Iterator[tuple[Job, Rows | Except
         return
     # A fresh process for each: the memory of a GPU goes back, and one that dies takes no other along
     news: queue.SimpleQueue[tuple[Job, Rows | Exception | None]] = queue.SimpleQueue()
-    pool, gate = concurrent.futures.ThreadPoolExecutor(jobs), threading.Lock()
+    pool, gate, stopped = concurrent.futures.ThreadPoolExecutor(jobs), threading.Lock(), threading.Event()
 
     def follow(job: Job) -> None:
         try:
-            in_process(job, lambda rows: news.put((job, rows)), gate)
+            in_process(job, lambda rows: news.put((job, rows)), gate, stopped)
         except Exception as error:
             news.put((job, error))
         else:
@@ -203,18 +203,22 @@ def reports(todo: Sequence[Job], jobs: int) -> Iterator[tuple[Job, Rows | Except
             ended += not isinstance(what, list)
             yield job, what
     except BaseException:
+        stopped.set()
         pool.shutdown(wait=True, cancel_futures=True)  # those that run got the Ctrl-C, too, and save
         raise
     pool.shutdown()
 
 
-def in_process(job: Job, take: Callable[[Rows], None], gate: threading.Lock) -> None:
+def in_process(job: Job, take: Callable[[Rows], None], gate: threading.Lock, stopped: threading.Event) -> None:
+    """gate: one starts at a time. Once `stopped` is set none does, and nobody waits any longer."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=work_and_send, args=(job, send, sys.argv[1:]))
     with gate:
+        if stopped.is_set():
+            raise RuntimeError("ended before it began")
         process.start()
-        time.sleep(START_APART if torch.cuda.is_available() else 0)
+        stopped.wait(START_APART if torch.cuda.is_available() else 0)
     send.close()
     result: Rows | Exception | None
     try:
