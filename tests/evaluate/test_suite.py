@@ -180,6 +180,19 @@ def test_ctrl_c_starts_no_further_process(tmp_path, monkeypatch):
     assert time.monotonic() - began < 5
 
 
+def test_whatever_ends_a_job_is_told(monkeypatch):
+    def ends(*_):
+        raise SystemExit("an exit, not an error")
+
+    monkeypatch.setattr(runner, "in_process", ends)
+    told: list = []
+    reader = threading.Thread(target=lambda: told.extend(runner.reports(["a", "b"], 2)), daemon=True)
+    reader.start()
+    reader.join(timeout=10)
+    assert sorted(job for job, _ in told) == ["a", "b"]
+    assert all(isinstance(ending, SystemExit) for _, ending in told)
+
+
 def test_dry_run_says_what_is_missing(suite, tmp_path, capsys):
     assert cli.main(["evaluate", suite, "--dry-run", "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out

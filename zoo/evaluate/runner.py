@@ -107,7 +107,7 @@ def run_suite(
                 continue
             ended += 1
             bar.update()
-            if isinstance(news, Exception):
+            if isinstance(news, BaseException):
                 failed[job.cell.name] = f"{type(news).__name__}: {news}"
                 log.warning("%s failed: %s", job.cell.name, failed[job.cell.name])
             else:
@@ -168,7 +168,7 @@ def describe(job: Job) -> str:
 Rows = list[Row]
 
 
-def reports(todo: Sequence[Job], jobs: int) -> Iterator[tuple[Job, Rows | Exception | None]]:
+def reports(todo: Sequence[Job], jobs: int) -> Iterator[tuple[Job, Rows | BaseException | None]]:
     """Of each job its rows as they are measured, then None, or what it failed with."""
     if jobs <= 1:
         for job in todo:
@@ -183,16 +183,16 @@ def reports(todo: Sequence[Job], jobs: int) -> Iterator[tuple[Job, Rows | Except
                 yield job, None
         return
     # A fresh process for each: the memory of a GPU goes back, and one that dies takes no other along
-    news: queue.SimpleQueue[tuple[Job, Rows | Exception | None]] = queue.SimpleQueue()
+    news: queue.SimpleQueue[tuple[Job, Rows | BaseException | None]] = queue.SimpleQueue()
     pool, gate, stopped = concurrent.futures.ThreadPoolExecutor(jobs), threading.Lock(), threading.Event()
 
     def follow(job: Job) -> None:
+        ending = None
         try:
             in_process(job, lambda rows: news.put((job, rows)), gate, stopped)
-        except Exception as error:
-            news.put((job, error))
-        else:
-            news.put((job, None))
+        except BaseException as error:  # whatever it is: each job's one ending is waited for
+            ending = error
+        news.put((job, ending))
 
     try:
         for job in todo:
