@@ -6,7 +6,8 @@
 
 Words such as task.stride=8 belong to the training, those after --evaluate to the scoring alone; all mixers share them.
 A worker process takes one run after another, so it imports and warms up once. A line of --out is a finished run: its
-numbers, and what `zoo evaluate` writes beside each of them. Runs that the file has are skipped.
+numbers, and what `zoo evaluate` writes beside each of them. Runs that the file has are skipped; another --size, another
+word of the training or of the scoring makes another run.
 """
 
 import argparse
@@ -20,6 +21,9 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+Row = dict[str, Any]
+SETTINGS = ("recipe", "settings", "mixer", "size", "words", "scoring")  # of a run, but for its seed
 
 
 def main() -> None:
@@ -36,15 +40,8 @@ def main() -> None:
     args = parser.parse_intermixed_args()
 
     known = read_rows(args.out)
-    done = {(row["recipe"], row["settings"], row["mixer"], row["seed"]) for row in known if "error" not in row}
-    jobs = [
-        (args.recipe, args.name or " ".join(args.word), mixer, args.size, seed, args.word, args.evaluate)
-        for seed in args.seeds
-        for mixer in args.mixers
-    ]
-    jobs = [job for job in jobs if (job[0], job[1], job[2], job[4]) not in done]
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        for row in pool.imap_unordered(run, jobs, chunksize=1):
+        for row in pool.imap_unordered(run, missing(args, known), chunksize=1):
             known.append(row)
             print(line(row), flush=True)
             with args.out.open("a", encoding="utf-8") as file:
@@ -52,12 +49,25 @@ def main() -> None:
     print(table([row for row in known if row["recipe"] == args.recipe and "error" not in row]))
 
 
-def run(job: tuple[str, str, str, str, int, list[str], list[str]]) -> dict[str, Any]:
+def missing(args: argparse.Namespace, known: list[Row]) -> list[Row]:
+    """The runs that are asked for and not among the rows: each what identifies it, as its row says it."""
+    shared = {"recipe": args.recipe, "settings": args.name or " ".join(args.word), "size": args.size}
+    shared |= {"words": args.word, "scoring": args.evaluate}
+    jobs = [shared | {"mixer": mixer, "seed": seed} for seed in args.seeds for mixer in args.mixers]
+    done = {identity(row, *SETTINGS, "seed") for row in known if "error" not in row}
+    return [job for job in jobs if identity(job, *SETTINGS, "seed") not in done]
+
+
+def identity(row: Row, *names: str) -> str:
+    return json.dumps([row.get(name) for name in names])  # rows of old lack some
+
+
+def run(job: Row) -> Row:
     """One run, trained and scored; a row with its numbers, or with what it failed of."""
-    recipe, name, mixer, size, seed, words, scoring = job
-    row: dict[str, Any] = {"recipe": recipe, "settings": name, "mixer": mixer, "seed": seed}
-    words = [f"model=series_{mixer}_{size}", f"train.seed={seed}", *words]
-    row["commands"] = [f"zoo train {recipe} {' '.join(words)}", f"zoo evaluate RUN {' '.join(scoring)}".strip()]
+    recipe, scoring = job["recipe"], job["scoring"]
+    words = [f"model=series_{job['mixer']}_{job['size']}", f"train.seed={job['seed']}", *job["words"]]
+    commands = [f"zoo train {recipe} {' '.join(words)}", f"zoo evaluate RUN {' '.join(scoring)}".strip()]
+    row = job | {"commands": commands}
     began = time.perf_counter()
     try:
         row |= train_and_score(recipe, words, scoring)
@@ -66,7 +76,7 @@ def run(job: tuple[str, str, str, str, int, list[str], list[str]]) -> dict[str, 
     return row | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def train_and_score(recipe: str, words: list[str], scoring: list[str]) -> dict[str, Any]:
+def train_and_score(recipe: str, words: list[str], scoring: list[str]) -> Row:
     from zoo.config import build, recipe_layers
     from zoo.evaluate import evaluate_run
     from zoo.train import Recipe, load_run, train
@@ -89,7 +99,7 @@ def train_and_score(recipe: str, words: list[str], scoring: list[str]) -> dict[s
     return {"parameters": parameters, "values": numbers["metric"], "baselines": numbers["baseline"], "facts": facts}
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[Row]:
     return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
@@ -100,27 +110,35 @@ def headline(values: dict[str, float]) -> dict[str, float]:
     return {name: values[name] for name in (sorted(names, key=len) if "mse" in values else scores)}
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Row) -> str:
     if "error" in row:
         found = row["error"]
     else:
         found = " ".join(f"{name} {value:.4f}" for name, value in headline(row["values"]).items())
-    return f"{row['recipe']} {row['mixer']} seed {row['seed']}: {found}  {row['seconds']:.0f} s  {row['settings']}"
+    return f"{row['recipe']} {row['mixer']} seed {row['seed']}: {found}  {row['seconds']:.0f} s  {label(row)}"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """A line for each mixer and settings: mean and sample standard deviation over seeds."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+def label(row: Row) -> str:
+    """Size, name and words of a row."""
+    words = [] if row["settings"] == " ".join(row.get("words", ())) else row.get("words", ())
+    scoring = ["--evaluate", *row["scoring"]] if row.get("scoring") else []
+    return " ".join(filter(None, (row.get("size", ""), row["settings"], *words, *scoring)))
+
+
+def table(rows: list[Row]) -> str:
+    """A line for each mixer, size and settings: mean and sample standard deviation over seeds."""
+    groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        groups[row["settings"], row["mixer"]].append(row)
+        groups[identity(row, *SETTINGS)].append(row)
     lines = []
-    for (settings, mixer), own in groups.items():
+    for own in groups.values():
         found = []
         for name in headline(own[0]["values"]):
             values = [row["values"][name] for row in own]
             spread = statistics.stdev(values) if len(values) > 1 else float("nan")
             found.append(f"{name} {statistics.mean(values):.4f} ± {spread:.4f}")
-        lines.append(f"{mixer} ({len(own)} seeds, {own[0]['parameters']:,}): {', '.join(found)}  {settings}")
+        facts = f"{len(own)} seeds, {own[0]['parameters']:,}"
+        lines.append(f"{own[0]['mixer']} ({facts}): {', '.join(found)}  {label(own[0])}")
     return "\n".join(lines)
 
 

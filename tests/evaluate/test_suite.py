@@ -1,7 +1,11 @@
 """Suites: what they unfold into, crashes and going on, processes side by side, errors that name the field."""
 
 import json
+import queue
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -136,6 +140,57 @@ def test_side_by_side_in_processes_gives_the_same_numbers(suite, tmp_path, monke
     assert values[0] == pytest.approx(values[1])
     assert {row["command"] for row in read_rows(together.rows)} == {"zoo evaluate tiny"}
     assert (tmp_path / "b/work/tiny/tiny/recall_swa_d32/log.txt").read_text()
+
+
+def test_ctrl_c_starts_no_further_process(tmp_path, monkeypatch):
+    """Two wait for their turn, one for the time after its start: all end at once."""
+    started, begun = [], threading.Event()
+
+    class Process:
+        exitcode = 0
+
+        def start(self):
+            started.append(self)
+            begun.set()
+
+        def join(self):
+            pass
+
+    class Interrupted(queue.SimpleQueue):
+        def get(self):
+            begun.wait()
+            raise KeyboardInterrupt
+
+    class Pipe:
+        def recv(self):
+            raise EOFError
+
+        def close(self):
+            pass
+
+    context = SimpleNamespace(Process=lambda **_: Process(), Pipe=lambda **_: (Pipe(), Pipe()))
+    monkeypatch.setattr(runner.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(runner, "queue", SimpleNamespace(SimpleQueue=Interrupted))
+    monkeypatch.setattr(runner.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runner, "START_APART", 5.0)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(runner.reports([SimpleNamespace(folder=tmp_path)] * 3, 3))
+    assert len(started) == 1
+    assert time.monotonic() - began < 5
+
+
+def test_whatever_ends_a_job_is_told(monkeypatch):
+    def ends(*_):
+        raise SystemExit("an exit, not an error")
+
+    monkeypatch.setattr(runner, "in_process", ends)
+    told: list = []
+    reader = threading.Thread(target=lambda: told.extend(runner.reports(["a", "b"], 2)), daemon=True)
+    reader.start()
+    reader.join(timeout=10)
+    assert sorted(job for job, _ in told) == ["a", "b"]
+    assert all(isinstance(ending, SystemExit) for _, ending in told)
 
 
 def test_dry_run_says_what_is_missing(suite, tmp_path, capsys):

@@ -202,15 +202,17 @@ def test_chunk_prefix(length):
     torch.testing.assert_close(bias, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("segments", [1, 2, 512])
-@pytest.mark.parametrize(("length", "queries"), [(1, 1), (128, 128), (700, 700), (700, 300)])
+@pytest.mark.parametrize("segments", [(1,), (2,), (2, 8), gates.SEGMENTS])
+@pytest.mark.parametrize(("length", "queries"), [(1, 1), (128, 128), (700, 700), (700, 300), (704, 304), (704, 303)])
 @pytest.mark.parametrize("documents", [False, True])
-def test_prefix_backward(length, queries, documents, segments, monkeypatch):
-    """Both sides of d prefix to d z and d u: segments of several chunks, of one, and a row that is all one segment."""
+@pytest.mark.parametrize("heads", [1, 3, 20])
+def test_prefix_backward(heads, length, queries, documents, segments, monkeypatch):
+    """Both sides of d prefix to d z and d u: segments of several chunks, of one, and a row that is all one segment; the
+    lower tile of their sums and the taller; lengths and offsets that are multiples of 16, and others."""
     torch.manual_seed(0)
     monkeypatch.setattr(gates, "SEGMENTS", segments)
-    z, u = torch.randn(2, 1, length, 20).unbind()
-    keys, few = torch.randn(1, 20, length), torch.randn(1, 20, queries)
+    z, u = torch.randn(2, 1, length, heads).unbind()
+    keys, few = torch.randn(1, heads, length), torch.randn(1, heads, queries)
     spans = reference.document_spans(torch.tensor([0, length // 3, length], dtype=torch.int32), length)
     both = keys.double() + torch.nn.functional.pad(few, (length - queries, 0)).double()
     spans = spans if documents else None

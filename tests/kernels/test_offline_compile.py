@@ -3,6 +3,7 @@
 # ruff: noqa: E402 - what follows needs triton
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
@@ -44,7 +45,8 @@ FLOATS = {"scale", "eps", "least"}
 
 
 def build(kernel, architecture, element, constants, warps=4, stages=1, multiples=()):
-    """Compiles for pointers, strides and `multiples` that are multiples of 16, as those of whole tensors are."""
+    """Compiles for pointers, strides and `multiples` that are multiples of 16, as those of whole tensors are, but for
+    what the kernel is not to be specialised on."""
     signature, divisible = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -55,6 +57,7 @@ def build(kernel, architecture, element, constants, warps=4, stages=1, multiples
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
         aligned = name.endswith("_ptr") or (name.startswith("stride_") and name not in NOT_ALIGNED) or name in multiples
+        aligned &= not kernel.params[position].do_not_specialize
         if signature[name] != "constexpr" and aligned:
             divisible[position,] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -106,11 +109,55 @@ def test_every_switch_compiles(switches):
 def test_the_small_kernels_compile(architecture):
     shape = {"CHUNK": CHUNK, "HEADS": gate.HEADS, "EPS": 1e-3, "ACTIVATE": True}
     build(gate._prefix, architecture, "bf16", shape)
-    build(gate._segment_sums, architecture, "bf16", {"CHUNK": CHUNK, "HEADS": gate.HEADS})
-    build(gate._segment_backward, architecture, "bf16", shape | {"BOUNDED": False, "SEGMENTS": gate.SEGMENTS})
     build(gate._bounded_backward, architecture, "bf16", shape)
     switches = {"D": 64, "BLOCK_D": 64, "BLOCK_Q": window.ROWS, "GATED": True, "WITH_DLSE": True}
     build(window._rows, architecture, "bf16", switches)
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm90"])
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("heads", [1, 8, 16])
+def test_the_gates_backward_compiles(heads, aligned, architecture):
+    """Loads of 16 bytes where lengths allow and a thread has several elements: not where there is one head."""
+    shape = {"CHUNK": CHUNK, "HEADS": heads, "ALIGNED": aligned}
+    wide = aligned and heads > 1
+    built = build(gate._segment_sums, architecture, "bf16", shape)
+    assert ("ld.global.v4" in built.asm["ptx"]) == wide
+    for segments in gate.SEGMENTS:
+        switches = {"EPS": 1e-3, "ACTIVATE": True, "BOUNDED": False, "SEGMENTS": segments}
+        built = build(gate._segment_backward, architecture, "bf16", shape | switches)
+        assert ("ld.global.v4" in built.asm["ptx"]) == wide
+        assert built.metadata.shared <= SHARED_BYTES[architecture]
+
+
+@pytest.mark.parametrize("heads", [1, 12, 16])
+def test_rows_of_all_lengths_share_few_compilations(heads, monkeypatch):
+    """What Triton compiles anew for: constants, and of other numbers whether they are 1 or multiples of 16."""
+    seen: dict[str, set] = {"_segment_sums": set(), "_segment_backward": set()}
+
+    class Launch:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(gate, name)
+
+        def __getitem__(self, grid):
+            return self
+
+        def __call__(self, *values, **constants):
+            found = dict(constants)
+            for parameter, value in zip(self.kernel.params, values, strict=False):
+                if isinstance(value, int) and not parameter.do_not_specialize:
+                    found[parameter.name] = (value == 1, value % 16 == 0)
+            seen[self.name].add(tuple(sorted(found.items())))
+
+    for name in seen:
+        monkeypatch.setattr(gate, name, Launch(name))
+    for length in (1, 16, 100, 300, 1024, 5000, 16384, 20000, 40000, 70000):
+        for queries in {1, length // 2, length} - {0}:
+            z, u = torch.empty(1, length, 2 * heads, device="meta").chunk(2, -1)
+            sides = (torch.empty(1, heads, length, device="meta"), torch.empty(1, heads, queries, device="meta"))
+            gate.prefix_backward(*sides, (z, u), None)
+    assert len(seen["_segment_sums"]) <= 2
+    assert len(seen["_segment_backward"]) <= 4
 
 
 @pytest.mark.parametrize("architecture", ["sm80", "sm90"])

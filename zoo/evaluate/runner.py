@@ -107,7 +107,7 @@ def run_suite(
                 continue
             ended += 1
             bar.update()
-            if isinstance(news, Exception):
+            if isinstance(news, BaseException):
                 failed[job.cell.name] = f"{type(news).__name__}: {news}"
                 log.warning("%s failed: %s", job.cell.name, failed[job.cell.name])
             else:
@@ -168,7 +168,7 @@ def describe(job: Job) -> str:
 Rows = list[Row]
 
 
-def reports(todo: Sequence[Job], jobs: int) -> Iterator[tuple[Job, Rows | Exception | None]]:
+def reports(todo: Sequence[Job], jobs: int) -> Iterator[tuple[Job, Rows | BaseException | None]]:
     """Of each job its rows as they are measured, then None, or what it failed with."""
     if jobs <= 1:
         for job in todo:
@@ -183,16 +183,16 @@ def reports(todo: Sequence[Job], jobs: int) -> Iterator[tuple[Job, Rows | Except
                 yield job, None
         return
     # A fresh process for each: the memory of a GPU goes back, and one that dies takes no other along
-    news: queue.SimpleQueue[tuple[Job, Rows | Exception | None]] = queue.SimpleQueue()
-    pool, gate = concurrent.futures.ThreadPoolExecutor(jobs), threading.Lock()
+    news: queue.SimpleQueue[tuple[Job, Rows | BaseException | None]] = queue.SimpleQueue()
+    pool, gate, stopped = concurrent.futures.ThreadPoolExecutor(jobs), threading.Lock(), threading.Event()
 
     def follow(job: Job) -> None:
+        ending = None
         try:
-            in_process(job, lambda rows: news.put((job, rows)), gate)
-        except Exception as error:
-            news.put((job, error))
-        else:
-            news.put((job, None))
+            in_process(job, lambda rows: news.put((job, rows)), gate, stopped)
+        except BaseException as error:  # whatever it is: each job's one ending is waited for
+            ending = error
+        news.put((job, ending))
 
     try:
         for job in todo:
@@ -203,18 +203,22 @@ def reports(todo: Sequence[Job], jobs: int) -> Iterator[tuple[Job, Rows | Except
             ended += not isinstance(what, list)
             yield job, what
     except BaseException:
+        stopped.set()
         pool.shutdown(wait=True, cancel_futures=True)  # those that run got the Ctrl-C, too, and save
         raise
     pool.shutdown()
 
 
-def in_process(job: Job, take: Callable[[Rows], None], gate: threading.Lock) -> None:
+def in_process(job: Job, take: Callable[[Rows], None], gate: threading.Lock, stopped: threading.Event) -> None:
+    """gate: one starts at a time. Once `stopped` is set none does, and nobody waits any longer."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=work_and_send, args=(job, send, sys.argv[1:]))
     with gate:
+        if stopped.is_set():
+            raise RuntimeError("ended before it began")
         process.start()
-        time.sleep(START_APART if torch.cuda.is_available() else 0)
+        stopped.wait(START_APART if torch.cuda.is_available() else 0)
     send.close()
     result: Rows | Exception | None
     try:

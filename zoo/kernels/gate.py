@@ -21,7 +21,9 @@ from zoo.kernels.tiles import CHUNK
 from zoo.kernels.units import LOG2E
 
 HEADS = 16  # per program at most: a row of the (B,N,H) inputs is read in pieces this wide
-SEGMENTS = 512  # of a row at most, in the backward: their sums are added up by every program anew
+# Of a row, in the backward: at most the last. Every program adds their sums up anew, in a tile as tall as the first of
+# these that holds them. Only two: each is a compilation, times two for ALIGNED, and lengths change in mid-training
+SEGMENTS = (128, 512)
 
 
 def prefix(gate: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -46,8 +48,8 @@ def prefix_backward(
     """Gradients of `gate`, from the two sides of that of the (unrestarted) prefix sum (zoo/kernels/window.py).
 
     key_side (B,H,N); query_side (B,H,T), of the last T positions. d log_decay_j is the sum of both over j and all that
-    follows. Two passes over segments of the row, at most SEGMENTS of them: each segment's sum, then every segment with
-    what follows it. Any length, no atomics, the same bits every time.
+    follows. Two passes over segments of the row, at most SEGMENTS[-1] of them: each segment's sum, then every segment
+    with what follows it. Any length, no atomics, the same bits every time.
     end (B,N) int32: one past each token's document; the sum over later documents is zero but for rounding, and removed.
     It needs the sums of other segments, which are then stored in key_side, and a third pass.
     """
@@ -55,19 +57,22 @@ def prefix_backward(
     batch, length, heads = first.shape
     offset = length - query_side.shape[2]
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in gate)
-    steps = triton.cdiv(length, CHUNK * SEGMENTS)  # chunks to a segment
+    steps = triton.cdiv(length, CHUNK * SEGMENTS[-1])  # chunks to a segment
     segments = triton.cdiv(length, CHUNK * steps)
     sums = key_side.new_empty((batch, segments, heads))
     wide = min(HEADS, triton.next_power_of_2(heads))
     grid = (segments, batch, triton.cdiv(heads, wide))
-    shape = {"CHUNK": CHUNK, "HEADS": wide}
     strides = (*first.stride()[:2], *second.stride()[:2])
+    shape = {"CHUNK": CHUNK, "HEADS": wide}
+    # Strides that are no multiple of 16 beside a length that is one: too rare to compile for apart
+    aligned = all(x % 16 == 0 for x in (length, offset, first.stride(0), second.stride(0)))
     activation = {"EPS": EPS, "ACTIVATE": len(gate) == 2}
-    _segment_sums[grid](key_side, query_side, sums, length, offset, heads, steps, segments, **shape)
+    _segment_sums[grid](key_side, query_side, sums, length, offset, heads, steps, segments, ALIGNED=aligned, **shape)
     _segment_backward[grid](
         key_side, query_side, sums, first, second, grads[0], grads[-1],
         *strides, length, offset, heads, steps, segments,
-        BOUNDED=end is not None, SEGMENTS=triton.next_power_of_2(segments), **activation, **shape,
+        BOUNDED=end is not None, ALIGNED=aligned, SEGMENTS=next(most for most in SEGMENTS if most >= segments),
+        **activation, **shape,
     )  # fmt: skip
     if end is not None:
         _bounded_backward[(triton.cdiv(length, CHUNK), *grid[1:])](
@@ -130,6 +135,14 @@ def _prefix(
 
 
 @triton.jit
+def _aligned(x, ALIGNED: tl.constexpr):
+    """x, known to the compiler as a multiple of 16 where ALIGNED: what loads of 16 bytes ask of lengths and strides."""
+    if ALIGNED:
+        x = x // 16 * 16
+    return x
+
+
+@triton.jit
 def _both_sides(key_side_ptr, query_side_ptr, row, token, head, N, offset, H):
     """d prefix of (tokens, heads), 0 outside. row: b * H + head."""
     inside = (token < N)[:, None] & (head < H)[None, :]
@@ -138,11 +151,13 @@ def _both_sides(key_side_ptr, query_side_ptr, row, token, head, N, offset, H):
     return x + tl.load(query_side_ptr + row[None, :] * (N - offset) + (token - offset)[:, None], mask=asked, other=0.0)
 
 
-@triton.jit(do_not_specialize=["steps", "segments"])
+@triton.jit(do_not_specialize=["N", "offset", "steps", "segments"])
 def _segment_sums(
-    key_side_ptr, query_side_ptr, sums_ptr, N, offset, H, steps, segments, CHUNK: tl.constexpr, HEADS: tl.constexpr
-):
+    key_side_ptr, query_side_ptr, sums_ptr, N, offset, H, steps, segments,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
     """The sum of d prefix over one segment, HEADS heads."""
+    N, offset = _aligned(N, ALIGNED), _aligned(offset, ALIGNED)
     segment, batch = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
     head = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     row = batch * H + head
@@ -153,15 +168,17 @@ def _segment_sums(
     tl.store(sums_ptr + (batch * segments + segment) * H + head, tl.sum(total, 0), mask=head < H)
 
 
-@triton.jit(do_not_specialize=["steps", "segments"])
+@triton.jit(do_not_specialize=["stride_fb", "stride_sb", "N", "offset", "steps", "segments"])
 def _segment_backward(
     key_side_ptr, query_side_ptr, sums_ptr, first_ptr, second_ptr, dfirst_ptr, dsecond_ptr,
     stride_fb, stride_ft, stride_sb, stride_st, N, offset, H, steps, segments,
-    EPS: tl.constexpr, ACTIVATE: tl.constexpr, BOUNDED: tl.constexpr, SEGMENTS: tl.constexpr, CHUNK: tl.constexpr,
-    HEADS: tl.constexpr,
+    EPS: tl.constexpr, ACTIVATE: tl.constexpr, BOUNDED: tl.constexpr, ALIGNED: tl.constexpr, SEGMENTS: tl.constexpr,
+    CHUNK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """d log_decay of one segment, newest chunk first, and the gradients of the inputs (B,N,H) from it. Where BOUNDED,
     d log_decay goes back to key_side instead."""
+    N, offset = _aligned(N, ALIGNED), _aligned(offset, ALIGNED)
+    stride_fb, stride_sb = _aligned(stride_fb, ALIGNED), _aligned(stride_sb, ALIGNED)
     segment = tl.program_id(0)
     batch = tl.cast(tl.program_id(1), tl.int64)
     head = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
