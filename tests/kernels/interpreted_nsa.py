@@ -11,7 +11,7 @@ from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
 from tests.ops.run_nsa import run, spans
 from zoo import ops
-from zoo.kernels import nsa_compressed, nsa_inverse, nsa_mix, nsa_near, nsa_pool, nsa_selected
+from zoo.kernels import nsa_compressed, nsa_inverse, nsa_mix, nsa_near, nsa_pool, nsa_runs, nsa_selected
 from zoo.ops import backend, nsa, reference_nsa
 
 repair()
@@ -195,6 +195,7 @@ def test_near_blocks_that_nobody_or_somebody_chose(cu_seqlens):
 
 
 BLOCK = 4
+EACH, CONSUMERS, STAGES = 4, 3, 6  # of hopper_partial.py: pairs of a tile, warpgroups, tiles of the ring
 NEAR = [  # batch, tokens, keys, documents
     (1, 37, 37, None),
     (1, 3, 3, None),  # below a block
@@ -246,6 +247,64 @@ def test_the_walks_of_near_show_each_query_its_near_keys_once(sizes, top, tokens
     expected = there.any(-1) & (key >= 0) & (key <= places.place[..., None, None])
     assert torch.equal(seen, expected.int())
     assert documents or top < 3 or length < 37 or not all(masks)
+
+
+RUNS = [  # batch, tokens, keys, documents
+    (1, 61, 61, None),
+    (2, 40, 70, None),
+    (1, 9, 9, None),  # nothing is far
+    (1, 61, 61, (0, 0, 3, 25, 26, 61)),
+]
+
+
+@pytest.mark.parametrize("programs", [1, pytest.param(5, marks=pytest.mark.slow), 300])
+@pytest.mark.parametrize("sizes", RUNS, ids=str)
+def test_the_runs_of_partial_leave_what_each_pair_must(sizes, programs, monkeypatch):
+    """What zoo/kernels/hopper_partial.py does with nsa_runs' tables, in place of a device that runs it: each consumer's
+    tiles are those of its slots, each pair's rows are written, of the right block."""
+    monkeypatch.setattr(nsa_runs, "COUNTED", 16)
+    poison_new_tensors(monkeypatch)
+    batch, length, keys, documents = sizes
+    generator = torch.Generator().manual_seed(0)
+    packed = None if documents is None else torch.tensor(documents, dtype=torch.int32)
+    start = None if length == keys else torch.tensor([3, keys - length], dtype=torch.int32)
+    q = torch.randn(batch, length, 4, 16, generator=generator)
+    k, v = (torch.randn(batch, keys, 2, 16, generator=generator) for _ in "kv")
+    places = nsa._places(q, BLOCK, keys, packed, start)
+    index = torch.rand(batch, length, 2, keys // BLOCK + 3, generator=generator).argsort(-1)[..., :5].int()
+    (piece,) = nsa_inverse.pieces(q, k, index, places, BLOCK)
+    expected, expected_lse = nsa_selected.far_outputs(piece, q, k, v, 0.3)
+    pairs = nsa_inverse.sorted_pairs(piece, "partial")
+    table = nsa_runs.runs(piece, pairs, programs)
+
+    order, begin, found = pairs.order.tolist(), table.begin.tolist(), torch.full_like(expected, torch.nan)
+    found_lse, sizes_of_runs = torch.full_like(expected_lse, torch.nan), []
+    for program in range(programs):
+        slot, ahead = 0, list(range(CONSUMERS))
+        for share in range(program, table.count, programs):
+            sizes_of_runs.append(0)
+            for first, last, row, head, key0 in table.item[begin[share] : begin[share + 1]].tolist():
+                count = math.ceil((last - first) / EACH)
+                takers = {}
+                for c in range(CONSUMERS):
+                    for i in range((count - ahead[c] + CONSUMERS - 1) // CONSUMERS):
+                        takers[ahead[c] + i * CONSUMERS] = c
+                    ahead[c] = (ahead[c] + CONSUMERS - count % CONSUMERS) % CONSUMERS
+                assert [takers[i] for i in range(count)] == [(slot + i) % STAGES % CONSUMERS for i in range(count)]
+                slot = (slot + count) % STAGES
+                sizes_of_runs[-1] += last - first
+                for pair in order[first:last]:
+                    assert found_lse[pair].isnan().all()
+                    heads = slice(2 * head, 2 * head + 2)
+                    here = k[row, key0 : key0 + BLOCK, head], v[row, key0 : key0 + BLOCK, head]
+                    s = 0.3 * q[row, pair // 10 - row * length, heads] @ here[0].T
+                    found[pair], found_lse[pair] = s.softmax(-1) @ here[1], s.logsumexp(-1) / math.log(2)
+    torch.testing.assert_close(found_lse, expected_lse, equal_nan=True)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    total = sum(sizes_of_runs)
+    assert len(sizes_of_runs) == table.count
+    assert max(sizes_of_runs) <= math.ceil(total / table.count)
+    assert (total > 0) == (length >= 10)
 
 
 @pytest.mark.parametrize("rows", [16, 32])

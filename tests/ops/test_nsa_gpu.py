@@ -266,6 +266,82 @@ def near_inputs(shape, dtype):
     return q, k, v, index.int(), index.masked_fill(~near, -1).int(), places
 
 
+PARTIAL_SHAPES = [  # as NEAR_SHAPES
+    (1, 2048, 2048, 16, 2, 128, 8, None),
+    (1, 9000, 9000, 16, 4, 128, 16, (0, 4800, 5000, 5020, 8900, 9000)),
+    (1, 20000, 20000, 16, 2, 64, 9, None),
+    (1, 1333, 1333, 8, 4, 128, 6, None),
+    (2, 1000, 1700, 32, 2, 128, 6, None),
+    (1, 300, 300, 64, 2, 64, 5, None),  # most programs have nothing to do
+    (1, 3000, 3000, 64, 1, 128, 9, (0, 900, 950, 1040, 3000)),
+    (1, 4096, 4096, 8, 8, 64, 7, None),
+    (1, 100, 100, 16, 2, 128, 3, None),  # no block is far
+]
+
+
+def partial_inputs(shape, dtype):
+    """As near_inputs, without what is near; in the third quarter all queries chose block 2."""
+    q, k, v, index, _, places = near_inputs(shape, dtype)
+    part = index[:, index.shape[1] // 2 : index.shape[1] * 3 // 4]
+    part[..., -1:] = torch.where((part == 2).any(-1, keepdim=True), part[..., -1:], 2)
+    return q, k, v, index, places
+
+
+def true_far(piece, q, k, v, scale):
+    """What far_outputs leaves, by the definition in float64; 0 where it leaves nothing."""
+    batch, length, kv_heads, top = piece.index.shape
+    q = q.unflatten(2, (kv_heads, piece.group))
+    out = q.new_zeros(piece.pairs, piece.group, piece.dim, dtype=torch.float64)
+    lse = out.new_zeros(out.shape[:2])
+    for pair in far_pairs(piece).nonzero().flatten().split(8192):
+        token, head = pair // (kv_heads * top), pair // top % kv_heads
+        first = piece.first_key.flatten()[token] + piece.index.flatten()[pair] * 64
+        key = first[:, None] + torch.arange(64, device=q.device)
+        rows = q[token // length, token % length, head].double()
+        keys, values = (x[(token // length)[:, None], key, head[:, None]].double() for x in (k, v))
+        s = scale * rows @ keys.mT
+        out[pair], lse[pair] = s.softmax(-1) @ values, s.logsumexp(-1) / math.log(2)
+    return out, lse
+
+
+def far_pairs(piece):
+    own = (piece.place // 64)[..., None, None]
+    return ((piece.index > 0) & (piece.index < own - 1)).flatten()
+
+
+def far_rows(far_outputs, q, k, v, index, places):
+    """(pairs, group, D), and (pairs, group) in log2, of the pairs of far blocks."""
+    found = []
+    for piece in nsa_inverse.pieces(q, k, index, places, 64):
+        partial, lse = far_outputs(piece, piece.queries(q), piece.keys(k), piece.keys(v), 0.1)
+        far = far_pairs(piece)
+        found.append((partial[far], lse[far]))
+    return [torch.cat(x) for x in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("scratch", [5 << 30, 4 << 20], ids=["whole", "pieces"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", PARTIAL_SHAPES, ids=str)
+def test_far_blocks_on_hopper_equal_float64(shape, dtype, scratch, monkeypatch):
+    """zoo/kernels/hopper_partial.py alone, into poisoned tensors, four times."""
+    if backend.explain("nsa", "cuda", dtype, 128)[0] != "hopper":
+        pytest.skip("not a Hopper device")
+    from zoo.kernels import hopper_partial
+
+    monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", scratch)
+    q, k, v, *chosen = partial_inputs(shape, dtype)
+    assert hopper_partial.takes(q, k, 64, 0.1)
+    truth = far_rows(true_far, q, k, v, *chosen)
+    assert (len(truth[0]) > 0) == (shape[1] > 100)
+    poison_new_tensors(monkeypatch)
+    found = far_rows(hopper_partial.far_outputs, q, k, v, *chosen)
+    for got, expected in zip(found, truth, strict=True):
+        assert relative_error(got, expected) <= (1e-2 if dtype == torch.bfloat16 else 2e-3)
+    for _ in range(3):
+        again = far_rows(hopper_partial.far_outputs, q, k, v, *chosen)
+        assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+
+
 # What `tune_nsa.py` tries beside the table's rows, which the other tests run
 TILES = {
     "near": [(64, 32, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2)],

@@ -1,8 +1,8 @@
 """Native Sparse Attention on Hopper: the functions of a back end, as in zoo/kernels/nsa.py.
 
-Compressed attention, and in the selected branch's forward the near blocks of 64 keys, have kernels of their own for
-sm_90, bf16 and fp16, head dims 64 and 128 and groups that divide 64; pooling, the choice of blocks, the rest of the
-selected branch and the mix run the portable ones. Importing this imports Gluon.
+Compressed attention and the selected branch's forward over blocks of 64 keys have kernels of their own for sm_90, bf16
+and fp16, head dims 64 and 128 and groups that divide 64 (far blocks: groups from 8); pooling, the choice of blocks, the
+selected branch's merge and backward, and the mix run the portable ones. Importing this imports Gluon.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.kernels import hopper_compressed, hopper_compressed_backward, hopper_near, nsa_selected
+from zoo.kernels import hopper_compressed, hopper_compressed_backward, hopper_near, hopper_partial, nsa_selected
 from zoo.kernels import nsa_compressed as portable
 from zoo.kernels.hopper_rows import takes
 from zoo.kernels.nsa_mix import mix_backward, mix_forward
@@ -59,4 +59,5 @@ def selected_forward(
     q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, places: Any, block: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     near = hopper_near if hopper_near.takes(q, k, block, scale) else nsa_selected
-    return nsa_selected.selected_forward(q, k, v, block_index, places, block, scale, near.near_outputs)
+    far = hopper_partial if hopper_partial.takes(q, k, block, scale) else nsa_selected
+    return nsa_selected.selected_forward(q, k, v, block_index, places, block, scale, near.near_outputs, far.far_outputs)

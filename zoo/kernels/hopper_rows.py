@@ -248,11 +248,19 @@ class Channels:
 
 
 @gluon.jit
+def barriers(N: gl.constexpr, COUNT: gl.constexpr):
+    """N of them, each for COUNT arrivals."""
+    places = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(N):
+        mbarrier.init(places.index(n), count=COUNT)
+    return places
+
+
+@gluon.jit
 def open_channels(held_desc, passing_desc, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr,
                   BOTH: gl.constexpr, COLUMNS: gl.constexpr):  # fmt: skip
     """BOTH: two operands are held. COLUMNS: dkv's."""
     dtype: gl.constexpr = held_desc.dtype
-    barrier: gl.constexpr = mbarrier.MBarrierLayout()
     one: gl.constexpr = held_desc.block_type.shape
     other: gl.constexpr = passing_desc.block_type.shape
     N: gl.constexpr = CONSUMERS * PLACES
@@ -264,23 +272,14 @@ def open_channels(held_desc, passing_desc, CONSUMERS: gl.constexpr, STAGES: gl.c
     passing_too = gl.allocate_shared_memory(
         dtype, [STAGES, other[0], other[1], other[2], other[3]], passing_desc.layout
     )
-    held_ready = gl.allocate_shared_memory(gl.int64, [N, 1], barrier)
+    held_ready = barriers(N, 1)
     columns = held_ready
     if COLUMNS:
         columns = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, 16], gl.NVMMASharedLayout(32, 16, 2))
-    channels = Channels(
-        held, held_too, passing, passing_too, columns, held_ready,
-        gl.allocate_shared_memory(gl.int64, [N, 1], barrier),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier), PLACES,
+    return Channels(
+        held, held_too, passing, passing_too, columns, held_ready, barriers(N, 1), barriers(STAGES, 1),
+        barriers(STAGES, CONSUMERS), PLACES,
     )  # fmt: skip
-    for n in gl.static_range(N):
-        mbarrier.init(channels.held_ready.index(n), count=1)
-        mbarrier.init(channels.held_free.index(n), count=1)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(channels.ready.index(s), count=1)
-        mbarrier.init(channels.free.index(s), count=CONSUMERS)
-    return channels
 
 
 @gluon.jit

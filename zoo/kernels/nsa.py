@@ -1,9 +1,9 @@
 """Native Sparse Attention in Triton: compressed attention with the choice of blocks, and attention over chosen blocks.
 
-The kernels are in nsa_pool.py, nsa_compressed.py, nsa_selected.py, nsa_near.py, nsa_inverse.py and nsa_mix.py; this
-module is the back end that `zoo.ops.nsa` loads, and says what bounds them. Figures are estimates that the design
-follows, not measurements: one H200 (790 TFLOP/s dense bf16, 4.8 TB/s memory), B1, T 65536, 64 query heads, 4 key/value
-heads, D 128, block 64, top 16.
+The kernels are in nsa_pool.py, nsa_compressed.py, nsa_selected.py, nsa_near.py, nsa_inverse.py, nsa_runs.py and
+nsa_mix.py; this module is the back end that `zoo.ops.nsa` loads, and says what bounds them. Figures are estimates that
+the design follows, not measurements: one H200 (790 TFLOP/s dense bf16, 4.8 TB/s memory), B1, T 65536, 64 query heads,
+4 key/value heads, D 128, block 64, top 16.
 
 Compressed branch: 2.1e9 visible pairs. Forward three products (scores twice: the probabilities that the choice needs
 are known only once the normaliser is), 1.65 TFLOP; backward seven, 3.8 TFLOP. Tensor cores bound it. Rows of a tile are

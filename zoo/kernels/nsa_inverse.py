@@ -1,7 +1,8 @@
 """From the queries' blocks to the blocks' queries: the index that zoo/kernels/nsa_selected.py walks.
 
     pieces   a call cut so that its scratch fits
-    inverse  a piece's pairs sorted by block (torch's stable radix sort of the keys that _keys writes), cut into items
+    inverse  a piece's pairs sorted by block (torch's stable radix sort of the keys that _keys writes), cut into items;
+             nsa_runs.py cuts them in another way
 
 A pair is a (row, token, kv head, place in block_index), numbered in that order. An item is at most so many pairs of one
 block, of tokens of one chunk: items run chunk by chunk, so that the query rows that they gather are still in L2.
@@ -93,30 +94,34 @@ def _even_share(total: int, most: int) -> int:
 
 
 @dataclass
-class Items:
+class Sorted:
     """The blocks are counted ((row * G + kv head) * chunks + chunk) * slots + place."""
 
     order: Tensor  # (pairs,) int64, sorted by block, those of one block by token; at its end what nobody needs
     bounds: Tensor  # (blocks + 1,) int32 where each block's pairs begin in `order`
-    begin: Tensor  # (blocks + 1,) int32 where its items begin
-    block: Tensor  # (count,) int32 of each item; `blocks` where there are fewer
-    each: int  # pairs of an item at most: item i of a block begins i * each pairs after it
-    count: int
     blocks: int
     chunks: int
     slots: int
+
+
+@dataclass
+class Items(Sorted):
+    begin: Tensor  # (blocks + 1,) int32 where each block's items begin
+    block: Tensor  # (count,) int32 of each item; `blocks` where there are fewer
+    each: int  # pairs of an item at most: item i of a block begins i * each pairs after it
+    count: int
 
     def arguments(self) -> tuple[Tensor | int, ...]:
         """Of `item_of`."""
         return self.order, self.bounds, self.begin, self.block, self.each, self.blocks, self.chunks, self.slots
 
 
-def inverse(piece: Piece, kernel: str) -> Items:
+def sorted_pairs(piece: Piece, kernel: str) -> Sorted:
     """For "partial" without the pairs of the first, previous and own blocks."""
     batch, length, kv_heads, top = piece.index.shape
     chunk = max(CHUNK_TOKENS, triton.cdiv(length, CHUNKS[kernel]))
     chunks = triton.cdiv(length, chunk)
-    blocks, each = batch * kv_heads * chunks * piece.slots, max(1, ITEM_ROWS[kernel] // piece.group)
+    blocks = batch * kv_heads * chunks * piece.slots
     key = piece.index.new_empty(piece.pairs, dtype=torch.int16 if blocks < 1 << 15 else torch.int32)
     _keys[triton.cdiv(piece.pairs, KEYS),](
         piece.index, piece.place, piece.first_block, key, piece.pairs, chunk, chunks, length, piece.slots, blocks,
@@ -124,13 +129,19 @@ def inverse(piece: Piece, kernel: str) -> Items:
     )  # fmt: skip
     key, order = torch.sort(key, stable=True)
     bounds = torch.searchsorted(key, torch.arange(blocks + 1, dtype=key.dtype, device=key.device), out_int32=True)
+    return Sorted(order, bounds, blocks, chunks, piece.slots)
+
+
+def inverse(piece: Piece, kernel: str) -> Items:
+    pairs = sorted_pairs(piece, kernel)
+    blocks, bounds, each = pairs.blocks, pairs.bounds, max(1, ITEM_ROWS[kernel] // piece.group)
     begin = bounds.new_zeros(blocks + 1)
     number = torch.div(bounds.diff() + (each - 1), each, rounding_mode="floor")
     torch.cumsum(number, 0, dtype=torch.int32, out=begin[1:])
     count = min(blocks, piece.pairs) + piece.pairs // each  # at least the items there are
-    item = torch.arange(count, device=key.device, dtype=torch.int32)
+    item = torch.arange(count, device=bounds.device, dtype=torch.int32)
     block = torch.searchsorted(begin[1:], item, right=True, out_int32=True)
-    return Items(order, bounds, begin, block, each, count, blocks, chunks, piece.slots)
+    return Items(pairs.order, bounds, blocks, pairs.chunks, pairs.slots, begin, block, each, count)
 
 
 # --------------------------------------------------------------------------------------------------------- the kernels

@@ -69,44 +69,22 @@ def near_outputs(piece: Piece, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse
     )  # fmt: skip
 
 
-def selected_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_index: Tensor,
-    places: Any,
-    block: int,
-    scale: float,
-    near: Callable[[Piece, Tensor, Tensor, Tensor, Tensor, Tensor, float], None] = near_outputs,
-) -> tuple[Tensor, Tensor]:
-    """out like q and natural-log lse (B,T,H) float32. near: does what `near_outputs` does."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
-    q, k, v = (rows_contiguous(x) for x in (q, k, v))
-    with on_device(q):
-        for piece in pieces(q, k, block_index, places, block):
-            part_q, part_k, part_v = piece.queries(q), piece.keys(k), piece.keys(v)
-            part_out, part_lse = piece.queries(out), piece.queries(lse)
-            items = None if piece.pairs <= FEW_PAIRS else inverse(piece, "partial")
-            partial = _partial_outputs(piece, items, part_q, part_k, part_v, scale)
-            if items is not None:
-                near(piece, part_q, part_k, part_v, part_out, part_lse, scale)
-            sums = _summed_rows(piece, q)
-            _merge[triton.cdiv(part_lse.numel(), sums["BLOCK_R"]),](
-                *partial, piece.index, piece.place, part_out, part_lse, *strides_of(part_out, part_lse),
-                part_lse.numel(), part_q.shape[1], **piece.switches(), **sums, NEAR=items is not None, num_warps=4,
-            )  # fmt: skip
-    return out, lse
+def scratch(piece: Piece, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Of what the pairs leave: outputs (pairs, R, D), and (pairs, R) their log-sum-exp in log2."""
+    partial = q.new_empty((piece.pairs, piece.group, piece.dim))
+    return partial, q.new_empty((piece.pairs, piece.group), dtype=torch.float32)
+
+
+def far_outputs(piece: Piece, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Scratch of all pairs, written where a block is neither the first, nor the previous, nor the own one."""
+    return _partial_outputs(piece, inverse(piece, "partial"), q, k, v, scale)
 
 
 def _partial_outputs(
     piece: Piece, items: Items | None, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(pairs, R, D), and (pairs, R) their log-sum-exp in log2, of the pairs in `items`, or all in a program each."""
-    partial = q.new_empty((piece.pairs, piece.group, piece.dim))
-    lse = q.new_empty((piece.pairs, piece.group), dtype=torch.float32)
+    """Scratch, written of the pairs in `items`, or of all in a program each."""
+    partial, lse = scratch(piece, q)
     rows, warps, stages = choose_tile("partial", q)
     if items is None:
         rows = min(rows, max(16, triton.next_power_of_2(piece.group)))
@@ -117,6 +95,41 @@ def _partial_outputs(
         BLOCK_R=rows, SINGLE=items is None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return partial, lse
+
+
+def selected_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    places: Any,
+    block: int,
+    scale: float,
+    near: Callable[[Piece, Tensor, Tensor, Tensor, Tensor, Tensor, float], None] = near_outputs,
+    far: Callable[[Piece, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = far_outputs,
+) -> tuple[Tensor, Tensor]:
+    """out like q and natural-log lse (B,T,H) float32. near, far: do what `near_outputs` and `far_outputs` do."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    with on_device(q):
+        for piece in pieces(q, k, block_index, places, block):
+            part_q, part_k, part_v = piece.queries(q), piece.keys(k), piece.keys(v)
+            part_out, part_lse = piece.queries(out), piece.queries(lse)
+            many = piece.pairs > FEW_PAIRS
+            if many:
+                partial = far(piece, part_q, part_k, part_v, scale)
+                near(piece, part_q, part_k, part_v, part_out, part_lse, scale)
+            else:
+                partial = _partial_outputs(piece, None, part_q, part_k, part_v, scale)
+            sums = _summed_rows(piece, q)
+            _merge[triton.cdiv(part_lse.numel(), sums["BLOCK_R"]),](
+                *partial, piece.index, piece.place, part_out, part_lse, *strides_of(part_out, part_lse),
+                part_lse.numel(), part_q.shape[1], **piece.switches(), **sums, NEAR=many, num_warps=4,
+            )  # fmt: skip
+    return out, lse
 
 
 def selected_backward(
