@@ -1,12 +1,14 @@
 """Whole pixels as tokens: as exactly normalised as sub-pixels, causal, and drawn as the full forward says."""
 
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 
 import zoo
+from tasks.image.pixel_head import PixelHead
 from tasks.image.task import ImagePrompt, ImageTask
 from zoo.config import ConfigError
 from zoo.generation import Sampling, generate
@@ -135,6 +137,18 @@ def test_rows_are_the_pictures_and_an_upper_half_is_completed(task):
     assert made.shape == (6, 6, 3)
     media = task.media(model, batch)
     assert set(media.images) == {"samples", "completions"}
+
+
+@pytest.mark.parametrize("token", ["element", "pixel"])
+def test_a_head_of_ones_own_is_taken(token, task, monkeypatch):
+    class Own(PixelHead):
+        @dataclass
+        class Config(PixelHead.Config):
+            classes: int = 0
+
+    monkeypatch.setattr(zoo.registry.heads, "_entries", {**zoo.registry.heads._entries, "own": Own})
+    task.config.token = token
+    assert model_for(task, name="own").head.config.height == 6
 
 
 def test_what_does_not_go_together_is_named(task):
