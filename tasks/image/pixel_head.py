@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.image.head import nearby_places
+from tasks.image.head import check_values, nearby_places
 from tasks.image.orders import ORDERS
 from zoo.generation import Sampling, sample_logits
 from zoo.layers import Linear, init_normal
 from zoo.model import Batch, Context, Head, Output
-from zoo.ops import linear_cross_entropy, may_look
+from zoo.ops import linear_cross_entropy
 from zoo.registry import nearest
 from zoo.state import State
 
@@ -108,14 +108,7 @@ class PixelHead(Head):
             raise ValueError(
                 f"inputs of shape {tuple(inputs.shape)}: this model takes pixels, (B, T, {self.config.channels})"
             )
-        if not may_look(inputs) or not inputs.numel():
-            return
-        low, high = (int(x) for x in inputs.aminmax())
-        if low < 0 or high > self.config.levels:
-            raise ValueError(
-                f"value {low if low < 0 else high} is out of range: this model takes 0 to {self.config.levels - 1}, "
-                f"and {self.start} where an image begins"
-            )
+        check_values(inputs, self.config.levels, "value")
 
     # -- in --------------------------------------------------------------------------------------------------------
 
