@@ -22,6 +22,8 @@ from zoo.state import State
 # (rows up, columns to the left) of the pixels that `neighbours` looks at, where they come earlier in the order
 NEARBY = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 0))
 
+MOST_LEVELS = 32766  # where a state remembers inputs, the start among them, in int16
+
 
 class ImageHead(Head):
     @dataclass
@@ -55,6 +57,8 @@ class ImageHead(Head):
             for name, least in (("height", 0), ("width", 0), ("channels", 1), ("levels", 2), ("classes", 0)):
                 if getattr(self, name) < least:
                     raise ValueError(f"{name} = {getattr(self, name)}; it takes {least} or more")
+            if self.neighbours and self.levels > MOST_LEVELS:
+                raise ValueError(f"levels = {self.levels}; with neighbours it takes {MOST_LEVELS} or fewer")
             for name in ("class_dropout", "dropout"):
                 if not 0 <= getattr(self, name) < 1:
                     raise ValueError(

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.image.head import check_values, nearby_places
+from tasks.image.head import MOST_LEVELS, check_values, nearby_places
 from tasks.image.orders import ORDERS
 from zoo.generation import Sampling, sample_logits
 from zoo.layers import Linear, init_normal
@@ -58,6 +58,8 @@ class PixelHead(Head):
             for name, least in (("height", 0), ("width", 0), ("channels", 1), ("levels", 2), ("hidden", 0)):
                 if getattr(self, name) < least:
                     raise ValueError(f"{name} = {getattr(self, name)}; it takes {least} or more")
+            if self.levels > MOST_LEVELS:
+                raise ValueError(f"levels = {self.levels}; it takes {MOST_LEVELS} or fewer")
             if not 0 <= self.dropout < 1:
                 raise ValueError(f"dropout = {self.dropout}; it takes a number from 0 up to, not including, 1")
 
@@ -147,7 +149,8 @@ class PixelHead(Head):
     # -- out -------------------------------------------------------------------------------------------------------
 
     def loss(self, h: Tensor, batch: Batch) -> Output:
-        """Nats, summed over the sub-pixels (B, T, channels)."""
+        """Nats, summed over the sub-pixels (B, T, channels): every one is scored, and enters the next channel's
+        distribution, so targets take no -100."""
         targets, parts = batch.targets, []
         told = F.embedding(targets, self.fine)
         heads, weights = self.up(h).chunk(self.config.channels, dim=-1), self._weights()

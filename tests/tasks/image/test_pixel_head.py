@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import zoo
+from tasks.image.head import ImageHead
 from tasks.image.pixel_head import PixelHead
 from tasks.image.task import ImagePrompt, ImageTask
 from zoo.config import ConfigError
 from zoo.generation import Sampling, generate
-from zoo.model import Batch
+from zoo.model import Batch, Context
 from zoo.pipelines import Pipeline
 
 
@@ -94,6 +95,22 @@ def test_drawing_is_the_full_forward_repeated(order):
             assert torch.equal(likely, drawn[..., channel])
 
 
+@torch.no_grad()
+def test_rows_padded_on_the_right_are_remembered_as_each_alone():
+    """The state of ragged rows, whatever their padding holds: each next pixel is embedded as in the whole row."""
+    model = small_model((3, 4, 3), levels=5)
+    inputs, lengths, rows = batch_of(model, torch.randint(5, (2, 12, 3))).inputs, torch.tensor([6, 2]), torch.arange(2)
+    whole, _ = model.head.embed(inputs, Context())
+    prompt = inputs[:, :6].clone()
+    prompt[1, 2:] = 4
+    h, state = model.head.embed(prompt, Context(lengths=lengths), model.head.init_state(prompt, lengths=lengths))
+    assert torch.equal(h[0], whole[0, :6])
+    assert torch.equal(h[1, :2], whole[1, :2])
+    for place in (lengths + step for step in range(6)):
+        h, state = model.head.embed(inputs[rows, place].unsqueeze(1), Context(), state)
+        torch.testing.assert_close(h[:, 0], whole[rows, place], rtol=0, atol=1e-12)
+
+
 @pytest.fixture
 def task(tmp_path):
     rng = np.random.default_rng(0)
@@ -161,6 +178,10 @@ def test_what_does_not_go_together_is_named(task):
         make_task(token="pixel", conditional=True)
     with pytest.raises(ValueError, match="whole pixels"):
         make_task(token="pixel", order="planar")
+    assert PixelHead.Config(levels=32766).levels == 32766
+    for kind, more in ((PixelHead, {}), (ImageHead, {"neighbours": True})):
+        with pytest.raises(ValueError, match="levels = 32767"):
+            kind.Config(levels=32767, **more)
     model = model_for(task)
     with pytest.raises(ValueError, match="out of range"):
         model.head.check(torch.full((1, 2, 3), 300))
