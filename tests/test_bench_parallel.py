@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -66,12 +67,34 @@ def test_the_rest_in_small(tmp_path):
     assert killed["said"][1].startswith("rank 0: rank 1 ended with signal SIGKILL. This rank was at: step 6")
 
 
+def test_curves_without_a_common_step_are_a_row(bench, tmp_path):
+    assert bench.apart({1: 0.5}, {2: 0.5}) == {"steps": 0}
+    made = bench.Bench(Namespace(out=tmp_path / "out.jsonl"), tmp_path)
+    for name, step in (("one", 1), ("ddp", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps({"step": step, "train/loss": 0.5}) + "\n")
+    made.same_losses("equal", "ddp", "one", noise={"steps": 0})
+    found = json.loads((tmp_path / "out.jsonl").read_text())
+    assert found == {"part": "equal", "name": "ddp", "against": "one", "steps": 0}
+
+
+def test_only_a_run_that_is_not_there_is_passed_over(bench, tmp_path):
+    made = bench.Bench(Namespace(out=None), tmp_path)
+    job = bench.train_job("resume", "fsdp-then-one", bench.SMALL, source="fsdp", save_every=4)
+    made.judge(job)
+    (tmp_path / "fsdp-then-one").mkdir()
+    (tmp_path / "fsdp-then-one" / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
+    with pytest.raises(KeyError):
+        made.judge(job)
+
+
 def test_the_real_plan(bench, monkeypatch):
     """Every job's recipe can be built, and its batch shared by its ranks; every part has jobs."""
     monkeypatch.setitem(registry.tasks._entries, "random", None)
-    worker = bench.Worker.__new__(bench.Worker)
+    parallel_worker = sys.modules["parallel_worker"]
+    worker = parallel_worker.Worker.__new__(parallel_worker.Worker)
     worker.tiny = False
-    monkeypatch.setattr(bench.bench_train, "put", lambda *_: None)
+    monkeypatch.setattr(parallel_worker.bench_train, "put", lambda *_: None)
     both, singles, late = bench.plan(list(bench.PARTS))
     seen = set()
     for job, ranks in [*((job, 2) for job in both + late), *((job, 1) for jobs in singles for job in jobs)]:
@@ -92,5 +115,5 @@ def test_what_no_computation_hides(bench, tmp_path):
     events = [("ncclDevKernel_AllReduce", 0, 3000), ("gemm", 2000, 4000), ("triton_", 9000, 3000)]
     named = [{"cat": "kernel", "name": name, "ts": ts, "dur": dur} for name, ts, dur in events]
     trace.write_text(json.dumps({"traceEvents": [*named, {"cat": "cpu_op", "name": "nccl", "ts": 0, "dur": 99}]}))
-    found = bench.exchange_table(trace)["ms_a_step"]
+    found = sys.modules["parallel_worker"].exchange_table(trace)["ms_a_step"]
     assert found == {"exchanges": 1.0, "exchanges_alone": 0.67, "computation": 2.33, "idle": 1.0}

@@ -212,7 +212,7 @@ class Codec(nn.Module):
         """The same for the next frames of a sound, after `start_decoding`."""
         with torch.autocast(codes.device.type, enabled=False):
             sound, state = self.decoder(self.quantizer.decode(codes).movedim(-1, 1), state)
-        return sound[:, 0], state
+        return sound[:, 0].float(), state
 
     def start_decoding(self, rows: int) -> State:
         return self.decoder.start(rows)

@@ -22,6 +22,8 @@ from zoo.state import State
 # (rows up, columns to the left) of the pixels that `neighbours` looks at, where they come earlier in the order
 NEARBY = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 0))
 
+MOST_LEVELS = 32766  # where a state remembers inputs, the start among them, in int16
+
 
 class ImageHead(Head):
     @dataclass
@@ -55,6 +57,8 @@ class ImageHead(Head):
             for name, least in (("height", 0), ("width", 0), ("channels", 1), ("levels", 2), ("classes", 0)):
                 if getattr(self, name) < least:
                     raise ValueError(f"{name} = {getattr(self, name)}; it takes {least} or more")
+            if self.neighbours and self.levels > MOST_LEVELS:
+                raise ValueError(f"levels = {self.levels}; with neighbours it takes {MOST_LEVELS} or fewer")
             for name in ("class_dropout", "dropout"):
                 if not 0 <= getattr(self, name) < 1:
                     raise ValueError(
@@ -100,14 +104,7 @@ class ImageHead(Head):
         return self.config.levels
 
     def check(self, inputs: Tensor) -> None:
-        if not may_look(inputs) or not inputs.numel():
-            return
-        low, high = (int(x) for x in inputs.aminmax())
-        if low < 0 or high > self.config.levels:
-            raise ValueError(
-                f"element {low if low < 0 else high} is out of range: this model takes 0 to {self.config.levels - 1}, "
-                f"and {self.start} where an image begins"
-            )
+        check_values(inputs, self.config.levels, "element")
 
     def init_state(self, inputs: Tensor, condition: Any = None, lengths: Tensor | None = None) -> State:
         """place (B,) how many inputs a row has seen; label (B,) its class, `classes` for none; seen (B, T) int16 its
@@ -187,6 +184,18 @@ class ImageHead(Head):
     def flops(self, tokens: int) -> int:
         near = 0 if self.near is None else sum(p.numel() for p in self.near.parameters() if p.ndim == 2)
         return 2 * tokens * (self.out.weight.numel() + near)
+
+
+def check_values(inputs: Tensor, levels: int, noun: str) -> None:
+    """Raises ValueError where inputs hold what is neither one of the levels nor the start; if one may look."""
+    if not may_look(inputs) or not inputs.numel():
+        return
+    low, high = (int(x) for x in inputs.aminmax())
+    if low < 0 or high > levels:
+        raise ValueError(
+            f"{noun} {low if low < 0 else high} is out of range: this model takes 0 to {levels - 1}, "
+            f"and {levels} where an image begins"
+        )
 
 
 def nearby_places(

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.image.head import nearby_places
+from tasks.image.head import MOST_LEVELS, check_values, nearby_places
 from tasks.image.orders import ORDERS
 from zoo.generation import Sampling, sample_logits
 from zoo.layers import Linear, init_normal
 from zoo.model import Batch, Context, Head, Output
-from zoo.ops import linear_cross_entropy, may_look
+from zoo.ops import linear_cross_entropy
 from zoo.registry import nearest
 from zoo.state import State
 
@@ -58,6 +58,8 @@ class PixelHead(Head):
             for name, least in (("height", 0), ("width", 0), ("channels", 1), ("levels", 2), ("hidden", 0)):
                 if getattr(self, name) < least:
                     raise ValueError(f"{name} = {getattr(self, name)}; it takes {least} or more")
+            if self.levels > MOST_LEVELS:
+                raise ValueError(f"levels = {self.levels}; it takes {MOST_LEVELS} or fewer")
             if not 0 <= self.dropout < 1:
                 raise ValueError(f"dropout = {self.dropout}; it takes a number from 0 up to, not including, 1")
 
@@ -108,14 +110,7 @@ class PixelHead(Head):
             raise ValueError(
                 f"inputs of shape {tuple(inputs.shape)}: this model takes pixels, (B, T, {self.config.channels})"
             )
-        if not may_look(inputs) or not inputs.numel():
-            return
-        low, high = (int(x) for x in inputs.aminmax())
-        if low < 0 or high > self.config.levels:
-            raise ValueError(
-                f"value {low if low < 0 else high} is out of range: this model takes 0 to {self.config.levels - 1}, "
-                f"and {self.start} where an image begins"
-            )
+        check_values(inputs, self.config.levels, "value")
 
     # -- in --------------------------------------------------------------------------------------------------------
 
@@ -154,7 +149,8 @@ class PixelHead(Head):
     # -- out -------------------------------------------------------------------------------------------------------
 
     def loss(self, h: Tensor, batch: Batch) -> Output:
-        """Nats, summed over the sub-pixels (B, T, channels)."""
+        """Nats, summed over the sub-pixels (B, T, channels): every one is scored, and enters the next channel's
+        distribution, so targets take no -100."""
         targets, parts = batch.targets, []
         told = F.embedding(targets, self.fine)
         heads, weights = self.up(h).chunk(self.config.channels, dim=-1), self._weights()

@@ -165,11 +165,10 @@ class ImageTask(Task):
         height, width, channels = self.shape
         head: dict[str, Any] = {"height": height, "width": width, "channels": channels, "levels": self.levels}
         head |= {"order": self.config.order}
-        wanted = "image_pixels" if self._grouped else "image"
-        if config.head is None or config.head.name != wanted:
-            found = None if config.head is None else config.head.name
+        wanted, other = ("image_pixels", "image") if self._grouped else ("image", "image_pixels")
+        if config.head is not None and config.head.name == other:  # a head of one's own knows what it takes
             raise configs.ConfigError(
-                f"task.token = {self.config.token!r} takes model.head.name = {wanted!r}; got {found!r}"
+                f"task.token = {self.config.token!r} takes model.head.name = {wanted!r}; got {other!r}"
             )
         if not self._grouped:
             head["classes"] = len(self._classes) if self.config.conditional else 0

@@ -60,7 +60,8 @@ class RecallTask(Task):
 
 @functools.lru_cache(maxsize=2)
 def data_set(name: str, config: str) -> Synthetic:
-    """By its name and its config as JSON; made once for all runs of a process that ask for the same numbers."""
+    """By its name and its config as JSON; made once for all runs of a process that ask for the same numbers.
+    They share it, so nothing changes a data set after it is made."""
     kind = datasets.get(name)
     return kind(configs.build(kind.Config, json.loads(config)))
 

@@ -9,6 +9,7 @@ from zoo import config, registry
 from zoo.data import SourceStream, StridedWindows, Windows
 from zoo.evaluate import speed
 from zoo.evaluate.measure import ByPosition, Longest, elements, octaves, tokens_seen
+from zoo.evaluate.plots import AXES, finish, in_powers_of_two
 from zoo.evaluate.report import figure, section_tables, table
 from zoo.evaluate.summary import best_rates, lines, series
 from zoo.model import Batch
@@ -119,3 +120,25 @@ def test_mean_and_sample_deviation_in_the_table():
     assert "passages" not in text  # a count that is the same for all
     assert table(["x", "y"], [["1", "2"]]) == "| x | y |\n| --- | ---: |\n| 1 | 2 |"
     assert [figure(x) for x in (None, 7, 0.12345, 1234.5, 3.2e10)] == ["", "7", "0.1235", "1,234", "3.2e+10"]
+
+
+def test_a_published_value_is_shown_whichever_row_comes_first():
+    """The row that holds it comes last once it was measured again."""
+    rows = [row("a", 0.1, 1, 0.6), row("a", 0.1, 0, 0.5, published=0.925)]
+    for order in (rows, rows[::-1]):
+        assert lines(order)[0].facts["published"] == 0.925
+        assert "0.925" in section_tables(order)
+
+
+def test_ticks_at_powers_of_two():
+    from matplotlib.figure import Figure
+
+    shown = {0: "0", 16: "16", 512: "512", 1024: "1Ki", 1536: "1.5Ki", 65536: "64Ki", 1 << 20: "1Mi", 1 << 40: "1024Gi"}
+    assert {at: in_powers_of_two(at, 0) for at in shown} == shown
+    for what in ("length, tokens", AXES["positions"][1]):
+        axes = Figure().subplots()
+        axes.plot([16, 1024, 65536], [1.0, 2.0, 3.0])
+        finish(axes, what, "accuracy", logarithmic=True)
+        assert axes.xaxis.get_major_formatter()(65536) == "64Ki"
+    finish(axes := Figure().subplots(), "tokens trained on", "loss", logarithmic=False)
+    assert axes.xaxis.get_major_formatter()(65000) == "65k"

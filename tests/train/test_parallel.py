@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import rank_worker
@@ -177,6 +178,21 @@ def test_compiled_blocks_equal_one_process_without_a_compiler(single, tmp_path):
         assert found["graphs"] <= (6 if "context" in way else 2), way
         assert ("Halo._exchange" in "".join(found["breaks"])) == ("context" in way)
         assert len(found["breaks"]) == ("context" in way)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("injected")])
+def test_settings_of_the_process_end_with_the_ranks(error, monkeypatch):
+    from torch._dynamo import config as dynamo
+
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model, **_: MagicMock())
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    before, ranks = dynamo.optimize_ddp, Ranks()
+    ranks.world = 2
+    ranks.trainer_of(rank_worker.RowModelConfig().build(), compiled=True)
+    assert not dynamo.optimize_ddp
+    ranks.close(error)
+    assert dynamo.optimize_ddp == before
+    assert before
 
 
 def test_micro_batches_change_nothing(single):

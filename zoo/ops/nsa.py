@@ -116,7 +116,8 @@ def compressed_attention(
     holds `block`; where it holds several its importance adds up what overlaps it ("spatial"), or, as Eq. 9 is printed,
     what lies select / stride - 1 strides earlier ("printed"; SPEC.md 5.1 shows why the first is what is meant). top = 0
     chooses nothing. With cu_seqlens blocks stand where `pool_blocks` puts them.
-    query_start (B,) int32: position of each row's first query, 0 unless given (decoding, chunked prefill).
+    query_start (B,) int32: position of each row's first query, 0 unless given (decoding, chunked prefill). Blocks
+    that no query sees may be read all the same, past the last query too: k and v must be finite (0 x NaN = NaN).
 
     Returns out like q, the natural-log normaliser lse (B,T,H) (-inf, and out 0, where no block is visible) and
     block_index (B,T,G,top) int32: for each query its blocks, counted from its document's start, ascending, then -1.
@@ -150,7 +151,8 @@ def selected_attention(
 
     block_index (B,T,G,top) int32: blocks of `block` tokens counted from the start of the query's document, each at most
     once, in any order; below 0, or later than the query's own block: none. The H/G query heads of a key/value head
-    share them. query_start as in `compressed_attention`: keys beyond a query are never read.
+    share them. query_start as in `compressed_attention`. Keys and values beyond a query have no weight but may be
+    read, past the last query's place too: they must be finite (0 x NaN = NaN).
 
     Returns out like q (0 where a query has no block); with return_lse also lse (B,T,H). Differentiable once in q, k, v.
     Raises ValueError naming the argument, after a look at values as in `compressed_attention`; never at block_index's.

@@ -80,6 +80,7 @@ class Ranks:
         self.data_world = world // context
         self.sharded = world > 1 and self.config.name == "fsdp"
         self.compiled = False  # block by block
+        self.settings = contextlib.ExitStack()  # of the whole process: put back by `close`
         self.watchdog: Watchdog | None = None
         self.halo: Halo | None = None
         if world > 1:
@@ -198,8 +199,10 @@ class Ranks:
         if blocks:
             from torch._dynamo import config as dynamo
 
-            dynamo.optimize_ddp = False  # it would cut a block where a bucket of gradients is full
+            # It would cut a block where a bucket of gradients is full; what is compiled whole is better cut there
+            self.settings.enter_context(dynamo.patch(optimize_ddp=False))
         forward = torch.compile(model) if compiled and not blocks else model
+        # No device_ids: all they do is to look for inputs that have to be moved, and a batch is on the device already
         spread = nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
         spread.register_comm_hook(None, _sum_bucket)
         return spread
@@ -226,6 +229,7 @@ class Ranks:
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave the job; on an error the others are told whose it was."""
+        self.settings.close()
         if self.watchdog is not None:
             if error is not None and LOST.search(str(error)):
                 self.watchdog.lost(str(error))  # another's fault: stays to learn whose

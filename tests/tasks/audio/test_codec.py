@@ -1,5 +1,6 @@
 """The codec: causal, the same in pieces as at once, measured by definitions; and the classifier that judges speech."""
 
+import copy
 import math
 
 import numpy as np
@@ -58,6 +59,14 @@ def test_sounds_have_all_their_bits_under_autocast(codec):
     assert whole.dtype == pieces.dtype == torch.float32
     assert torch.equal(whole, codec.decode(codes))
     torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_codec_held_in_bfloat16_makes_float32_whole_and_in_pieces(codec):
+    held, codes = copy.deepcopy(codec).bfloat16(), torch.randint(0, 16, (2, 32, 3))
+    whole, pieces = held.decode(codes), torch.cat(list(held.decode_in_pieces(codes.split(8, dim=1))), dim=1)
+    assert whole.dtype == pieces.dtype == torch.float32
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-2)
 
 
 @torch.no_grad()

@@ -1,16 +1,19 @@
 """Whole pixels as tokens: as exactly normalised as sub-pixels, causal, and drawn as the full forward says."""
 
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 
 import zoo
+from tasks.image.head import ImageHead
+from tasks.image.pixel_head import PixelHead
 from tasks.image.task import ImagePrompt, ImageTask
 from zoo.config import ConfigError
 from zoo.generation import Sampling, generate
-from zoo.model import Batch
+from zoo.model import Batch, Context
 from zoo.pipelines import Pipeline
 
 
@@ -51,20 +54,16 @@ def test_no_sub_pixel_sees_itself_or_a_later_one(order):
     images = torch.randint(7, (1, 12, 3))
 
     def told(images):
-        """Log-probabilities that the model gives each sub-pixel of the row."""
-        found = []
+        """Log-probabilities of all levels, for each sub-pixel of the row: those that the model's loss adds up."""
+        batch, head = batch_of(model, images), model.head
         with torch.no_grad():
-            for place, channel in itertools.product(range(12), range(3)):
-                targets = torch.full_like(images, -100)
-                targets[:, place, channel] = images[:, place, channel]
-                batch = batch_of(model, images)
-                h, _ = model.hidden(model.head.embed(batch.inputs, batch.ctx)[0], batch.ctx)
-                head = model.head
-                y = head._channel(
-                    h, head.up(h).chunk(3, -1)[channel], torch.nn.functional.embedding(images, head.fine), channel
-                )
-                found.append((y @ head._weights()[channel].T).log_softmax(-1)[0, place])
-        return torch.stack(found)
+            h, _ = model.hidden(head.embed(batch.inputs, batch.ctx)[0], batch.ctx)
+            inner, fine = head.up(h).chunk(3, -1), torch.nn.functional.embedding(images, head.fine)
+            logits = [head._channel(h, inner[c], fine, c) @ weight.T for c, weight in enumerate(head._weights())]
+            found = torch.stack(logits, dim=2).log_softmax(-1)
+            nats = -found.gather(-1, images.unsqueeze(-1)).sum().item()
+            assert model(batch).loss_sum.item() == pytest.approx(nats, rel=1e-9)
+        return found[0].flatten(0, 1)
 
     before = told(images)
     for place, channel in ((0, 0), (4, 1), (7, 2), (11, 0)):
@@ -90,6 +89,22 @@ def test_drawing_is_the_full_forward_repeated(order):
         for channel, weight in enumerate(model.head._weights()):
             likely = (model.head._channel(h, inner[channel], told, channel) @ weight.T).argmax(-1)
             assert torch.equal(likely, drawn[..., channel])
+
+
+@torch.no_grad()
+def test_rows_padded_on_the_right_are_remembered_as_each_alone():
+    """The state of ragged rows, whatever their padding holds: each next pixel is embedded as in the whole row."""
+    model = small_model((3, 4, 3), levels=5)
+    inputs, lengths, rows = batch_of(model, torch.randint(5, (2, 12, 3))).inputs, torch.tensor([6, 2]), torch.arange(2)
+    whole, _ = model.head.embed(inputs, Context())
+    prompt = inputs[:, :6].clone()
+    prompt[1, 2:] = 4
+    h, state = model.head.embed(prompt, Context(lengths=lengths), model.head.init_state(prompt, lengths=lengths))
+    assert torch.equal(h[0], whole[0, :6])
+    assert torch.equal(h[1, :2], whole[1, :2])
+    for place in (lengths + step for step in range(6)):
+        h, state = model.head.embed(inputs[rows, place].unsqueeze(1), Context(), state)
+        torch.testing.assert_close(h[:, 0], whole[rows, place], rtol=0, atol=1e-12)
 
 
 @pytest.fixture
@@ -137,6 +152,18 @@ def test_rows_are_the_pictures_and_an_upper_half_is_completed(task):
     assert set(media.images) == {"samples", "completions"}
 
 
+@pytest.mark.parametrize("token", ["element", "pixel"])
+def test_a_head_of_ones_own_is_taken(token, task, monkeypatch):
+    class Own(PixelHead):
+        @dataclass
+        class Config(PixelHead.Config):
+            classes: int = 0
+
+    monkeypatch.setattr(zoo.registry.heads, "_entries", {**zoo.registry.heads._entries, "own": Own})
+    task.config.token = token
+    assert model_for(task, name="own").head.config.height == 6
+
+
 def test_what_does_not_go_together_is_named(task):
     from zoo.model import ModelConfig
 
@@ -147,6 +174,10 @@ def test_what_does_not_go_together_is_named(task):
         make_task(token="pixel", conditional=True)
     with pytest.raises(ValueError, match="whole pixels"):
         make_task(token="pixel", order="planar")
+    assert PixelHead.Config(levels=32766).levels == 32766
+    for kind, more in ((PixelHead, {}), (ImageHead, {"neighbours": True})):
+        with pytest.raises(ValueError, match="levels = 32767"):
+            kind.Config(levels=32767, **more)
     model = model_for(task)
     with pytest.raises(ValueError, match="out of range"):
         model.head.check(torch.full((1, 2, 3), 300))
