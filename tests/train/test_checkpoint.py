@@ -335,3 +335,10 @@ def test_killed_at_random_moments(tmp_path, kills, started):
         new = checkpoint.read_manifest(found)["step"]
         assert new > step
         step = new
+
+
+def test_a_copy_without_history_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("ZOO_COMMIT", "0123abc")
+    assert checkpoint.git_commit() == "0123abc"
+    monkeypatch.delenv("ZOO_COMMIT")
+    assert checkpoint.git_commit() != "0123abc"

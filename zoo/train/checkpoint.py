@@ -383,8 +383,10 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that zoo runs from, with '+changes' if files differ. Outside of one $ZOO_COMMIT, for a
-    copy of a checkout that went to another machine without its history; else None."""
+    """$ZOO_COMMIT, for a copy of a checkout that went to another machine without its history; else the commit of the
+    checkout that zoo runs from, with '+changes' if files differ; None outside of one."""
+    if named := os.environ.get("ZOO_COMMIT"):
+        return named
     here = Path(__file__).resolve().parent
 
     def ask(*words: str) -> str:
@@ -393,7 +395,7 @@ def git_commit() -> str | None:
     try:
         # zoo may be installed inside someone else's repository: theirs is not our commit
         if "zoo/train/checkpoint.py" not in ask("ls-files", "--full-name", "checkpoint.py"):
-            return os.environ.get("ZOO_COMMIT")
+            return None
         return ask("rev-parse", "HEAD").strip() + ("+changes" if ask("status", "--porcelain", "-uno").strip() else "")
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("ZOO_COMMIT")
+        return None
