@@ -86,8 +86,8 @@ def test_a_weights_gradient_is_not_rounded_under_autocast():
 
 @pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
 def test_an_mlp_in_pieces_is_no_further_from_float64_than_in_one(gated, monkeypatch):
-    """Under autocast, by FlashAttention's rule, since products of a piece have another shape than the whole's; and never
-    more of its inner activations than a piece's."""
+    """Under autocast, by FlashAttention's rule: products of a piece have another shape than the whole's. And never more
+    of its inner activations than a piece's."""
     # a product of few rows is split along K, and torch lets cuBLAS round the partial sums to bfloat16
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
     generator = torch.Generator("cuda").manual_seed(0)
