@@ -149,6 +149,19 @@ def test_what_is_measured_outlives_a_round_that_fails(monkeypatch, tmp_path):
     ]
 
 
+def test_only_the_last_round_sweeps(monkeypatch, tmp_path):
+    asked = []
+
+    def start(function, names, shapes, sweeps, **options):
+        asked.append([shape for shape, _ in bench.plan(names, shapes, sweeps)])
+        return subprocess.Popen([sys.executable, "-c", ""], text=True, **options)
+
+    monkeypatch.setattr(bench, "start", start)
+    bench.measure(tmp_path / "bench.csv", 3, ["zoo"], [])
+    every = [*peers.SHAPES, *peers.OTHERS, *peers.WINDOWS, *peers.LENGTHS]
+    assert asked == [[*peers.SHAPES], [*peers.SHAPES], every]
+
+
 def test_each_kind_of_call_is_compiled_once(monkeypatch):
     """Documents and shared key heads are kernels of their own; windows and lengths are not."""
     made = []

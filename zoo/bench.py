@@ -1,11 +1,12 @@
 """`zoo bench kernels`: our attention beside its peers, on the same inputs in the same process, forward and backward.
 
 A speed is printed only after the kernels' own tests passed in the same call. Every round is a process of its own, since
-a kernel's speed differs between starts; what is printed is the median over rounds with their spread. A time is the
-device's: calls wait behind a kernel that only waits, until all of them are queued (`queued_ms`), or are replayed as a
-CUDA graph where they are short (`graph_ms`), ours and the peers' alike; what the host takes to start one stands beside
-it. Speeds count exact visible pairs (4 D FLOPs each forward, 2.5 times that backward) and, beside it, the pairs of the
-64 x 64 tiles computed; TB/s, the bytes that must be moved at least.
+a kernel's speed differs between starts; what is printed is the median over rounds with their spread. Windows, lengths,
+shared key heads and documents are measured in the last round alone. A time is the device's: calls wait behind a kernel
+that only waits, until all of them are queued (`queued_ms`), or are replayed as a CUDA graph where they are short
+(`graph_ms`), ours and the peers' alike; what the host takes to start one stands beside it. Speeds count exact visible
+pairs (4 D FLOPs each forward, 2.5 times that backward) and, beside it, the pairs of the 64 x 64 tiles computed; TB/s,
+the bytes that must be moved at least.
 Peers that cannot be imported, or do not do a shape, are left out by name; where ours fails, the bench does.
 """
 
@@ -236,19 +237,20 @@ def parse_shape(text: str) -> Shape:
     return shape
 
 
-def plan(peers: list[str], shapes: list[str]) -> list[tuple[Shape, Peer]]:
-    """What a round measures: without shapes all of this file, LENGTHS of the first peer alone."""
+def plan(peers: list[str], shapes: list[str], sweeps: bool = True) -> list[tuple[Shape, Peer]]:
+    """What a round measures: without shapes SHAPES and, where it `sweeps`, OTHERS, WINDOWS, and LENGTHS of the first
+    peer alone."""
     chosen = choose_peers(peers)
-    some = [parse_shape(text) for text in shapes] or [*SHAPES, *OTHERS, *WINDOWS]
-    return [(shape, peer) for shape in some for peer in chosen] + [
-        (shape, chosen[0]) for shape in LENGTHS if not shapes
-    ]
+    if shapes:
+        return [(parse_shape(text), peer) for text in shapes for peer in chosen]
+    some = [*SHAPES, *OTHERS, *WINDOWS] if sweeps else SHAPES
+    return [(shape, peer) for shape in some for peer in chosen] + [(shape, chosen[0]) for shape in LENGTHS if sweeps]
 
 
-def one_round(peers: list[str], shapes: list[str]) -> Iterable[dict[str, Any]]:
+def one_round(peers: list[str], shapes: list[str], sweeps: bool = True) -> Iterable[dict[str, Any]]:
     """Everything once, in this process; what a peer cannot do is said on stderr."""
     calm()
-    for shape, peer in plan(peers, shapes):
+    for shape, peer in plan(peers, shapes, sweeps):
         try:
             yield from measure_attention(shape, peer)
         except Exception as error:
@@ -316,12 +318,14 @@ def run(out: Path, rounds: int = 3, peers: list[str] | None = None, shapes: list
 
 
 def measure(path: Path, rounds: int, peers: list[str], shapes: list[str]) -> list[dict[str, Any]]:
-    """The figures of all rounds. Each is in `path` once it is there, whatever becomes of the rest."""
+    """The figures of all rounds; the last one sweeps over windows and lengths, too. Each figure is in `path` once it is
+    there, whatever becomes of the rest."""
     rows: list[dict[str, Any]] = []
     with tqdm(desc="zoo bench kernels", unit=" figures", disable=not sys.stderr.isatty()) as bar:
         for number in range(rounds):
             bar.set_postfix_str(f"round {number + 1} of {rounds}")
-            with start("one_round", peers, shapes, stdout=subprocess.PIPE, stderr=None) as process:
+            sweeps = number == rounds - 1
+            with start("one_round", peers, shapes, sweeps, stdout=subprocess.PIPE, stderr=None) as process:
                 for line in process.stdout or ():
                     if line.startswith("{"):
                         rows.append({"round": number, **json.loads(line)})
