@@ -144,6 +144,17 @@ def test_list_and_doctor(capsys):
         assert word in report
 
 
+def test_an_empty_list_of_weights_says_what_makes_one(capsys, monkeypatch):
+    from zoo import weights
+
+    monkeypatch.setattr(weights, "weights", Registry("weights"))
+    assert cli.main(["list", "--pretrained"]) == 0
+    said = capsys.readouterr()
+    assert not said.out  # names alone go there
+    assert said.err == "none published here yet; zoo publish makes one: docs/weights.md\n"
+    assert cli.main(["list", "text*", "--pretrained"]) == 1
+
+
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     def broken(_):
         raise KeyError("a bug")

@@ -386,6 +386,9 @@ def run_list(args: argparse.Namespace) -> int:
 def list_weights(pattern: str) -> int:
     from zoo.weights import weights
 
+    if not weights.names() and pattern == "*":
+        print("none published here yet; zoo publish makes one: docs/weights.md", file=sys.stderr)
+        return 0
     if not (names := weights.names(pattern)):
         print(f"no published weights match {pattern!r}", file=sys.stderr)
         return 1
