@@ -1,6 +1,7 @@
 """The command line: exit codes, one-line errors, and the rows that an evaluation leaves."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -72,6 +73,14 @@ def test_mendable_errors_are_one_line(words, message, capsys, tmp_path, monkeypa
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_missing_extra_is_one_line(run, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert cli.main(["evaluate", str(run), "--harness", "lambada_openai"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("zoo evaluate: --harness needs lm-evaluation-harness: pip install")
+    assert len(error.splitlines()) == 1
 
 
 def test_words_that_are_no_option(capsys, tmp_path, monkeypatch):

@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def is_users_to_mend(error: Exception) -> bool:
     """Wrong words, files and fields, rather than a fault of the program."""
-    from zoo.registry import Shadowed, UnknownName
+    from zoo.registry import MissingExtra, Shadowed, UnknownName
 
-    mendable: tuple[type[Exception], ...] = (UnknownName, Shadowed, OSError, ValueError)
+    mendable: tuple[type[Exception], ...] = (UnknownName, Shadowed, MissingExtra, OSError, ValueError)
     if (training := sys.modules.get("zoo.train")) is not None:  # not imported for a mistyped name: it brings torch
         mendable += (training.Diverged, training.NonFinite)
     return isinstance(error, mendable)

@@ -20,6 +20,10 @@ class Shadowed(ImportError):
     """Another package named `tasks` is found before ours."""
 
 
+class MissingExtra(ModuleNotFoundError):
+    """An optional extra is not installed; the message says which."""
+
+
 class UnknownName(LookupError):
     """A name that a registry does not hold; the message names the nearest ones."""
 
