@@ -315,12 +315,12 @@ def run_sample(args: argparse.Namespace) -> int:
     pipe = pipeline(args.model, device=args.device)
     if args.csv is not None:
         return run_forecast(pipe, args)
+    asked = pipe.task.ask(Request(args.prompt, args.label, args.count, args.given))
     if args.out is not None and args.out.suffix.lower() not in pipe.task.endings:
         raise ValueError(f"--out {args.out} does not end in {' or '.join(pipe.task.endings)}")
     if args.seconds is not None and args.max_new is not None:
         raise ValueError("--seconds and --max-new both say how much; give one of them")
     max_new = args.max_new if args.seconds is None else pipe.task.elements(args.seconds)
-    asked = pipe.task.ask(Request(args.prompt, args.label, args.count, args.given))
     temperature = args.temperature if args.temperature is not None else 0.8 if args.prompt else 1.0
     knobs = (args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.guidance)
     sampling = Sampling(temperature, *knobs)
