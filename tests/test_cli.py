@@ -1,6 +1,7 @@
 """The command line: exit codes, one-line errors, and the rows that an evaluation leaves."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from zoo import cli, config, registry
 from zoo.evaluate import evaluate_run
 from zoo.registry import Registry
-from zoo.train import Recipe, train
+from zoo.train import Recipe, TrainConfig, train
 
 SMALL = ["train.steps=2", "train.batch_size=2", "train.eval_every=0", "train.sample_every=0", "task.context=32"]
 
@@ -27,9 +28,7 @@ def test_the_public_options_are_these():
         name: sorted(
             option for action in parser._actions for option in action.option_strings if option.startswith("--")
         )
-        for action in cli.build_parser()._actions
-        if hasattr(action, "choices") and isinstance(action.choices, dict)
-        for name, parser in action.choices.items()
+        for name, parser in cli.build_parser()[1].items()
     }
     assert options == {
         "train": ["--allow-changes", "--help", "--nproc", "--profile", "--resume", "--run"],
@@ -65,6 +64,9 @@ def test_the_public_options_are_these():
         (["train", "text/smoke", "model.backbone.pattern=gatedfw"], "'gatedfw'"),
         (["evaluate", "/nowhere"], "is no run"),
         (["sample", "/nowhere", "--prompt", "x"], "is no run"),
+        (["sample", "text/demo", "--prompt", "x"], "train it first (zoo train text/demo); then runs/text-demo"),
+        (["evaluate", "text/demo"], "train it first"),
+        (["publish", "nowhere", "--tag", "x", "--about", "card.yaml"], "is no run"),
     ],
 )
 def test_mendable_errors_are_one_line(words, message, capsys, tmp_path, monkeypatch):
@@ -83,11 +85,40 @@ def test_a_missing_extra_is_one_line(run, capsys, monkeypatch):
     assert len(error.splitlines()) == 1
 
 
-def test_words_that_are_no_option(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        cli.main(["train", "text/smoke", "--resum"])
-    assert "unrecognized arguments: --resum" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "usage", "message"),
+    [
+        (["train", "text/smoke", "--resum"], "train", "unrecognized arguments: --resum; did you mean '--resume'?"),
+        (["train", "text/smoke", "--device", "cuda"], "train", "--device cuda; did you mean 'train.device='?"),
+        (["train", "text/smoke", "--steps=3"], "train", "--steps=3; did you mean 'train.steps='?"),
+        (["sample", "runs/x", "--length", "40"], "sample", "--length 40; did you mean '--max-new'?"),
+        (["sample", "runs/x", "--zzz"], "sample", "unrecognized arguments: --zzz\n"),
+        (["trian", "text/smoke"], "[-h]", "'trian' is no command; did you mean 'train'?"),
+        (["evaluate"], "evaluate", "the following arguments are required: WHAT\n"),
+    ],
+)
+def test_words_that_are_none_of_ours(words, usage, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(words)
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: zoo {usage}")
+    assert message in error
+
+
+def test_what_is_meant_is_there():
+    commands = cli.build_parser()[1]
+    meant = {(name, one) for name, words in cli.MEANT.items() for one in words.values()}
+    fields = {f"train.{name}=" for name in TrainConfig.__dataclass_fields__}
+    assert all(one in fields or one in commands[name].format_help() for name, one in meant)
+
+
+def test_a_mistyped_run_is_told_without_torch(tmp_path):
+    code = "import sys; from zoo import cli; cli.main(sys.argv[1:]); print('torch' in sys.modules)"
+    for words in (["evaluate", "runs/nope"], ["sample", "runs/nope"]):
+        done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert "is no run" in done.stderr
+        assert done.stdout == "False\n"
 
 
 def test_overrides_before_and_after_options(run, capsys):
