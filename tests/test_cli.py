@@ -46,7 +46,7 @@ def test_the_public_options_are_these():
         "push": ["--help"],
         "pull": ["--help"],
         "bench": ["--help", "--out", "--peers", "--rounds", "--shapes", "--tune"],
-        "doctor": ["--help"],
+        "doctor": ["--help", "--verbose"],
     }
 
 
@@ -178,7 +178,7 @@ def test_list_and_doctor(capsys):
     assert cli.main(["list", "text_gated*"]) == 0
     assert "text_gatedfwa_125m" in capsys.readouterr().out.splitlines()
     assert cli.main(["list", "nothing*"]) == 1
-    assert cli.main(["doctor"]) == 0
+    assert cli.main(["doctor", "--verbose"]) == 0
     report = capsys.readouterr().out
     for word in ("torch", "window_attention", "ring_attention", "linear_cross_entropy", "reference", "ZOO_DATA"):
         assert word in report
@@ -193,6 +193,22 @@ def test_an_empty_list_of_weights_says_what_makes_one(capsys, monkeypatch):
     assert not said.out  # names alone go there
     assert said.err == "none published here yet; zoo publish makes one: docs/weights.md\n"
     assert cli.main(["list", "text*", "--pretrained"]) == 1
+
+
+def test_doctor_is_brief_where_all_operators_take_the_same(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("ZOO_BACKEND", raising=False)
+
+    def said(*words: str) -> str:
+        assert cli.main(["doctor", *words]) == 0
+        return capsys.readouterr().out
+
+    assert "every operator: reference, for there is no CUDA device" in said()
+    assert "ring_attention" not in said()
+    assert said("--verbose").count("bfloat16, float16, float32; ") > 7  # one line an operator, not one a dtype
+    monkeypatch.setenv("ZOO_BACKEND", "triton")
+    assert "ZOO_BACKEND=triton, but" in said()
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):

@@ -224,9 +224,11 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     )
     bench.set_defaults(run=run_bench)
 
-    commands.add_parser(
+    doctor = commands.add_parser(
         "doctor", allow_abbrev=False, help="device, versions, and which back end each op takes"
-    ).set_defaults(run=run_doctor)
+    )
+    doctor.add_argument("--verbose", action="store_true", help="each operator, also where all take the same")
+    doctor.set_defaults(run=run_doctor)
     return parser, commands.choices
 
 
@@ -496,7 +498,7 @@ def run_bench(args: argparse.Namespace) -> int:
 def run_doctor(args: argparse.Namespace) -> int:
     from zoo.doctor import report
 
-    print(report())
+    print(report(verbose=args.verbose))
     return 0
 
 
