@@ -11,6 +11,7 @@ from zoo import cli, config, registry
 from zoo.evaluate import evaluate_run
 from zoo.registry import Registry
 from zoo.train import Recipe, TrainConfig, train
+from zoo.train.loop import changed_mixer
 
 SMALL = ["train.steps=2", "train.batch_size=2", "train.eval_every=0", "train.sample_every=0", "task.context=32"]
 
@@ -129,6 +130,15 @@ def test_overrides_before_and_after_options(run, capsys):
         cli.main(["train", "text/smoke", *SMALL, "train.ema=0.9", "train.steps=1", "--run", str(run), "--resume"]) == 2
     )
     assert "past train.steps = 1" in capsys.readouterr().err
+
+
+def test_the_run_line_names_a_mixer_that_the_model_does_not():
+    def told(name: str, *words: str) -> str:
+        return changed_mixer(config.build(Recipe, *config.recipe_layers(name, words)).model)
+
+    assert told("text/smoke") == told("text/smoke", "model.backbone.depth=3") == told("image/smoke_classifier") == ""
+    assert told("text/smoke", "model.backbone.mixer.name=softmax") == ", mixer softmax"
+    assert told("text/smoke", "model.backbone.pattern=swa, softmax") == ", mixer swa + softmax"
 
 
 def test_an_evaluation_says_how_each_number_came_about(run, capsys):
