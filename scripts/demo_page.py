@@ -94,6 +94,9 @@ def render(parts: list[Shown], out: Path) -> str:
         sections += [f"<section><h2>{html.escape(part.domain)}: {html.escape(part.name)}</h2>"]
         sections += [f'<p class="facts">{html.escape(part.facts)}</p>']
         sections += [*(element(file, out) for file in part.files), "</section>"]
+    if not weights.weights.names():
+        sections += ["<p>No weights are published here yet. <code>zoo publish</code> makes them out of a run: "]
+        sections += ["docs/weights.md.</p>"]
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>GatedFWA zoo</title><style>{STYLE}</style>'
     return "\n".join([head, "<h1>GatedFWA zoo</h1><p>What the models on this machine make.</p>", *sections, "</html>"])
 

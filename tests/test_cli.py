@@ -1,6 +1,8 @@
 """The command line: exit codes, one-line errors, and the rows that an evaluation leaves."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ import torch
 from zoo import cli, config, registry
 from zoo.evaluate import evaluate_run
 from zoo.registry import Registry
-from zoo.train import Recipe, train
+from zoo.train import Recipe, TrainConfig, train
+from zoo.train.loop import changed_mixer
 
 SMALL = ["train.steps=2", "train.batch_size=2", "train.eval_every=0", "train.sample_every=0", "task.context=32"]
 
@@ -26,9 +29,7 @@ def test_the_public_options_are_these():
         name: sorted(
             option for action in parser._actions for option in action.option_strings if option.startswith("--")
         )
-        for action in cli.build_parser()._actions
-        if hasattr(action, "choices") and isinstance(action.choices, dict)
-        for name, parser in action.choices.items()
+        for name, parser in cli.build_parser()[1].items()
     }
     assert options == {
         "train": ["--allow-changes", "--help", "--nproc", "--profile", "--resume", "--run"],
@@ -46,7 +47,7 @@ def test_the_public_options_are_these():
         "push": ["--help"],
         "pull": ["--help"],
         "bench": ["--help", "--out", "--peers", "--rounds", "--shapes", "--tune"],
-        "doctor": ["--help"],
+        "doctor": ["--help", "--verbose"],
     }
 
 
@@ -64,6 +65,9 @@ def test_the_public_options_are_these():
         (["train", "text/smoke", "model.backbone.pattern=gatedfw"], "'gatedfw'"),
         (["evaluate", "/nowhere"], "is no run"),
         (["sample", "/nowhere", "--prompt", "x"], "is no run"),
+        (["sample", "text/demo", "--prompt", "x"], "train it first (zoo train text/demo); then runs/text-demo"),
+        (["evaluate", "text/demo"], "train it first"),
+        (["publish", "nowhere", "--tag", "x", "--about", "card.yaml"], "is no run"),
     ],
 )
 def test_mendable_errors_are_one_line(words, message, capsys, tmp_path, monkeypatch):
@@ -74,11 +78,48 @@ def test_mendable_errors_are_one_line(words, message, capsys, tmp_path, monkeypa
     assert "Traceback" not in error
 
 
-def test_words_that_are_no_option(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        cli.main(["train", "text/smoke", "--resum"])
-    assert "unrecognized arguments: --resum" in capsys.readouterr().err
+def test_a_missing_extra_is_one_line(run, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert cli.main(["evaluate", str(run), "--harness", "lambada_openai"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("zoo evaluate: --harness needs lm-evaluation-harness: pip install")
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "usage", "message"),
+    [
+        (["train", "text/smoke", "--resum"], "train", "unrecognized arguments: --resum; did you mean '--resume'?"),
+        (["train", "text/smoke", "--device", "cuda"], "train", "--device cuda; did you mean 'train.device='?"),
+        (["train", "text/smoke", "--steps=3"], "train", "--steps=3; did you mean 'train.steps='?"),
+        (["sample", "runs/x", "--length", "40"], "sample", "--length 40; did you mean '--max-new'?"),
+        (["sample", "runs/x", "--zzz"], "sample", "unrecognized arguments: --zzz\n"),
+        (["trian", "text/smoke"], "[-h]", "'trian' is no command; did you mean 'train'?"),
+        (["evaluate"], "evaluate", "the following arguments are required: WHAT\n"),
+    ],
+)
+def test_words_that_are_none_of_ours(words, usage, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(words)
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: zoo {usage}")
+    assert message in error
+
+
+def test_what_is_meant_is_there():
+    commands = cli.build_parser()[1]
+    meant = {(name, one) for name, words in cli.MEANT.items() for one in words.values()}
+    fields = {f"train.{name}=" for name in TrainConfig.__dataclass_fields__}
+    assert all(one in fields or one in commands[name].format_help() for name, one in meant)
+
+
+def test_a_mistyped_run_is_told_without_torch(tmp_path):
+    code = "import sys; from zoo import cli; cli.main(sys.argv[1:]); print('torch' in sys.modules)"
+    for words in (["evaluate", "runs/nope"], ["sample", "runs/nope"]):
+        done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert "is no run" in done.stderr
+        assert done.stdout == "False\n"
 
 
 def test_overrides_before_and_after_options(run, capsys):
@@ -89,6 +130,15 @@ def test_overrides_before_and_after_options(run, capsys):
         cli.main(["train", "text/smoke", *SMALL, "train.ema=0.9", "train.steps=1", "--run", str(run), "--resume"]) == 2
     )
     assert "past train.steps = 1" in capsys.readouterr().err
+
+
+def test_the_run_line_names_a_mixer_that_the_model_does_not():
+    def told(name: str, *words: str) -> str:
+        return changed_mixer(config.build(Recipe, *config.recipe_layers(name, words)).model)
+
+    assert told("text/smoke") == told("text/smoke", "model.backbone.depth=3") == told("image/smoke_classifier") == ""
+    assert told("text/smoke", "model.backbone.mixer.name=softmax") == ", mixer softmax"
+    assert told("text/smoke", "model.backbone.pattern=swa, softmax") == ", mixer swa + softmax"
 
 
 def test_an_evaluation_says_how_each_number_came_about(run, capsys):
@@ -138,10 +188,37 @@ def test_list_and_doctor(capsys):
     assert cli.main(["list", "text_gated*"]) == 0
     assert "text_gatedfwa_125m" in capsys.readouterr().out.splitlines()
     assert cli.main(["list", "nothing*"]) == 1
-    assert cli.main(["doctor"]) == 0
+    assert cli.main(["doctor", "--verbose"]) == 0
     report = capsys.readouterr().out
     for word in ("torch", "window_attention", "ring_attention", "linear_cross_entropy", "reference", "ZOO_DATA"):
         assert word in report
+
+
+def test_an_empty_list_of_weights_says_what_makes_one(capsys, monkeypatch):
+    from zoo import weights
+
+    monkeypatch.setattr(weights, "weights", Registry("weights"))
+    assert cli.main(["list", "--pretrained"]) == 0
+    said = capsys.readouterr()
+    assert not said.out  # names alone go there
+    assert said.err == "none published here yet; zoo publish makes one: docs/weights.md\n"
+    assert cli.main(["list", "text*", "--pretrained"]) == 1
+
+
+def test_doctor_is_brief_where_all_operators_take_the_same(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("ZOO_BACKEND", raising=False)
+
+    def said(*words: str) -> str:
+        assert cli.main(["doctor", *words]) == 0
+        return capsys.readouterr().out
+
+    assert "every operator: reference, for there is no CUDA device" in said()
+    assert "ring_attention" not in said()
+    assert said("--verbose").count("bfloat16, float16, float32; ") > 7  # one line an operator, not one a dtype
+    monkeypatch.setenv("ZOO_BACKEND", "triton")
+    assert "ZOO_BACKEND=triton, but" in said()
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):

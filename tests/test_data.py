@@ -95,6 +95,14 @@ def test_wrong_ranks_and_empty_sources_are_refused():
         SourceStream(Shuffled([], numbers, seed=0), batch_size=1)
 
 
+def test_a_pass_knows_its_number_of_batches():
+    for size, world in ((1, 1), (3, 1), (4, 1), (10, 1), (3, 2)):
+        stream = SourceStream(Shuffled(range(10), numbers, seed=None), batch_size=size, world=world, endless=False)
+        assert stream.batches == len(list(stream))
+        assert stream.batches == 0  # it is over
+    assert SourceStream(Shuffled(range(10), numbers, seed=0), batch_size=3).batches is None
+
+
 class Broken:
     """Ten items, of which some cannot be read."""
 

@@ -59,6 +59,19 @@ def demo_page():
     del sys.modules["demo_page"]
 
 
+def test_no_published_weights_is_said(demo_page, tmp_path, monkeypatch):
+    class Table:
+        held: tuple[str, ...] = ()
+
+        def names(self):
+            return list(self.held)
+
+    monkeypatch.setattr(demo_page.weights, "weights", Table())
+    assert "No weights are published here yet" in demo_page.render([], tmp_path)
+    Table.held = ("a.b",)
+    assert "No weights" not in demo_page.render([], tmp_path)
+
+
 def test_every_kind_of_artefact_has_its_element(demo_page, tmp_path):
     class Toy:
         domain = "toy"

@@ -34,8 +34,12 @@ def test_the_page_says_how_long_they_are():
 
 
 def test_the_mixer_passes_the_tests_of_ours(package, tmp_path):
+    """With the page's entry point, as after `pip install -e .`: -p imports the mixer before the package declares it."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "mine.mingru", "-k", "mingru", "-p", "no:cacheprovider"]
-    path = os.pathsep.join(filter(None, [str(ROOT), str(package), os.environ.get("PYTHONPATH")]))
+    (tmp_path / "mine-0.1.dist-info").mkdir()
+    (tmp_path / "mine-0.1.dist-info" / "METADATA").write_text("Name: mine\nVersion: 0.1\n")
+    (tmp_path / "mine-0.1.dist-info" / "entry_points.txt").write_text("[zoo.tasks]\nmine = mine\n")
+    path = os.pathsep.join(filter(None, [str(ROOT), str(package), str(tmp_path), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [*command, str(ROOT / "tests" / "test_mixers.py")],
         cwd=ROOT,

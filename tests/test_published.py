@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -346,7 +347,11 @@ def test_split_cuts_long_tensors_and_join_mends_them():
 def test_about_is_read_from_yaml(tmp_path):
     (tmp_path / "about.yaml").write_text(json.dumps(ABOUT))
     assert read_about(tmp_path / "about.yaml").licence == "Apache-2.0"
-    (tmp_path / "about.yaml").write_text(json.dumps({**ABOUT, "license": "x"}))
+    (tmp_path / "short.yaml").write_text("summary: Some lines.\n")
+    with pytest.raises(ValueError, match=r"short\.yaml lacks licence, data, limits; an example: (\S+)") as told:
+        read_about(tmp_path / "short.yaml")
+    assert (Path(cli.__file__).parents[1] / re.search(r"docs/cards/\S+", str(told.value))[0]).is_file()
+    (tmp_path / "about.yaml").write_text(json.dumps({"license": "x"}))
     with pytest.raises(config.ConfigError, match="did you mean 'licence'"):
         read_about(tmp_path / "about.yaml")
 

@@ -92,6 +92,11 @@ def test_training_commands_fit_their_recipes():
         build(Recipe, *recipe_layers(recipe, [word for word in words if "=" in word and not word.startswith("-")]))
 
 
+def test_it_says_whether_weights_are_published():
+    said = "No weights are published in this repository yet" in TEXT and "(none yet)" in TEXT
+    assert said == (not any((ROOT / "tasks").glob("*/weights.yaml")))
+
+
 def test_recipes_mixers_and_domains_are_all_named():
     from zoo import registry
     from zoo.config import list_recipes

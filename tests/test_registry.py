@@ -42,6 +42,22 @@ def test_a_lazy_entry_and_its_decorator_are_one():
     assert mixers.get("swa").__name__ == "SWA"  # declared as a string, then registered by its module's decorator
 
 
+@pytest.mark.parametrize("string_first", [True, False])
+def test_a_string_and_the_object_that_it_names_come_in_either_order(string_first):
+    """`pytest -p mine.mingru` imports the module before the entry point of its package declares it."""
+    registry = Registry("mixer")
+    pair = [f"{__name__}:Thing", Thing]
+    for entry in pair if string_first else pair[::-1]:
+        registry.add("thing", entry)
+    assert registry.get("thing") is Thing
+    with pytest.raises(ValueError, match="registered already"):
+        registry.add("thing", f"{__name__}:Other")
+
+
+class Thing:
+    pass
+
+
 def test_import_zoo_is_light():
     code = "import sys, zoo; zoo.__version__; print([m for m in ('torch', 'triton', 'omegaconf') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

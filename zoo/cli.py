@@ -5,6 +5,7 @@ instant. Errors that a user can mend are one line, no traceback; ZOO_DEBUG=1 sho
 """
 
 import argparse
+import difflib
 import fnmatch
 import os
 import sys
@@ -29,11 +30,13 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = build_parser()
+    parser, commands = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0][:1] != "-" and words[0] not in commands:
+        parser.error(f"{words[0]!r} is no command{did_you_mean(words[0], commands)}")
     args, rest = parser.parse_known_args(words)
     if rest and not (hasattr(args, "override") and all("=" in word and word[0] != "-" for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        commands[args.command].error(unrecognized(args.command, rest, commands[args.command]))
     if rest:  # argparse takes positional words in one place only; overrides may also follow the options
         args.override += rest
     try:
@@ -54,17 +57,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+MEANT = {  # words that newcomers try, and what they are here
+    "train": {"--batch-size": "train.batch_size=", "--device": "train.device=", "--steps": "train.steps="},
+    "sample": {"--length": "--max-new", "--max-tokens": "--max-new", "--n": "--count"},
+}
+
+
+def unrecognized(command: str, rest: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    options = [option for action in parser._actions for option in action.option_strings]
+    first = next((word.partition("=")[0] for word in rest if word.startswith("-")), rest[0])
+    meant = MEANT.get(command, {}).get(first)
+    hint = f"; did you mean {meant!r}?" if meant else did_you_mean(first, options)
+    return f"unrecognized arguments: {' '.join(rest)}{hint}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def is_users_to_mend(error: Exception) -> bool:
     """Wrong words, files and fields, rather than a fault of the program."""
-    from zoo.registry import Shadowed, UnknownName
+    from zoo.registry import MissingExtra, Shadowed, UnknownName
 
-    mendable: tuple[type[Exception], ...] = (UnknownName, Shadowed, OSError, ValueError)
+    mendable: tuple[type[Exception], ...] = (UnknownName, Shadowed, MissingExtra, OSError, ValueError)
     if (training := sys.modules.get("zoo.train")) is not None:  # not imported for a mistyped name: it brings torch
         mendable += (training.Diverged, training.NonFinite)
     return isinstance(error, mendable)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and those of its commands by name."""
     parser = argparse.ArgumentParser(
         prog="zoo", description="GatedFWA zoo", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,7 +126,10 @@ def build_parser() -> argparse.ArgumentParser:
     suite.add_argument("--only", action="append", default=[], metavar="PATTERN", help="cells whose name fits")
     suite.add_argument("--dry-run", action="store_true", help="say what is missing, and do nothing")
     evaluate.add_argument(
-        "override", nargs="*", help="fields of the recipe to change, such as task.stride=64 or train.precision=fp32"
+        "override",
+        nargs="*",
+        default=[],
+        help="fields of the recipe to change, such as task.stride=64 or train.precision=fp32",
     )
     evaluate.set_defaults(run=run_evaluate)
 
@@ -198,10 +224,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(run=run_bench)
 
-    commands.add_parser(
+    doctor = commands.add_parser(
         "doctor", allow_abbrev=False, help="device, versions, and which back end each op takes"
-    ).set_defaults(run=run_doctor)
-    return parser
+    )
+    doctor.add_argument("--verbose", action="store_true", help="each operator, also where all take the same")
+    doctor.set_defaults(run=run_doctor)
+    return parser, commands.choices
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,12 +263,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if not Path(args.what).is_dir() and (args.what in list_suites() or args.what.endswith((".yaml", ".yml"))):
         return run_suite(args)
     if not Path(args.what).exists() and "/" not in args.what:
-        from zoo import registry
         from zoo.registry import nearest
 
-        if args.what.partition(".")[0] in registry.models:
+        if is_model(args.what):
             raise ValueError(f"{args.what} is a model: for its published weights add --pretrained")
         raise FileNotFoundError(f"{args.what} is no run folder and no suite{nearest(args.what, list_suites())}")
+    expect_run(args.what)
     from zoo.evaluate import evaluate_run
 
     if args.harness:
@@ -259,6 +287,25 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if scores is not None:  # with several ranks, it is the first that speaks
         print(scores.table())
     return 0
+
+
+def is_model(name: str) -> bool:
+    """Whether a name is that of a model, or of published weights of one, <model>.<tag>."""
+    from zoo import registry
+
+    return name.partition(".")[0] in registry.models
+
+
+def expect_run(name: str) -> None:
+    """Raises FileNotFoundError where no folder is called so, before torch is imported."""
+    from zoo.config import list_recipes
+
+    if Path(name).exists():
+        return
+    if name in list_recipes():
+        run = name.replace("/", "-")
+        raise FileNotFoundError(f"{name} is a recipe: train it first (zoo train {name}); then runs/{run} is its run")
+    raise FileNotFoundError(f"{name} is no run: there is no such folder")
 
 
 def run_repeat(args: argparse.Namespace) -> int:
@@ -306,6 +353,8 @@ def run_suite(args: argparse.Namespace) -> int:
 
 
 def run_sample(args: argparse.Namespace) -> int:
+    if not is_model(args.model):
+        expect_run(args.model)
     from tqdm import tqdm
 
     from zoo.generation import Sampling
@@ -315,12 +364,12 @@ def run_sample(args: argparse.Namespace) -> int:
     pipe = pipeline(args.model, device=args.device)
     if args.csv is not None:
         return run_forecast(pipe, args)
+    asked = pipe.task.ask(Request(args.prompt, args.label, args.count, args.given))
     if args.out is not None and args.out.suffix.lower() not in pipe.task.endings:
         raise ValueError(f"--out {args.out} does not end in {' or '.join(pipe.task.endings)}")
     if args.seconds is not None and args.max_new is not None:
         raise ValueError("--seconds and --max-new both say how much; give one of them")
     max_new = args.max_new if args.seconds is None else pipe.task.elements(args.seconds)
-    asked = pipe.task.ask(Request(args.prompt, args.label, args.count, args.given))
     temperature = args.temperature if args.temperature is not None else 0.8 if args.prompt else 1.0
     knobs = (args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.guidance)
     sampling = Sampling(temperature, *knobs)
@@ -386,6 +435,9 @@ def run_list(args: argparse.Namespace) -> int:
 def list_weights(pattern: str) -> int:
     from zoo.weights import weights
 
+    if not weights.names() and pattern == "*":
+        print("none published here yet; zoo publish makes one: docs/weights.md", file=sys.stderr)
+        return 0
     if not (names := weights.names(pattern)):
         print(f"no published weights match {pattern!r}", file=sys.stderr)
         return 1
@@ -400,6 +452,7 @@ def list_weights(pattern: str) -> int:
 
 
 def run_publish(args: argparse.Namespace) -> int:
+    expect_run(str(args.model))
     from zoo.publish import publish, read_about
 
     folder = publish(
@@ -445,7 +498,7 @@ def run_bench(args: argparse.Namespace) -> int:
 def run_doctor(args: argparse.Namespace) -> int:
     from zoo.doctor import report
 
-    print(report())
+    print(report(verbose=args.verbose))
     return 0
 
 

@@ -27,8 +27,10 @@ PACKAGES = (
 )
 
 
-def report() -> str:
-    return "\n".join(line for section in (_machine(), _back_ends(), _places()) for line in (*section, "")).rstrip()
+def report(*, verbose: bool = False) -> str:
+    """verbose: the whole table of back ends, also where every operator takes the same."""
+    sections = (_machine(), _back_ends(verbose), _places())
+    return "\n".join(line for section in sections for line in (*section, "")).rstrip()
 
 
 def _machine() -> list[str]:
@@ -36,7 +38,8 @@ def _machine() -> list[str]:
     versions = (f"{name} {version}" for name in PACKAGES if (version := _version(name)))
     missing = [name for name in PACKAGES if not _version(name)]
     lines.append("packages: " + ", ".join(versions) + (f"; not installed: {', '.join(missing)}" if missing else ""))
-    lines.append(f"CPU: {torch.get_num_threads()} threads of {os.cpu_count()} cores")
+    threads = torch.get_num_threads()
+    lines.append(f"CPU: {threads} thread{'s' if threads > 1 else ''} of {os.cpu_count()} cores")
     for i in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(i)
         lines.append(f"GPU {i}: {card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.0f} GiB")
@@ -45,7 +48,7 @@ def _machine() -> list[str]:
     return lines
 
 
-def _back_ends() -> list[str]:
+def _back_ends(verbose: bool) -> list[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = [f"back ends on {device.type} (ZOO_BACKEND overrides):"]
     what = {
@@ -55,18 +58,30 @@ def _back_ends() -> list[str]:
         "loss": "linear_cross_entropy",
         "nsa": "compressed_attention, selected_attention, nsa_attention",
     }
-    for op in backend.OPS:
+    table = {op: _choices(op, device) for op in backend.OPS}
+    names = {name for rows in table.values() for name, _ in rows}
+    if device.type == "cpu" and names == {"reference"} and not verbose and not os.environ.get("ZOO_BACKEND"):
+        return ["back ends: every operator: reference, for there is no CUDA device (--verbose shows each)"]
+    for op, rows in table.items():
         lines.append(f"  {what.get(op, op)}")
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            chosen: dict[tuple[str, str], list[str]] = {}
-            for head_dim in (32, 64, 128, 256) if op != "loss" else (backend.NO_HEADS,):
-                name, reason = backend.explain(op, device, dtype, head_dim)
-                chosen.setdefault((name, reason.replace(f", head_dim {head_dim}", "")), []).append(str(head_dim))
-            for (name, reason), dims in chosen.items():
-                kind = str(dtype).removeprefix("torch.")
-                heads = f"head_dim {', '.join(dims)}" if op != "loss" else "any width"
-                lines.append(f"    {kind:<9} {heads}: {name} ({reason})")
+        lines += [f"    {line}" for _, line in rows]
     return [*lines, "  log_decay: plain PyTorch everywhere"]
+
+
+def _choices(op: str, device: torch.device) -> list[tuple[str, str]]:
+    """(back end, line) for each choice of an op; dtypes of the same choices are together."""
+    merged: dict[tuple[str, str, str], list[str]] = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        kind = str(dtype).removeprefix("torch.")
+        chosen: dict[tuple[str, str], list[str]] = {}
+        for head_dim in (32, 64, 128, 256) if op != "loss" else (backend.NO_HEADS,):
+            name, reason = backend.explain(op, device, dtype, head_dim)
+            reason = reason.replace(f", head_dim {head_dim}", "").replace(f", {kind}", "")
+            chosen.setdefault((name, reason), []).append(str(head_dim))
+        for (name, reason), dims in chosen.items():
+            heads = f"head_dim {', '.join(dims)}" if op != "loss" else "any width"
+            merged.setdefault((heads, name, reason), []).append(kind)
+    return [(name, f"{', '.join(kinds)}; {heads}: {name} ({why})") for (heads, name, why), kinds in merged.items()]
 
 
 def _places() -> list[str]:

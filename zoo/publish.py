@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,13 @@ class About:
 
 def read_about(path: Path) -> About:
     """Raises ConfigError that names the file and the field."""
-    return configs.build(About, configs.read_yaml(path), path=str(path))
+    given = configs.read_yaml(path)
+    known = {each.name: each.default_factory is MISSING for each in fields(About)}  # whether a person has to give it
+    lacking = [name for name, needed in known.items() if needed and name not in given]
+    if lacking and known.keys() >= given.keys():  # else a name is mistyped, and `build` names the nearest
+        example = "; an example: docs/cards/text.tinyshakespeare.yaml (docs/weights.md)"
+        raise configs.ConfigError(f"{path} lacks {', '.join(lacking)}{example}")
+    return configs.build(About, given, path=str(path))
 
 
 def publish(

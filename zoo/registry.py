@@ -20,6 +20,10 @@ class Shadowed(ImportError):
     """Another package named `tasks` is found before ours."""
 
 
+class MissingExtra(ModuleNotFoundError):
+    """An optional extra is not installed; the message says which."""
+
+
 class UnknownName(LookupError):
     """A name that a registry does not hold; the message names the nearest ones."""
 
@@ -47,8 +51,12 @@ class Registry:
 
     def add(self, name: str, entry: Any, *, replace: bool = False) -> None:
         old = self._entries.get(name)
-        if old is not None and old is not entry and not replace and not self._stands_for(old, entry):
-            raise ValueError(f"{self.kind} {name!r} is registered already ({old!r}); pass replace=True to replace it")
+        if old is not None and not replace:
+            if self._stands_for(entry, old):  # its module was imported before the package that declares it
+                return
+            if old is not entry and not self._stands_for(old, entry):
+                known = f"{self.kind} {name!r} is registered already ({old!r})"
+                raise ValueError(f"{known}; pass replace=True to replace it")
         self._entries[name] = entry
 
     def names(self, pattern: str = "*") -> list[str]:
@@ -83,9 +91,9 @@ class Registry:
                 raise
 
     @staticmethod
-    def _stands_for(old: Any, new: Any) -> bool:
+    def _stands_for(text: Any, entry: Any) -> bool:
         """The string entry "module:attr" and the object that the module registers under the same name are one."""
-        return isinstance(old, str) and old == f"{getattr(new, '__module__', '')}:{getattr(new, '__name__', '')}"
+        return isinstance(text, str) and text == f"{getattr(entry, '__module__', '')}:{getattr(entry, '__name__', '')}"
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:

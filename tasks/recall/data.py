@@ -306,6 +306,11 @@ class SegmentStream:
             if len(mine):
                 yield self.batch(number, int(mine[0]), int(mine[-1]) + 1)
 
+    @property
+    def batches(self) -> int | None:
+        """How many a whole pass has; None where there is no end. A rank may have less."""
+        return None if self.endless else sum(-(-len(part) // (self.batch_size * self.world)) for part in self.segments)
+
     def batch(self, number: int, begin: int, end: int) -> Batch:
         part = self.segments[number]
         tokens, places, values = (x[begin:end].long() for x in (part.tokens, part.places, part.values))

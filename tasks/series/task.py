@@ -387,7 +387,7 @@ class SeriesTask(Task):
         return prompt(values, missing, torch.from_numpy(np.stack(known)), *nothing, self.layout)
 
     def ask(self, request: Request) -> Any:
-        raise ValueError("series are forecast from a table: give --csv FILE --horizon STEPS")
+        raise ValueError("a forecast needs --csv FILE --horizon N, the table and the number of steps")
 
     def artefact(self, inputs: Tensor) -> pd.DataFrame:
         """Generated tokens (N, C + K m, P) of one row -> their values, one column a channel."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import sys
 
@@ -13,6 +14,7 @@ from toytask import Faults, FaultyModel, FaultyModelConfig, ToyConfig, ToyModel,
 from zoo import config as configs
 from zoo.config import ConfigError
 from zoo.train import Recipe, TrainConfig, checkpoint, optim, train
+from zoo.train.log import RunLog, figure
 from zoo.train.optim import Ema, Guard, OptimizerConfig, ScheduleConfig
 from zoo.train.profile import peak_flops, training_flops
 from zoo.train.run import Diverged
@@ -259,6 +261,34 @@ def test_progress_bar_on_a_terminal_and_lines_without(tmp_path, monkeypatch, cap
         log = (tmp_path / kind / "log.txt").read_text()
         assert "step 12/12" in log
         assert "done: 12 steps" in log
+
+
+def test_a_terminal_without_columns_gets_lines(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((0, 0)))
+    train(recipe(), tmp_path)
+    said = capfd.readouterr().err
+    assert "step 12/12  loss" in said
+    assert "\r" not in said
+
+
+def test_the_line_of_an_evaluation_is_short(tmp_path, capfd):
+    values = {f"valid/mse/{horizon}": 0.5 for horizon in range(40)}
+    values |= {"valid/loss": 1.25, "valid/mse": 0.75, "valid/steps": 96.0, "valid/bytes": 1234567.5}
+    with RunLog(tmp_path, step=0, steps=9) as log:
+        log.evaluation_row(3, values, ["valid/loss", "valid/mse", "valid/nothing"])
+        log.evaluation_row(6, dict(list(values.items())[-2:]))
+    first, second = capfd.readouterr().err.splitlines()
+    assert first.startswith("step 3/9  valid/loss 1.2500  valid/mse 0.7500  valid/mse/0 0.5000  ")
+    assert first.endswith("valid/mse/3 0.5000  (+38 more in metrics.jsonl)")
+    assert second == "step 6/9  valid/steps 96  valid/bytes 1.235e+06"
+    assert values.items() <= rows(tmp_path)[0].items()
+
+
+def test_figures_are_for_people():
+    shown = {0.0: "0.0000", 1.0: "1.0000", 0.12345: "0.1235", 12.5: "12.5000", 426624.0: "426624", -2.0: "-2"}
+    shown |= {1e5 + 0.5: "1e+05", 123456.7: "1.235e+05", 1e30: "1e+30", math.inf: "inf", math.nan: "nan"}
+    assert [figure(value) for value in shown] == list(shown.values())
 
 
 def test_stream_that_ends_is_an_error(tmp_path, monkeypatch):

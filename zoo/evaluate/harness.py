@@ -20,6 +20,7 @@ from zoo.evaluate.score import Scores, circumstances, origin
 from zoo.generation import Sampling
 from zoo.model import Batch, Model
 from zoo.pipelines import Pipeline, pipeline
+from zoo.registry import MissingExtra
 from zoo.train import pick_device
 
 START = "\n"
@@ -39,12 +40,12 @@ def run_harness(
     <run>/results.jsonl.
 
     limit  examples of each task; None: all
-    Raises ModuleNotFoundError without the extra, FileNotFoundError where there is no run.
+    Raises MissingExtra without the extra, FileNotFoundError where there is no run.
     """
     try:
         import lm_eval  # type: ignore[import-not-found]
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("--harness needs lm-evaluation-harness: pip install 'gatedfwa-zoo[eval]'") from error
+        raise MissingExtra("--harness needs lm-evaluation-harness: pip install 'gatedfwa-zoo[eval]'") from error
     place = pick_device(device)
     pipe = pipeline(run, device=str(place), ema=ema)
     found = lm_eval.simple_evaluate(

@@ -30,7 +30,7 @@ from zoo.train import (
     versions,
     weights_digest,
 )
-from zoo.train.log import write_media
+from zoo.train.log import figure, write_media
 from zoo.train.parallel import Ranks
 
 
@@ -44,8 +44,8 @@ class Scores:
 
     def table(self) -> str:
         width = max(map(len, (*self.values, *self.baselines)), default=0)
-        lines = [self.title, *(f"  {name:<{width}}  {value:.4f}" for name, value in self.values.items())]
-        lines += [f"  {name:<{width}}  {value:.4f}  (baseline)" for name, value in self.baselines.items()]
+        lines = [self.title, *(f"  {name:<{width}}  {figure(value)}" for name, value in self.values.items())]
+        lines += [f"  {name:<{width}}  {figure(value)}  (baseline)" for name, value in self.baselines.items()]
         return "\n".join(lines)
 
 
@@ -168,5 +168,11 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 
 
 def progress_bar(split: str) -> Any:
-    """A tqdm bar on a terminal, silence elsewhere."""
-    return lambda stream: tqdm(stream, desc=f"evaluating {split}", leave=False, disable=not sys.stderr.isatty())
+    """A tqdm bar on a terminal, silence elsewhere; with the number of batches where the stream knows it."""
+    return lambda stream: tqdm(
+        stream,
+        total=getattr(stream, "batches", None),
+        desc=f"evaluating {split}",
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    )

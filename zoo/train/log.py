@@ -1,11 +1,13 @@
 """What a run says while it trains: terminal, log.txt, metrics.jsonl, TensorBoard, samples; nothing twice."""
 
+import contextlib
 import json
 import math
+import os
 import sys
 import time
 import wave
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from tqdm import tqdm
 
 from zoo import weights
 from zoo.task import Media
+
+HEADLINE = 6  # numbers of an evaluation that its line shows
 
 
 @dataclass
@@ -51,7 +55,7 @@ class RunLog:
         self._rows = (run / "metrics.jsonl").open("a", encoding="utf-8")
         # From the first session on: TensorBoard takes only the second and later marks for restarts
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
-        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True) if on_terminal() else None
         self._clock, self._carry = time.monotonic(), 0.0
         # Since the last row: seconds of training, the elements, steps and model FLOPs that they went into
         self._spent, self._elements, self._done, self._flops = 0.0, 0.0, 0, 0.0
@@ -115,9 +119,12 @@ class RunLog:
         else:
             self.say(f"step {step}/{self.steps}  loss {loss:.4f}  {_short(rate)} tokens/s  {_duration(left)} left")
 
-    def evaluation_row(self, step: int, values: Mapping[str, float]) -> None:
+    def evaluation_row(self, step: int, values: Mapping[str, float], first: Sequence[str] = ()) -> None:
+        """All values go into metrics.jsonl and TensorBoard; HEADLINE of them onto the line, those of `first` before."""
         self._row(step, values, {})
-        self.say(f"step {step}/{self.steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        shown = list(dict.fromkeys(name for name in (*first, *values) if name in values))[:HEADLINE]
+        more = [f"(+{len(values) - len(shown)} more in metrics.jsonl)"] if len(values) > len(shown) else []
+        self.say("  ".join([f"step {step}/{self.steps}", *(f"{name} {figure(values[name])}" for name in shown), *more]))
 
     def _row(self, step: int, values: Mapping[str, float], timing: Mapping[str, float]) -> None:
         row = {name: number(value) for name, value in {**values, **timing}.items()}
@@ -165,6 +172,13 @@ class Silence(RunLog):
         pass
 
 
+def on_terminal() -> bool:
+    """Whether there is a terminal to draw a bar on. One that says it has no columns shows none: lines, then."""
+    with contextlib.suppress(OSError):  # where it can't be asked, it is as wide as any
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    return True
+
+
 def write_media(media: Media, folder: Path, prefix: str = "") -> list[Path]:
     """Texts as .txt, images as .png, sounds as .wav; returns what was written. Nothing to write, no folder."""
     if not (media.text or media.images or media.audio):
@@ -202,6 +216,13 @@ def drop_rows_after(path: Path, step: int) -> None:
 def number(value: float) -> float | None:
     """JSON has no NaN and no infinity."""
     return value if math.isfinite(value) else None
+
+
+def figure(value: float) -> str:
+    """A metric for people: four decimals; a whole number above 1 without any, a large one with four digits."""
+    if 1 < abs(value) < 1e15 and value == round(value):
+        return f"{value:.0f}"
+    return f"{value:.4g}" if abs(value) >= 1e5 else f"{value:.4f}"
 
 
 def _plain(name: str) -> str:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from zoo import config as configs
-from zoo.config import ConfigError
+from zoo import registry
+from zoo.config import Choice, ConfigError
 from zoo.train import checkpoint, graph, optim, parallel
 from zoo.train.log import RunLog, Silence
 from zoo.train.parallel import Ranks
@@ -273,7 +274,17 @@ def describe(state: Run) -> str:
     size = sum(p.numel() for p in state.parameters.values())
     context = f", {ranks.config.context} to a row" if ranks.config.context > 1 else ""
     spread = f" x {ranks.world} ({ranks.config.name}{context})" if ranks.world > 1 else ""
+    name = model.name + changed_mixer(model) if model else "?"
     return (
-        f"{model.name if model else '?'} ({size:,} parameters) on {task.name if task else '?'}, {state.device}{spread}"
+        f"{name} ({size:,} parameters) on {task.name if task else '?'}, {state.device}{spread}"
         f", {state.recipe.train.precision}, recipe {configs.fingerprint(state.recipe)}, in {state.run}"
     )
+
+
+def changed_mixer(model: Choice) -> str:
+    """', mixer swa' where the layers are not of the mixers that the model's name stands for."""
+    if not hasattr(model.config, "backbone") or model.name not in registry.models:
+        return ""
+    configured = (model.config, registry.models.get(model.name)())
+    names, usual = (dict.fromkeys(layer.name for layer in config.backbone.layers()) for config in configured)
+    return f", mixer {' + '.join(names)}" if names != usual else ""

@@ -21,7 +21,7 @@ from zoo.train import checkpoint, optim, parallel
 from zoo.train.log import Meters, RunLog
 from zoo.train.optim import Ema, Guard
 from zoo.train.parallel import Ranks
-from zoo.train.recipe import Recipe, TrainConfig, better, reached
+from zoo.train.recipe import Recipe, TrainConfig, better, parse_best, parse_stop, reached
 from zoo.train.signals import Signals
 
 
@@ -223,7 +223,8 @@ class Run:
         self._rank(values)
         values = {f"valid/{name}": value for name, value in values.items()}
         self.last |= values
-        log.evaluation_row(self.step, values)
+        rules = (parse_best(self.recipe.train.best), parse_stop(self.recipe.train.stop_when))
+        log.evaluation_row(self.step, values, ["valid/loss", *(f"valid/{rule[0]}" for rule in rules if rule)])
 
     def _rank(self, values: dict[str, float]) -> None:
         """Whether this evaluation is the best so far, and whether the run has waited long enough for a better one."""

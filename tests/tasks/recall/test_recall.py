@@ -133,6 +133,7 @@ def parts():
 
 def test_batches_never_mix_segments_and_nothing_is_lost():
     batches = list(SegmentStream(parts(), batch_size=16))
+    assert SegmentStream(parts(), batch_size=16).batches == len(batches)
     assert [tuple(batch.inputs.shape) for batch in batches] == [(16, 24)] * 3 + [(2, 24), (16, 12), (1, 12)]
     assert torch.equal(torch.cat([b.inputs for b in batches[:4]]), parts()[0].tokens.long())
     assert [int(b.targets["segment"][0]) for b in batches] == [0] * 4 + [1] * 2
