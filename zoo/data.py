@@ -83,6 +83,11 @@ class SourceStream:
             if items:
                 yield self.source.collate(items)
 
+    @property
+    def batches(self) -> int | None:
+        """How many are left of one pass; None where it is endless. A rank may have one less than the others."""
+        return None if self.endless else -(-(len(self.source) - self.position) // (self.batch_size * self.world))
+
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
 

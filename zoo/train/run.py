@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zoo import config as configs
 from zoo import weights
 from zoo.config import ConfigError
-from zoo.data import Prefetch, SourceStream
+from zoo.data import Prefetch
 from zoo.task import Task, run_metrics
 from zoo.train import checkpoint, optim, parallel
 from zoo.train.log import Meters, RunLog
@@ -336,10 +336,8 @@ def autocast(precision: str, device: torch.device) -> Any:
 
 def batches_of(stream: Any, most: int | None) -> int | None:
     """In one pass, where that is known: what a progress bar counts up to."""
-    if not isinstance(stream, SourceStream):
-        return most
-    all_of_it = -(-len(stream.source) // (stream.batch_size * stream.world))
-    return all_of_it if most is None else min(most, all_of_it)
+    known = [count for count in (getattr(stream, "batches", None), most) if count is not None]
+    return min(known, default=None)
 
 
 def micro_batches(config: TrainConfig, ranks: Ranks) -> tuple[int, int]:
