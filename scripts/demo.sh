@@ -4,6 +4,8 @@
 # runs/demo/index.html shows that run and what every published model on this machine makes.
 #   DEMO_RUN=DIR        where the run goes (default: a new folder under runs/)
 #   DEMO_STOP_AFTER=S   seconds of training before the planned stop (default 45)
+#   OMP_NUM_THREADS=1   one thread: on a machine that is busy with other work, threads that wait for each other make
+#                       training many times slower than one alone
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
@@ -15,7 +17,13 @@ run=${DEMO_RUN:-runs/demo-$(date +%Y%m%d-%H%M%S)}
 stop_after=${DEMO_STOP_AFTER:-45}
 step() { printf '\n== %s\n' "$*"; }
 
-# What is going to be stopped runs in the background. If this script is stopped instead, so is that, and it saves.
+cores=$(nproc 2>/dev/null || echo 1)
+load=$(cut -d' ' -f1 /proc/loadavg 2>/dev/null || echo 0)
+if [ -z "${OMP_NUM_THREADS:-}" ] && awk "BEGIN { exit !($load > $cores) }"; then
+    echo "(this machine is busy: load $load on $cores cores. With OMP_NUM_THREADS=1 training may be many times faster)"
+fi
+
+# Training runs in the background, where a signal reaches this script at once: then training is stopped, too, and saves.
 training=
 leave() {
     if [ -n "$training" ]; then
@@ -37,7 +45,10 @@ if kill -TERM "$training" 2>/dev/null; then
     wait "$training" || echo "(stopped on purpose; exit code $?)"
     training=
     step "resume it"
-    "$zoo" train text/demo --run "$run" --resume
+    "$zoo" train text/demo --run "$run" --resume &
+    training=$!
+    wait "$training"
+    training=
 else
     wait "$training" # finished before the planned stop, on a fast machine; or failed, and then so does this script
     training=

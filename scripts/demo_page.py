@@ -24,7 +24,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 section { border-top: 1px solid #ccc; margin-top: 2rem }
 pre { background: #f5f5f3; padding: 1rem; white-space: pre-wrap; overflow-wrap: anywhere }
 img { display: block; max-width: 100%; margin: 1rem 0 }
-img.small { width: 24rem; image-rendering: pixelated }
+img.small { width: 24rem; max-height: 16rem; object-fit: contain; object-position: left; image-rendering: pixelated }
 audio { display: block; margin: 1rem 0 }
 .facts { color: #666; font-size: 0.9rem }
 """

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 SCALES = ((128, 8), (256, 20), (512, 40), (1024, 80))  # (window in samples, mel bands) of the multi-scale loss
+NARROWEST = 160  # pixels of a picture: the frames of short sounds are drawn wider, each by the same whole number
 FLOOR = 3e-4  # magnitudes below it count as silence: about what is quietest in a quiet recording
 
 
@@ -50,11 +51,11 @@ def picture(sound: np.ndarray, rate: int, height: int = 80) -> Tensor:
 
 
 def below_each_other(pictures: list[Tensor], gap: int = 2) -> Tensor:
-    """(3, H, W) each -> one picture; narrower ones are filled up with black."""
+    """(3, H, W) each -> one picture, NARROWEST wide or wider; narrower ones are filled up with black."""
     width = max(picture.shape[2] for picture in pictures)
     rows = []
     for picture in pictures:
         row = picture.new_zeros(3, picture.shape[1] + gap, width)
         row[:, : picture.shape[1], : picture.shape[2]] = picture
         rows.append(row)
-    return torch.cat(rows, dim=1)
+    return torch.cat(rows, dim=1).repeat_interleave(-(-NARROWEST // width), dim=2)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -42,11 +43,14 @@ def draw(
         if 0.5 in levels:
             middle, name = quantiles[:, list(levels).index(0.5)], "median"
     axes.plot(ahead, middle, color="C0", linewidth=1.5, label=name)
-    axes.legend(loc="upper left", fontsize=8, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     axes.set_title(title, fontsize=9)
     axes.margins(x=0.01)
-    if times is not None:
-        axes.tick_params(axis="x", labelrotation=20)
+    if times is None:
+        axes.set_xlabel("steps from the origin", fontsize=9)
+    else:
+        axes.xaxis.set_major_locator(locator := AutoDateLocator())
+        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
     return figure
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
 from zoo import cli
 from zoo.evaluate import report
@@ -34,6 +35,18 @@ def test_every_measurement_leaves_rows_that_say_how_they_came_about(smoke):
     assert {row["state_bytes"] for row in recall if row["model"] == "recall_swa_d32"} == {1280, 4352}
     sizes = {row["parameters"] for row in rows if row["experiment"] == "text" and row["measurement"] == "scores"}
     assert max(sizes) < 1.01 * min(sizes)
+    windowed, whole = (
+        {row["value"] for row in rows if row["name"] == "state_bytes" and row["model"] == model}
+        for model in ("text_gatedfwa_1m", "text_softmax_1m")
+    )
+    assert len(windowed) == 1  # the lengths are above its window
+    assert max(windowed) < min(whole)
+
+
+def test_runs_that_begin_say_nothing_of_resuming(smoke):
+    logs = list((smoke / "runs/suites/smoke").glob("text/*/*/log.txt"))
+    assert len(logs) == 2 * 2  # models, seeds
+    assert not any("nothing to resume" in log.read_text() for log in logs)
 
 
 def test_the_page_and_the_plots_are_those_of_the_rows(smoke):
@@ -43,11 +56,22 @@ def test_the_page_and_the_plots_are_those_of_the_rows(smoke):
     for plot in plan(rows):
         assert drawn_digest(out / plot.file) == plot.digest, plot.file
         assert f"(results/{plot.file})" in page
+    assert "| model | arm | parameters |" in page
+    assert "\n| --- | --- | ---: |" in page
     kinds = {plot.file.split(".")[-2] for plot in plan(rows)}
     assert kinds == {"state", "tokens", "position", "length", "speed"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(smoke)
         assert page == report.render({"smoke": rows}, type(out)("runs/results"))
+
+
+def test_the_arms_of_a_plot_against_state_are_told_in_its_legend(smoke):
+    (plot,) = (plot for plot in plan(read_rows(smoke / "runs/results/smoke.jsonl")) if plot.file.endswith("state.png"))
+    plot.draw(figure := Figure(), plot.rows)
+    (axes,) = figure.axes
+    told = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert told == ["window-4", "window-16", "recall_gatedfwa_d32", "recall_swa_d32"]
+    assert not axes.texts  # which would cover each other, and leave the frame
 
 
 def test_a_deleted_row_comes_back_alone(smoke, monkeypatch):

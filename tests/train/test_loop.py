@@ -1,5 +1,6 @@
 """The step: sums and counts, the guard, schedules, parameter groups, the moving average."""
 
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from zoo.train import Recipe, TrainConfig, checkpoint, optim, train
 from zoo.train.log import RunLog, figure
 from zoo.train.optim import Ema, Guard, OptimizerConfig, ScheduleConfig
 from zoo.train.profile import peak_flops, training_flops
-from zoo.train.run import Diverged
+from zoo.train.run import Diverged, batches_of
 
 
 def rows(run):
@@ -256,7 +257,9 @@ def test_progress_bar_on_a_terminal_and_lines_without(tmp_path, monkeypatch, cap
     assert "\r" not in lines
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     train(recipe(eval_every=6), tmp_path / "bar")
-    assert re.search(r"12/12 .*loss \d\.\d{4}, [\d.]+k? tokens/s", capfd.readouterr().err)
+    shown = capfd.readouterr().err
+    assert re.search(r"12/12 .*loss \d\.\d{4}, [\d.]+k? tokens/s", shown)
+    assert re.search(r"validating: +0%.* 0/8 ", shown)
     for kind in ("lines", "bar"):
         log = (tmp_path / kind / "log.txt").read_text()
         assert "step 12/12" in log
@@ -289,6 +292,13 @@ def test_figures_are_for_people():
     shown = {0.0: "0.0000", 1.0: "1.0000", 0.12345: "0.1235", 12.5: "12.5000", 426624.0: "426624", -2.0: "-2"}
     shown |= {1e5 + 0.5: "1e+05", 123456.7: "1.235e+05", 1e30: "1e+30", math.inf: "inf", math.nan: "nan"}
     assert [figure(value) for value in shown] == list(shown.values())
+
+
+@pytest.mark.parametrize(("size", "world", "most"), [(4, 1, None), (5, 1, 3), (3, 2, None), (40, 1, 2)])
+def test_the_validation_knows_its_batches(size, world, most):
+    stream = ToyTask(ToyConfig()).stream("valid", batch_size=size, world=world)
+    assert batches_of(stream, most) == len(list(itertools.islice(stream, most)))
+    assert batches_of(iter(()), most) == most  # a stream of one's own may not say
 
 
 def test_stream_that_ends_is_an_error(tmp_path, monkeypatch):

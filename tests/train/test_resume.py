@@ -98,7 +98,7 @@ def test_second_ctrl_c_leaves_at_once(tmp_path):
             train(recipe(), tmp_path)
 
 
-def test_interrupted_evaluation_is_done_on_resuming(tmp_path, straight):
+def test_interrupted_evaluation_is_done_on_resuming(tmp_path, straight, capfd):
     """A signal that comes while evaluating: saved without the evaluation's row, which the resumed run writes."""
     from toytask import Loss
 
@@ -112,6 +112,7 @@ def test_interrupted_evaluation_is_done_on_resuming(tmp_path, straight):
         patch.setattr(Loss, "update", struck)
         with pytest.raises(Interrupted):
             train(recipe(**LOGS), tmp_path)
+    assert "SIGTERM: finishing this batch of the validation, which resuming begins anew" in capfd.readouterr().err
     assert checkpoint.read_state(checkpoint.latest(tmp_path / "checkpoints")[0])["evaluated"] == 0
     train(recipe(**LOGS), tmp_path, resume=True)
     assert_same_run(straight(**LOGS), tmp_path)

@@ -4,6 +4,7 @@ A plot's file carries a digest of what it shows: it is drawn again only when tha
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -99,29 +100,34 @@ def colours(labels: Sequence[str]) -> dict[str, Any]:
     return {label: palette[i % len(palette)] for i, label in enumerate(sorted(labels))}
 
 
+MARKERS = "os^DvP*<>hp"
+
+
 def pareto(figure: Any, rows: list[Row]) -> None:
-    """Recall against bytes of state: a line through the arms of each model, bars from the worst to the best seed."""
+    """Recall against bytes of state: a line through the arms of each model, a marker for each arm, bars from the worst
+    to the best seed."""
     axes = figure.subplots()
     found = [line for line in lines(rows) if "accuracy" in line.values and line.facts.get("state_bytes")]
     by_model: dict[str, list[Line]] = {}
     for line in found:
         by_model.setdefault(line.model, []).append(line)
     tint = colours(list(by_model))
+    arms = list(dict.fromkeys(line.arm for line in sorted(found, key=lambda line: line.facts["state_bytes"])))
+    shapes = dict(zip(arms, itertools.cycle(MARKERS), strict=False))
     for model, own in by_model.items():
         own.sort(key=lambda line: line.facts["state_bytes"])
         at = [line.facts["state_bytes"] for line in own]
         values = [line.values["accuracy"] for line in own]
         bars = [[v.mean - v.least for v in values], [v.most - v.mean for v in values]]
-        axes.errorbar(at, [v.mean for v in values], bars, marker="o", capsize=3, label=model, color=tint[model])
+        axes.errorbar(at, [v.mean for v in values], bars, capsize=3, label=model, color=tint[model])
         for line, x, value in zip(own, at, values, strict=True):
-            if line.arm:
-                axes.annotate(
-                    line.arm, (x, value.mean), textcoords="offset points", xytext=(5, -11), fontsize="x-small"
-                )
+            axes.plot(x, value.mean, shapes[line.arm], color=tint[model])
         published = [(line.facts["state_bytes"], line.facts["published"]) for line in own if "published" in line.facts]
         if published:
             label = f"{model}, published"
             axes.plot(*zip(*published, strict=True), "x", label=label, color=tint[model], markersize=9)
+    for arm in filter(None, arms):
+        axes.plot([], [], shapes[arm], color="0.4", label=arm)
     finish(axes, "bytes of state, all layers", "accuracy", logarithmic=True)
 
 
@@ -174,7 +180,7 @@ def over(axes: Any, found: dict[str, list[tuple[int, Spread]]]) -> None:
         axes.plot(at, [v.mean for v in values], marker=".", label=label, color=tint[label])
         if any(v.seeds > 1 for v in values):
             least, most = [v.least for v in values], [v.most for v in values]
-            axes.fill_between(at, least, most, color=tint[label], alpha=0.2, linewidth=0)
+            axes.fill_between(at, least, most, color=tint[label], alpha=0.1, linewidth=0)
 
 
 def finish(axes: Any, x: str, y: str, *, logarithmic: bool) -> None:

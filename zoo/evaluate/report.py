@@ -86,9 +86,8 @@ def score_table(found: list[Line], names: Iterable[str]) -> str:
     if any(facts["published"]):
         named = next(line.facts["name"] for line in found if "published" in line.facts)
         columns[f"{named}, published"] = facts["published"]
-    return table(
-        ["model", *columns], [[line.model, *cells] for line, *cells in zip(found, *columns.values(), strict=True)]
-    )
+    body = [[line.model, *cells] for line, *cells in zip(found, *columns.values(), strict=True)]
+    return table(["model", *columns], body, texts=2 if "arm" in columns else 1)
 
 
 def is_count(values: Sequence[Spread]) -> bool:
@@ -101,8 +100,9 @@ def axis_table(found: dict[str, list[tuple[int, Spread]]], what: str) -> str:
     return table([what, *map(str, places)], body)
 
 
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *("---:" for _ in head[1:])]
+def table(head: Sequence[str], body: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """The first columns hold texts, the others numbers, which stand on the right."""
+    rule = ["---" if column < texts else "---:" for column in range(len(head))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *body))
 
 

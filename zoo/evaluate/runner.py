@@ -34,6 +34,7 @@ from zoo.evaluate.score import circumstances, origin
 from zoo.evaluate.speed import speed
 from zoo.evaluate.suite import Cell, find_suite
 from zoo.train import Replica, pick_device, sweep, train
+from zoo.train.checkpoint import steps_in
 from zoo.train.recipe import make_task, what_a_number_carries
 
 log = logging.getLogger(__name__)
@@ -281,7 +282,8 @@ def trained(job: Job) -> Iterator[tuple[Replica, Path]]:
     # Compiled code of former cells counts against the number that is kept; a cell's own serves all its replicas
     torch._dynamo.reset()
     for replica, _ in job.missing:
-        yield replica, train(replica.recipe(recipe), job.folder / replica.name, resume=True).run
+        run = job.folder / replica.name
+        yield replica, train(replica.recipe(recipe), run, resume=bool(steps_in(run / "checkpoints"))).run
 
 
 def rows_of_speed(cell: Cell, replica: Replica) -> list[Row]:

@@ -80,6 +80,10 @@ class RunLog:
             sys.stderr.write(line + "\n")
             sys.stderr.flush()
 
+    def bar(self, what: str, total: int | None) -> Any:
+        """A context: a bar for what goes on between two steps, on a terminal, until it ends. `update()` moves it."""
+        return tqdm(desc=what, total=total, unit="batch", leave=False, dynamic_ncols=True, disable=self._bar is None)
+
     def pause(self) -> None:
         """Time from here until `go_on` (evaluation, saving) is not training time."""
         self._carry += time.monotonic() - self._clock

@@ -163,7 +163,8 @@ def _loop(state: Run, log: RunLog, signals: Signals, go_on: str, profile: Profil
                 log.say(f"step {state.step}: {state.finished}, so the run ends here")
             saving = saving or bool(state.finished) or state.improved is not None
         if sampling and not stop:
-            state.sample(log)
+            with signals.waiting_for("the samples"):
+                state.sample(log)
             stop = state.stop(signals)
         if saving or stop:
             state.save()

@@ -198,8 +198,13 @@ class Run:
         one = ranks.world == 1  # several finish what they began
 
         def until_signal(stream: Any) -> Iterator[Any]:
-            return itertools.takewhile(lambda _: not (one and signals.received), itertools.islice(stream, mine))
+            for batch in itertools.islice(stream, mine):
+                if one and signals.received:
+                    return
+                yield batch
+                bar.update()
 
+        last = "this batch of the validation, which resuming begins anew" if one else "the validation"
         ranks.mark(f"evaluation after step {self.step}")
         model = self.averaged
         with (
@@ -207,6 +212,8 @@ class Run:
             checkpoint.undisturbed_rng(self.recipe.train.seed),
             autocast(self.recipe.train.precision, self.device),
             self._stream("valid", 2) as stream,
+            log.bar("validating", batches_of(stream.stream, mine)) as bar,
+            signals.waiting_for(last),
         ):
             values = run_metrics(
                 model,
@@ -326,6 +333,12 @@ def autocast(precision: str, device: torch.device) -> Any:
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def batches_of(stream: Any, most: int | None) -> int | None:
+    """In one pass, where that is known: what a progress bar counts up to."""
+    known = [count for count in (getattr(stream, "batches", None), most) if count is not None]
+    return min(known, default=None)
 
 
 def micro_batches(config: TrainConfig, ranks: Ranks) -> tuple[int, int]:

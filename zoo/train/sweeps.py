@@ -8,6 +8,7 @@ seed), learning rate, clipping, guard and early end (train.stop_when). Each gets
     folder/checkpoints/         of the whole stack, while there are replicas to train
 """
 
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ from zoo.train.recipe import (
     what_a_number_carries,
     write_run_files,
 )
-from zoo.train.run import autocast
+from zoo.train.run import autocast, batches_of
 from zoo.train.signals import Signals
 from zoo.train.stack import Reading, Stack
 
@@ -195,7 +196,7 @@ class Sweep:
     def evaluate(self, log: RunLog, signals: Signals) -> None:
         """All replicas on the validation split; those that fulfil train.stop_when end."""
         going = dict(zip(self.places, self.active.tolist(), strict=True))
-        scores = {place: values for place, values in self.scores().items() if going[place]}
+        scores = {place: values for place, values in self.scores(log, signals).items() if going[place]}
         rule = self.recipe.train.stop_when
         done = [place for place, values in scores.items() if reached(rule, values)]
         for place, values in scores.items():
@@ -210,19 +211,23 @@ class Sweep:
         self.leave(done, rule)
 
     @torch.no_grad()
-    def scores(self) -> dict[int, dict[str, float]]:
+    def scores(self, log: RunLog, signals: Signals) -> dict[int, dict[str, float]]:
         train = self.recipe.train
         sums: dict[str, list[Tensor]] = {}
         self.stack.mode(training=False)
-        with checkpoint.undisturbed_rng(train.seed):
-            stream = self.task.stream("valid", batch_size=train.eval_batch_size or train.batch_size)
-            for number, batch in enumerate(stream):
-                if train.eval_batches and number == train.eval_batches:
-                    break
+        stream = self.task.stream("valid", batch_size=train.eval_batch_size or train.batch_size)
+        most = train.eval_batches or None
+        with (
+            checkpoint.undisturbed_rng(train.seed),
+            log.bar("validating", batches_of(stream, most)) as bar,
+            signals.waiting_for("the validation"),
+        ):
+            for batch in itertools.islice(stream, most):
                 parts = self.stack.score(batch.to(self.device), autocast(train.precision, self.device))
                 for name, (total, count) in parts.items():
                     old = sums.get(name, [torch.zeros((), device=self.device)] * 2)
                     sums[name] = [old[0] + total.double(), old[1] + count.double()]
+                bar.update()
         self.stack.mode(training=True)
         means = {name: (total / count.clamp(min=1)).tolist() for name, (total, count) in sums.items()}
         return {place: {name: values[i] for name, values in means.items()} for i, place in enumerate(self.places)}

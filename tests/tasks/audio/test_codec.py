@@ -11,7 +11,7 @@ import zoo
 from tasks.audio.classifier import Accuracy, ClassifierConfig, Varied, all_features, collate_labelled
 from tasks.audio.codec_task import Crops, Fidelity, collate_whole, decode_all, encode_all, si_sdr
 from tasks.audio.data import Recordings
-from tasks.audio.spectra import FLOOR, log_mel, mel_distance, picture
+from tasks.audio.spectra import FLOOR, below_each_other, log_mel, mel_distance, picture
 from tasks.audio.waves import amplitudes, fit, from_levels, mu_law_table, to_float, to_levels, to_pcm
 from zoo.config import ConfigError, build
 from zoo.model import Batch, Context
@@ -194,6 +194,15 @@ def test_a_spectrogram_shows_a_tone_at_its_height():
     low, high = (picture(to_pcm(0.3 * np.sin(2 * np.pi * f * time)), 8000) for f in (300, 3000))
     assert low.shape[:2] == (3, 80)
     assert low.sum(dim=(0, 2)).argmax() > high.sum(dim=(0, 2)).argmax() + 20
+
+
+def test_spectrograms_of_short_sounds_are_drawn_wider():
+    short, long = (picture(np.arange(frames * 64, dtype=np.int16), 8000) for frames in (8, 199))
+    assert (short.shape[2], long.shape[2]) == (9, 200)
+    drawn = below_each_other([short])
+    assert drawn.shape == (3, 82, 162)
+    assert torch.equal(drawn[:, :80, ::18], short)
+    assert below_each_other([short, long]).shape == (3, 164, 200)
 
 
 def test_a_classifier_hears_no_loudness_and_scores_are_shares():
