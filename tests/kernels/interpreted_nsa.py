@@ -11,7 +11,7 @@ from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
 from tests.ops.run_nsa import run, spans
 from zoo import ops
-from zoo.kernels import nsa_compressed, nsa_inverse, nsa_mix, nsa_near, nsa_pool, nsa_runs, nsa_selected
+from zoo.kernels import nsa_compressed, nsa_count, nsa_inverse, nsa_mix, nsa_near, nsa_pool, nsa_runs, nsa_selected
 from zoo.ops import backend, nsa, reference_nsa
 
 repair()
@@ -28,6 +28,11 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(nsa_selected, "choose_tile", lambda kernel, q: tiles[kernel])
     monkeypatch.setattr(nsa_inverse, "ITEM_ROWS", {"partial": 24, "grads": 40})
     monkeypatch.setattr(nsa_inverse, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(nsa_inverse, "LISTED", 16)
+    for module in (nsa_count, nsa_inverse, nsa_runs):
+        monkeypatch.setattr(module, "SUMMED", 32)
+    monkeypatch.setattr(nsa_count, "SLOTS", 8)
+    monkeypatch.setattr(nsa_count, "TOKENS", 4)
     monkeypatch.setattr(nsa_selected, "FEW_PAIRS", 0)
     monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", 1 << 30)
 
@@ -150,8 +155,12 @@ def test_ragged_rows_equal_the_reference():
 
 @pytest.mark.parametrize("cu_seqlens", [None, (0, 0, 3, 25, 26, 61)])
 @pytest.mark.parametrize("kernel", ["partial", "grads"])
-def test_the_inverse_index_is_a_stable_sort(kernel, cu_seqlens):
+@pytest.mark.parametrize("counted", [True, False])
+def test_the_inverse_index_is_a_stable_sort(counted, kernel, cu_seqlens, monkeypatch):
     """By (row, head, chunk of tokens, block); the items cover every pair once, in order, each of one block."""
+    poison_new_tensors(monkeypatch)
+    if not counted:
+        monkeypatch.setattr(nsa_count, "MOST_SLOTS", 0)
     generator = torch.Generator().manual_seed(0)
     batch, length, heads, top, block = (1 if cu_seqlens else 2), 61, 2, 5, 4
     packed = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
@@ -164,6 +173,7 @@ def test_the_inverse_index_is_a_stable_sort(kernel, cu_seqlens):
     index[torch.rand(index.shape, generator=generator) < 0.1] = -1
     (piece,) = nsa_inverse.pieces(q, k, index, places, block)
     items = nsa_inverse.inverse(piece, kernel)
+    assert nsa_count.takes(piece, items.blocks) == counted
 
     wanted = (index >= 0) & (index <= own)
     if kernel == "partial":

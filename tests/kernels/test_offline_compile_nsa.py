@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zoo.kernels import nsa_compressed, nsa_inverse, nsa_mix, nsa_near, nsa_pool, nsa_runs, nsa_selected
+from zoo.kernels import nsa_compressed, nsa_count, nsa_inverse, nsa_mix, nsa_near, nsa_pool, nsa_runs, nsa_selected
 from zoo.kernels.tiles import SHARED_BYTES
 
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90}
@@ -141,9 +141,13 @@ def test_the_small_kernels_compile():
     for tokens, padded, each in ((12, 16, 16), (192, 256, 1)):
         walk = {"G": 4, "TOP": 16, "BLOCK": 64, "BLOCK_TOP": 16, "TOKENS": tokens, "BLOCK_T": padded, "EACH": each}
         build(nsa_near._walks, "sm90", "bf16", walk | {"WALK": nsa_near.WALK}, 4, 3)
-    counted = {"BLOCK_N": nsa_runs.COUNTED}
-    build(nsa_runs._touched, "sm90", "bf16", counted, 4, 3)
-    build(nsa_runs._cut, "sm90", "bf16", counted | {"G": 4, "TOP": 16, "BLOCK": 64, "ITEM": nsa_runs.ITEM}, 4, 3)
+        counted = {key: keys[key] for key in ("G", "TOP", "BLOCK", "FAR")} | {"BLOCK_TOP": 16, "TOKENS": 32, "SLOTS": 32}
+        build(nsa_count._count, "sm90", "bf16", counted, 4, 3)
+        build(nsa_count._place, "sm90", "bf16", counted | {"SUMMED": nsa_count.SUMMED}, 4, 3)
+    summed = {"SUMMED": nsa_inverse.SUMMED}
+    build(nsa_inverse._list, "sm90", "bf16", summed | {"BLOCK_N": nsa_inverse.LISTED}, 4, 3)
+    cut = {"BLOCK_N": nsa_runs.COUNTED, "G": 4, "TOP": 16, "BLOCK": 64, "ITEM": nsa_runs.ITEM}
+    build(nsa_runs._cut, "sm90", "bf16", summed | cut, 4, 3)
     for tile in (None, (16, 4, 2)):
         build_selected("partial", "sm90", 128, tile=tile, single=True)
     sizes = {"G": 4, "TOP": 16, "GROUP": 16, "D": 128, "BLOCK_D": 128, "BLOCK": 64}
