@@ -11,7 +11,17 @@ from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
 from tests.ops.run_nsa import run, spans
 from zoo import ops
-from zoo.kernels import nsa_compressed, nsa_count, nsa_inverse, nsa_mix, nsa_near, nsa_pool, nsa_runs, nsa_selected
+from zoo.kernels import (
+    nsa_compressed,
+    nsa_count,
+    nsa_inverse,
+    nsa_mix,
+    nsa_near,
+    nsa_places,
+    nsa_pool,
+    nsa_runs,
+    nsa_selected,
+)
 from zoo.ops import backend, nsa, reference_nsa
 
 repair()
@@ -151,6 +161,19 @@ def test_ragged_rows_equal_the_reference():
     actual = nsa_selected.selected_forward(q, x["k"], x["v"], expected[2], places, 4, 0.3)
     expected = reference_nsa.selected_forward(q, x["k"], x["v"], expected[2], places, 4, 0.3)
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "cu_seqlens", "start"),
+    [(3, 7, None, None), (3, 7, None, (0, 2, 9)), (1, 61, (0, 0, 3, 25, 26, 61, 61), None), (1, 9, (0, 9), None)],
+)
+def test_places_equal_the_reference(batch, length, cu_seqlens, start, monkeypatch):
+    monkeypatch.setattr(nsa_places, "TOKENS", 8)
+    poison_new_tensors(monkeypatch)
+    packed, start = (None if x is None else torch.tensor(x, dtype=torch.int32) for x in (cu_seqlens, start))
+    arguments = (torch.zeros(batch, length, 2, 8), 4, 12, packed, start)
+    for actual, expected in zip(nsa_places.locate(*arguments), reference_nsa.locate(*arguments), strict=True):
+        assert actual.is_contiguous() and torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, (0, 0, 3, 25, 26, 61)])

@@ -9,7 +9,17 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zoo.kernels import nsa_compressed, nsa_count, nsa_inverse, nsa_mix, nsa_near, nsa_pool, nsa_runs, nsa_selected
+from zoo.kernels import (
+    nsa_compressed,
+    nsa_count,
+    nsa_inverse,
+    nsa_mix,
+    nsa_near,
+    nsa_places,
+    nsa_pool,
+    nsa_runs,
+    nsa_selected,
+)
 from zoo.kernels.tiles import SHARED_BYTES
 
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90}
@@ -19,6 +29,7 @@ WIDE = {
 INDEX = {
     "place_ptr", "first_ptr", "index_ptr", "begin_ptr", "end_ptr", "bounds_ptr", "block_ptr", "first_key_ptr",
     "first_block_ptr", "key_ptr", "room_ptr", "item_ptr", "query_ptr", "number_ptr",
+    "cu_ptr", "start_ptr",
 }  # fmt: skip
 
 
@@ -141,9 +152,15 @@ def test_the_small_kernels_compile():
     for tokens, padded, each in ((12, 16, 16), (192, 256, 1)):
         walk = {"G": 4, "TOP": 16, "BLOCK": 64, "BLOCK_TOP": 16, "TOKENS": tokens, "BLOCK_T": padded, "EACH": each}
         build(nsa_near._walks, "sm90", "bf16", walk | {"WALK": nsa_near.WALK}, 4, 3)
-        counted = {key: keys[key] for key in ("G", "TOP", "BLOCK", "FAR")} | {"BLOCK_TOP": 16, "TOKENS": 32, "SLOTS": 32}
-        build(nsa_count._count, "sm90", "bf16", counted, 4, 3)
-        build(nsa_count._place, "sm90", "bf16", counted | {"SUMMED": nsa_count.SUMMED}, 4, 3)
+        counted = {key: keys[key] for key in ("G", "TOP", "BLOCK", "FAR")} | {
+            "BLOCK_TOP": 16,
+            "TOKENS": 64,
+            "SLOTS": 32,
+        }
+        build(nsa_count._count, "sm90", "bf16", counted, 8, 3)
+        build(nsa_count._place, "sm90", "bf16", counted | {"SUMMED": nsa_count.SUMMED}, 8, 3)
+    for absent in ("cu_ptr", "start_ptr"):
+        build(nsa_places._locate, "sm90", "bf16", {absent: None, "SELECT": 64, "BLOCK_N": nsa_places.TOKENS}, 4, 3)
     summed = {"SUMMED": nsa_inverse.SUMMED}
     build(nsa_inverse._list, "sm90", "bf16", summed | {"BLOCK_N": nsa_inverse.LISTED}, 4, 3)
     cut = {"BLOCK_N": nsa_runs.COUNTED, "G": 4, "TOP": 16, "BLOCK": 64, "ITEM": nsa_runs.ITEM}

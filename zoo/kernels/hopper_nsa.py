@@ -1,8 +1,8 @@
 """Native Sparse Attention on Hopper: the functions of a back end, as in zoo/kernels/nsa.py.
 
 Compressed attention and the selected branch's forward over blocks of 64 keys have kernels of their own for sm_90, bf16
-and fp16, head dims 64 and 128 and groups that divide 64 (far blocks: groups from 8); pooling, the choice of blocks, the
-selected branch's merge and backward, and the mix run the portable ones. Importing this imports Gluon.
+and fp16, head dims 64 and 128 and groups that divide 64 (far blocks: groups from 8); places, pooling, the choice of
+blocks, the selected branch's merge and backward, and the mix run the portable ones. Importing this imports Gluon.
 """
 
 from typing import Any
@@ -14,12 +14,14 @@ from zoo.kernels import hopper_compressed, hopper_compressed_backward, hopper_ne
 from zoo.kernels import nsa_compressed as portable
 from zoo.kernels.hopper_rows import takes
 from zoo.kernels.nsa_mix import mix_backward, mix_forward
+from zoo.kernels.nsa_places import locate
 from zoo.kernels.nsa_pool import pool_backward, pool_forward
 from zoo.kernels.nsa_selected import selected_backward
 
 __all__ = [
     "compressed_backward",
     "compressed_forward",
+    "locate",
     "mix_backward",
     "mix_forward",
     "pool_backward",

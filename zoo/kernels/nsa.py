@@ -1,7 +1,7 @@
 """Native Sparse Attention in Triton: compressed attention with the choice of blocks, and attention over chosen blocks.
 
-The kernels are in nsa_pool.py, nsa_compressed.py, nsa_selected.py, nsa_near.py, nsa_inverse.py, nsa_runs.py and
-nsa_mix.py; this module is the back end that `zoo.ops.nsa` loads, and says what bounds them. Figures are estimates that
+The kernels are in nsa_pool.py, nsa_compressed.py, nsa_selected.py, nsa_near.py, nsa_inverse.py, nsa_count.py,
+nsa_runs.py, nsa_places.py and nsa_mix.py; this module is the back end that `zoo.ops.nsa` loads, and says what bounds them. Figures are estimates that
 the design follows, not measurements: one H200 (790 TFLOP/s dense bf16, 4.8 TB/s memory), B1, T 65536, 64 query heads,
 4 key/value heads, D 128, block 64, top 16.
 
@@ -36,12 +36,14 @@ same merge.
 
 from zoo.kernels.nsa_compressed import compressed_backward, compressed_forward
 from zoo.kernels.nsa_mix import mix_backward, mix_forward
+from zoo.kernels.nsa_places import locate
 from zoo.kernels.nsa_pool import pool_backward, pool_forward
 from zoo.kernels.nsa_selected import selected_backward, selected_forward
 
 __all__ = [
     "compressed_backward",
     "compressed_forward",
+    "locate",
     "mix_backward",
     "mix_forward",
     "pool_backward",

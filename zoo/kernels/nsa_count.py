@@ -18,7 +18,7 @@ MOST_SLOTS = 256  # places of blocks of a row and head: 16,384 tokens with block
 MOST_BLOCKS = 1 << 15  # every program of _place adds up what stands before it
 MOST_TOP = 64
 SLOTS = 32
-TOKENS = 32  # with 32 slots and 16 places a thread of 128 holds 128 numbers
+TOKENS = 64  # with 32 slots and 16 places a thread of 256 holds 128 numbers
 SUMMED = 4096
 INTEGERS = ["chunk", "chunks", "T", "slots", "blocks"]
 
@@ -37,7 +37,7 @@ def ordered_pairs(piece: Any, chunk: int, chunks: int, blocks: int, far: bool) -
     padded = triton.next_power_of_2(top)
     switches = {
         "G": kv_heads, "TOP": top, "BLOCK": piece.block, "FAR": far, "BLOCK_TOP": padded,
-        "TOKENS": max(1, TOKENS * 16 // max(16, padded)), "SLOTS": SLOTS, "num_warps": 4,
+        "TOKENS": max(1, TOKENS * 16 // max(16, padded)), "SLOTS": SLOTS, "num_warps": 8,
     }  # fmt: skip
     grid = (batch * kv_heads * chunks, triton.cdiv(piece.slots, SLOTS))
     _count[grid](*arguments, number, *sizes, **switches)
@@ -75,13 +75,13 @@ def _hits(
     TOP: tl.constexpr, BLOCK: tl.constexpr, FAR: tl.constexpr, BLOCK_TOP: tl.constexpr,
 ):  # fmt: skip
     """(tokens, slots): where among its blocks a token chose a slot, counted from 1, or 0. `pair`: a token's first one.
-    Threads lie along the last dimension, then along the first: each has all blocks of a token."""
+    Lanes lie along the last dimension, warps along the one before: a thread has all blocks of a token."""
     i = tl.arange(0, BLOCK_TOP)
     own = tl.load(place_ptr + token, mask=inside, other=0) // BLOCK
     first = tl.load(first_block_ptr + token, mask=inside, other=0)
-    chosen = tl.load(index_ptr + pair[:, None] + i[None, :], mask=inside[:, None] & (i < TOP)[None, :], other=-1)
-    at = tl.where(is_wanted(chosen, own[:, None], FAR), first[:, None] + chosen, -1)
-    return tl.max(tl.where(at[:, :, None] == slot[None, None, :], (i + 1)[None, :, None], 0), 1)
+    chosen = tl.load(index_ptr + pair[None, :] + i[:, None], mask=inside[None, :] & (i < TOP)[:, None], other=-1)
+    at = tl.where(is_wanted(chosen, own[None, :], FAR), first[None, :] + chosen, -1)
+    return tl.max(tl.where(at[:, :, None] == slot[None, None, :], (i + 1)[:, None, None], 0), 0)
 
 
 @triton.jit(do_not_specialize=INTEGERS[:4])

@@ -58,7 +58,7 @@ def nsa_attention(
         raise ValueError(f"the queries are the last positions of the keys: T must be at most N, got {_shapes(q, k)}")
     geometry = _geometry(block, None, None, top)
     offset = k.shape[1] - q.shape[1]
-    start = None if cu_seqlens is not None else torch.full(q.shape[:1], offset, dtype=torch.int32, device=q.device)
+    start = torch.full(q.shape[:1], offset, dtype=torch.int32, device=q.device) if offset else None
     options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens}
     compressed_k, compressed_v = (pool_blocks(x, block, cu_seqlens=cu_seqlens) for x in (k, v))
     dense = runs_dense(k.shape[1], block, top)
@@ -219,18 +219,8 @@ def _block_places(length: int, documents: int, select: int) -> int:
 
 def _places(q: Tensor, select: int, limit: int, cu_seqlens: Tensor | None, query_start: Tensor | None) -> Places:
     """`limit`: positions from there on belong to the padding of a ragged row; they are treated as the last one."""
-    token = torch.arange(q.shape[1], device=q.device, dtype=torch.int32)
-    if cu_seqlens is not None:
-        document = torch.searchsorted(cu_seqlens, token, right=True) - 1
-        first = cu_seqlens[document]
-        block = torch.div(first, select, rounding_mode="floor") + document
-        place, first_key, first_block = (x[None].int() for x in (token - first, first, block))
-        return Places(place, first_key, first_block, cu_seqlens.shape[0] - 1)
-    place = token[None].expand(q.shape[0], -1)
-    if query_start is not None:
-        place = place + query_start[:, None]
-    zero = torch.zeros_like(place)
-    return Places(place.clamp(max=max(limit - 1, 0)).contiguous(), zero, zero)
+    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return Places(*_kernels(q).locate(q, select, limit, cu_seqlens, query_start), documents)
 
 
 # --------------------------------------------------------------------------------------------------------- operators

@@ -81,6 +81,24 @@ class Geometry:
 # ------------------------------------------------------------------------------------------------- compressed blocks
 
 
+def locate(
+    q: Tensor, select: int, limit: int, cu_seqlens: Tensor | None, query_start: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """place, first_key and first_block of the T queries of each row; positions from `limit` on become the last one."""
+    token = torch.arange(q.shape[1], device=q.device, dtype=torch.int32)
+    if cu_seqlens is not None:
+        document = torch.searchsorted(cu_seqlens, token, right=True) - 1
+        first = cu_seqlens[document]
+        block = torch.div(first, select, rounding_mode="floor") + document
+        place, first_key, first_block = (x[None].int() for x in (token - first, first, block))
+        return place, first_key, first_block
+    place = token[None].expand(q.shape[0], -1)
+    if query_start is not None:
+        place = place + query_start[:, None]
+    zero = torch.zeros_like(place)
+    return place.clamp(max=max(limit - 1, 0)).contiguous(), zero, zero
+
+
 def compressed_forward(
     q: Tensor, k: Tensor, v: Tensor, places: Places, geometry: Geometry, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
