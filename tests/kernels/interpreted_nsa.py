@@ -173,7 +173,8 @@ def test_places_equal_the_reference(batch, length, cu_seqlens, start, monkeypatc
     packed, start = (None if x is None else torch.tensor(x, dtype=torch.int32) for x in (cu_seqlens, start))
     arguments = (torch.zeros(batch, length, 2, 8), 4, 12, packed, start)
     for actual, expected in zip(nsa_places.locate(*arguments), reference_nsa.locate(*arguments), strict=True):
-        assert actual.is_contiguous() and torch.equal(actual, expected)
+        assert actual.is_contiguous()
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, (0, 0, 3, 25, 26, 61)])
@@ -415,6 +416,29 @@ def test_the_sum_of_branches_equals_the_reference(dtype, there, monkeypatch):
     torch.testing.assert_close(nsa_mix.mix_forward(gates, branches), expected, **tolerance)
     grads, truth = (f.mix_backward(dout, gates, branches) for f in (nsa_mix, reference_nsa))
     torch.testing.assert_close(grads, truth, **tolerance)
+
+
+@pytest.mark.parametrize("scratch", [1 << 30, 1 << 12])
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_sum_where_the_selected_branch_is_merged_equals_the_sum_of_branches(keep, scratch, monkeypatch):
+    """Bit for bit: the roundings are the same. Pieces of tokens and of heads too."""
+    monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", scratch)
+    poison_new_tensors(monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    x = NSACase("mix", 37, group=2, kv_heads=3, dim=12).tensors(torch.float16)
+    index = torch.rand(1, 37, 3, 10, generator=generator).argsort(-1)[..., :4].int()
+    gates = torch.rand(1, 37, 6, 3, generator=generator)
+    compressed, window = (torch.randn(x["q"].shape, generator=generator).half() for _ in range(2))
+    places = nsa._places(x["q"], 4, 37, None, None)
+    selected, lse = nsa_selected.selected_forward(x["q"], x["k"], x["v"], index, places, 4, 0.3)
+    expected = nsa_mix.mix_forward(gates, (compressed, selected, window))
+    arguments = (x["q"], x["k"], x["v"], index, gates, compressed, window, places, 4, 0.3, keep)
+    mixed, kept, again = nsa_selected.selected_mix_forward(*arguments)
+    assert torch.equal(mixed, expected)
+    assert torch.equal(again, lse)
+    assert torch.equal(kept, selected if keep else selected[:, :0])
+    reference = reference_nsa.selected_mix_forward(*arguments)
+    torch.testing.assert_close((mixed, kept, again), reference, rtol=5e-3, atol=5e-3)
 
 
 def test_float16():

@@ -149,16 +149,12 @@ def test_the_small_kernels_compile():
     for far in (True, False):
         keys = {"G": 4, "TOP": 16, "BLOCK": 64, "FAR": far, "BLOCK_P": nsa_inverse.KEYS}
         build(nsa_inverse._keys, "sm90", "bf16", keys, 4, 3)
+        counted = {"G": 4, "TOP": 16, "BLOCK": 64, "FAR": far, "BLOCK_TOP": 16, "TOKENS": 64, "SLOTS": 32}
+        build(nsa_count._count, "sm90", "bf16", counted, 8, 3)
+        build(nsa_count._place, "sm90", "bf16", counted | {"SUMMED": nsa_count.SUMMED}, 8, 3)
     for tokens, padded, each in ((12, 16, 16), (192, 256, 1)):
         walk = {"G": 4, "TOP": 16, "BLOCK": 64, "BLOCK_TOP": 16, "TOKENS": tokens, "BLOCK_T": padded, "EACH": each}
         build(nsa_near._walks, "sm90", "bf16", walk | {"WALK": nsa_near.WALK}, 4, 3)
-        counted = {key: keys[key] for key in ("G", "TOP", "BLOCK", "FAR")} | {
-            "BLOCK_TOP": 16,
-            "TOKENS": 64,
-            "SLOTS": 32,
-        }
-        build(nsa_count._count, "sm90", "bf16", counted, 8, 3)
-        build(nsa_count._place, "sm90", "bf16", counted | {"SUMMED": nsa_count.SUMMED}, 8, 3)
     for absent in ("cu_ptr", "start_ptr"):
         build(nsa_places._locate, "sm90", "bf16", {absent: None, "SELECT": 64, "BLOCK_N": nsa_places.TOKENS}, 4, 3)
     summed = {"SUMMED": nsa_inverse.SUMMED}
@@ -169,8 +165,10 @@ def test_the_small_kernels_compile():
         build_selected("partial", "sm90", 128, tile=tile, single=True)
     sizes = {"G": 4, "TOP": 16, "GROUP": 16, "D": 128, "BLOCK_D": 128, "BLOCK": 64}
     rows = sizes | {"BLOCK_TOP": 16, "BLOCK_R": 8}
+    alone = dict.fromkeys(("gates_ptr", "compressed_ptr", "window_ptr", "mixed_ptr"))
     for near in (True, False):
-        build(nsa_selected._merge, "sm90", "bf16", rows | {"NEAR": near}, 4, 3, {"lse_ptr"})
+        for mix in (alone | {"KEEP": True}, {"KEEP": True}, {"KEEP": False}):
+            build(nsa_selected._merge, "sm90", "bf16", rows | mix | {"NEAR": near}, 4, 3, {"lse_ptr"})
     build(nsa_selected._sum_pairs, "sm90", "bf16", rows, 4, 3)
     build(nsa_selected._sum_items, "sm90", "bf16", sizes | {"BLOCK_K": 64}, 4, 3, {"dk_ptr", "dv_ptr"})
     for absent in (["third"], []):

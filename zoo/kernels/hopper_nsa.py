@@ -28,6 +28,7 @@ __all__ = [
     "pool_forward",
     "selected_backward",
     "selected_forward",
+    "selected_mix_forward",
 ]
 
 
@@ -60,6 +61,28 @@ def compressed_backward(
 def selected_forward(
     q: Tensor, k: Tensor, v: Tensor, block_index: Tensor, places: Any, block: int, scale: float
 ) -> tuple[Tensor, Tensor]:
+    return nsa_selected.selected_forward(q, k, v, block_index, places, block, scale, *_parts(q, k, block, scale))
+
+
+def selected_mix_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    gates: Tensor,
+    compressed: Tensor,
+    window: Tensor,
+    places: Any,
+    block: int,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return nsa_selected.selected_mix_forward(
+        q, k, v, block_index, gates, compressed, window, places, block, scale, keep, *_parts(q, k, block, scale)
+    )
+
+
+def _parts(q: Tensor, k: Tensor, block: int, scale: float) -> tuple[Any, Any]:
     near = hopper_near if hopper_near.takes(q, k, block, scale) else nsa_selected
     far = hopper_partial if hopper_partial.takes(q, k, block, scale) else nsa_selected
-    return nsa_selected.selected_forward(q, k, v, block_index, places, block, scale, near.near_outputs, far.far_outputs)
+    return near.near_outputs, far.far_outputs

@@ -65,12 +65,12 @@ def nsa_attention(
     compressed, _, block_index = compressed_attention(
         q, compressed_k, compressed_v, block=block, top=0 if dense else geometry.top, query_start=start, **options
     )
-    if dense:
-        selected = window_attention(q, k, v, **options)
-    else:
-        selected = selected_attention(q, k, v, block_index, block=block, query_start=start, **options)
     near = window_attention(q, k, v, log_decay, window=window, **options)
-    return mix_branches(branch_gates, compressed, selected, near)
+    if dense:
+        return mix_branches(branch_gates, compressed, window_attention(q, k, v, **options), near)
+    scale = _check_places(q, scale, cu_seqlens, start)
+    branches = (branch_gates, compressed, near)
+    return _selected_mix(q, k, v, block_index, *branches, block, scale, cu_seqlens, start, torch.is_grad_enabled())[0]
 
 
 def runs_dense(keys: int, block: int, top: int) -> bool:
@@ -219,8 +219,8 @@ def _block_places(length: int, documents: int, select: int) -> int:
 
 def _places(q: Tensor, select: int, limit: int, cu_seqlens: Tensor | None, query_start: Tensor | None) -> Places:
     """`limit`: positions from there on belong to the padding of a ragged row; they are treated as the last one."""
-    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return Places(*_kernels(q).locate(q, select, limit, cu_seqlens, query_start), documents)
+    place, first_key, first_block = _kernels(q).locate(q, select, limit, cu_seqlens, query_start)
+    return Places(place, first_key, first_block, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
 
 # --------------------------------------------------------------------------------------------------------- operators
@@ -440,6 +440,59 @@ def _backward_mix(ctx, dout: Tensor):
 _mix_branches.register_autograd(_backward_mix, setup_context=_save_mix)
 stack_rows(_mix_branches)
 stack_rows(_mix_branches_backward)
+
+
+@torch.library.custom_op("zoo::selected_mix", mutates_args=())
+def _selected_mix(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    gates: Tensor,
+    compressed: Tensor,
+    near: Tensor,
+    block: int,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    query_start: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_mix_branches` where `_selected_attention` writes: the selected branch is not read again, and not written unless
+    a backward will want it (`keep`)."""
+    _check_values(q, k.shape[1], cu_seqlens, query_start)
+    places = _places(q, block, k.shape[1], cu_seqlens, query_start)
+    with torch.autocast(q.device.type, enabled=False):
+        return _kernels(q).selected_mix_forward(
+            q, k, v, block_index, gates, compressed, near, places, block, scale, keep
+        )
+
+
+@_selected_mix.register_fake
+def _(q, k, v, block_index, gates, compressed, near, block, scale, cu_seqlens, query_start, keep):
+    kept = q.shape if keep else (q.shape[0], 0, *q.shape[2:])
+    lse = q.new_empty(q.shape[:3], dtype=reference.accumulator(q.dtype))
+    return q.new_empty(q.shape), q.new_empty(kept), lse
+
+
+def _save_selected_mix(ctx, inputs, output) -> None:
+    q, k, v, block_index, gates, compressed, near, block, scale, cu_seqlens, query_start, _ = inputs
+    _, selected, lse = output
+    ctx.mark_non_differentiable(selected, lse)
+    ctx.save_for_backward(q, k, v, block_index, gates, compressed, near, selected, lse, cu_seqlens, query_start)
+    ctx.options = block, scale
+
+
+def _backward_selected_mix(ctx, dout: Tensor, _, __):
+    q, k, v, block_index, gates, compressed, near, selected, lse, cu_seqlens, query_start = ctx.saved_tensors
+    dgates, dcompressed, dselected, dnear = _mix_branches_backward(dout, gates, compressed, selected, near)
+    grads = _selected_attention_backward(
+        dselected, None, q, k, v, selected, lse, block_index, *ctx.options, cu_seqlens, query_start
+    )
+    return *grads, None, dgates, dcompressed, dnear, None, None, None, None, None
+
+
+_selected_mix.register_autograd(_backward_selected_mix, setup_context=_save_selected_mix)
+stack_rows(_selected_mix, packed=9)
 
 
 def _first(branches: tuple[Tensor | None, ...]) -> Tensor:

@@ -186,6 +186,24 @@ def selected_forward(
     return out, lse
 
 
+def selected_mix_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    gates: Tensor,
+    compressed: Tensor,
+    window: Tensor,
+    places: Places,
+    block: int,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the three branches, and the selected one's out, of no tokens unless `keep`, and lse."""
+    selected, lse = selected_forward(q, k, v, block_index, places, block, scale)
+    return mix_forward(gates, (compressed, selected, window)), selected if keep else selected[:, :0].clone(), lse
+
+
 def selected_backward(
     dout: Tensor,
     dlse: Tensor | None,
