@@ -282,6 +282,28 @@ def test_operators_pass_torchs_own_checks():
     torch.library.opcheck(nsa._selected_attention, (q, k, v, index, 4, 0.3, None, None), test_utils=tests)
     gates = x["branch_gates"].requires_grad_()
     torch.library.opcheck(nsa._mix_branches, (gates, q, None, q.detach() * 2), test_utils=tests)
+    branches = (gates, q.detach() * 2, (q.detach() * 3).requires_grad_())
+    torch.library.opcheck(nsa._selected_mix, (q, k, v, index, *branches, 4, 0.3, None, None, True), test_utils=tests)
+    constants = [y.detach() for y in (q, k, v, index, *branches)]
+    torch.library.opcheck(nsa._selected_mix, (*constants, 4, 0.3, None, None, False), test_utils=tests)
+
+
+def test_the_whole_is_the_sum_of_its_branches_with_or_without_gradients():
+    case = NSACase("composed", 40, group=2, kv_heads=2)
+    x = case.tensors()
+    leaves = [x[name].requires_grad_() for name in ("q", "k", "v", "branch_gates", "log_decay")]
+    q, k, v, gates, log_decay = leaves
+    out = ops.nsa_attention(*leaves, **case.options)
+    block, top, window = (case.options[name] for name in ("block", "top", "window"))
+    assert not ops.runs_dense(40, block, top)
+    gist, _, index = ops.compressed_attention(q, *(ops.pool_blocks(y, block) for y in (k, v)), block=block, top=top)
+    detail = ops.selected_attention(q, k, v, index, block=block)
+    expected = ops.mix_branches(gates, gist, detail, ops.window_attention(q, k, v, log_decay, window=window))
+    torch.testing.assert_close(out, expected)
+    grads, truth = (torch.autograd.grad((y * x["dout"]).sum(), leaves) for y in (out, expected))
+    torch.testing.assert_close(grads, truth)
+    with torch.no_grad():
+        assert torch.equal(ops.nsa_attention(*leaves, **case.options), out)
 
 
 def test_compiles_without_a_break_and_for_other_lengths():
