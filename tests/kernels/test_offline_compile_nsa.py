@@ -150,8 +150,8 @@ def test_the_small_kernels_compile():
         keys = {"G": 4, "TOP": 16, "BLOCK": 64, "FAR": far, "BLOCK_P": nsa_inverse.KEYS}
         build(nsa_inverse._keys, "sm90", "bf16", keys, 4, 3)
         counted = {"G": 4, "TOP": 16, "BLOCK": 64, "FAR": far, "BLOCK_TOP": 16, "TOKENS": 64, "SLOTS": 32}
-        build(nsa_count._count, "sm90", "bf16", counted, 8, 3)
-        build(nsa_count._place, "sm90", "bf16", counted | {"SUMMED": nsa_count.SUMMED}, 8, 3)
+        build(nsa_count._count, "sm90", "bf16", counted, 16, 3)
+        build(nsa_count._place, "sm90", "bf16", counted | {"SUMMED": nsa_count.SUMMED}, 16, 3)
     for tokens, padded, each in ((12, 16, 16), (192, 256, 1)):
         walk = {"G": 4, "TOP": 16, "BLOCK": 64, "BLOCK_TOP": 16, "TOKENS": tokens, "BLOCK_T": padded, "EACH": each}
         build(nsa_near._walks, "sm90", "bf16", walk | {"WALK": nsa_near.WALK}, 4, 3)

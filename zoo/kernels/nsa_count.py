@@ -18,7 +18,7 @@ MOST_SLOTS = 256  # places of blocks of a row and head: 16,384 tokens with block
 MOST_BLOCKS = 1 << 15  # every program of _place adds up what stands before it
 MOST_TOP = 64
 SLOTS = 32
-TOKENS = 64  # with 32 slots and 16 places a thread of 256 holds 128 numbers
+TOKENS = 64  # with 32 slots and 16 places a thread of 512 holds 64 numbers
 SUMMED = 4096
 INTEGERS = ["chunk", "chunks", "T", "slots", "blocks"]
 
@@ -37,7 +37,7 @@ def ordered_pairs(piece: Any, chunk: int, chunks: int, blocks: int, far: bool) -
     padded = triton.next_power_of_2(top)
     switches = {
         "G": kv_heads, "TOP": top, "BLOCK": piece.block, "FAR": far, "BLOCK_TOP": padded,
-        "TOKENS": max(1, TOKENS * 16 // max(16, padded)), "SLOTS": SLOTS, "num_warps": 8,
+        "TOKENS": max(1, TOKENS * 16 // max(16, padded)), "SLOTS": SLOTS, "num_warps": 16,
     }  # fmt: skip
     grid = (batch * kv_heads * chunks, triton.cdiv(piece.slots, SLOTS))
     _count[grid](*arguments, number, *sizes, **switches)
