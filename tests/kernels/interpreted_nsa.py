@@ -179,12 +179,13 @@ def test_places_equal_the_reference(batch, length, cu_seqlens, start, monkeypatc
 
 @pytest.mark.parametrize("cu_seqlens", [None, (0, 0, 3, 25, 26, 61)])
 @pytest.mark.parametrize("kernel", ["partial", "grads"])
-@pytest.mark.parametrize("counted", [True, False])
-def test_the_inverse_index_is_a_stable_sort(counted, kernel, cu_seqlens, monkeypatch):
+@pytest.mark.parametrize("way", ["counted", "short keys", "long keys"])
+def test_the_inverse_index_is_a_stable_sort(way, kernel, cu_seqlens, monkeypatch):
     """By (row, head, chunk of tokens, block); the items cover every pair once, in order, each of one block."""
     poison_new_tensors(monkeypatch)
-    if not counted:
+    if way != "counted":
         monkeypatch.setattr(nsa_count, "MOST_SLOTS", 0)
+        monkeypatch.setattr(nsa_inverse, "SHORT_KEYS", 1 << 16 if way == "short keys" else 0)
     generator = torch.Generator().manual_seed(0)
     batch, length, heads, top, block = (1 if cu_seqlens else 2), 61, 2, 5, 4
     packed = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
@@ -197,7 +198,7 @@ def test_the_inverse_index_is_a_stable_sort(counted, kernel, cu_seqlens, monkeyp
     index[torch.rand(index.shape, generator=generator) < 0.1] = -1
     (piece,) = nsa_inverse.pieces(q, k, index, places, block)
     items = nsa_inverse.inverse(piece, kernel)
-    assert nsa_count.takes(piece, items.blocks) == counted
+    assert nsa_count.takes(piece, items.blocks) == (way == "counted")
 
     wanted = (index >= 0) & (index <= own)
     if kernel == "partial":

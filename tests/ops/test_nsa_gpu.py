@@ -154,12 +154,13 @@ INVERSES = [  # rows, tokens, kv heads, block, top, documents
 ]
 
 
-@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("way", ["counted", "short keys", "long keys"])
 @pytest.mark.parametrize("kernel", ["partial", "grads"])
 @pytest.mark.parametrize("shape", INVERSES, ids=str)
-def test_the_inverse_index_is_a_stable_sort(shape, kernel, counted, monkeypatch):
-    if not counted:
+def test_the_inverse_index_is_a_stable_sort(shape, kernel, way, monkeypatch):
+    if way != "counted":
         monkeypatch.setattr(nsa_count, "MOST_SLOTS", 0)
+        monkeypatch.setattr(nsa_inverse, "SHORT_KEYS", 1 << 16 if way == "short keys" else 0)
     batch, tokens, heads, block, top, documents = shape
     torch.manual_seed(0)
     packed = None if documents is None else torch.tensor(documents, dtype=torch.int32, device="cuda")
@@ -173,7 +174,7 @@ def test_the_inverse_index_is_a_stable_sort(shape, kernel, counted, monkeypatch)
         wanted &= (index != 0) & (index != own) & (index != own - 1)
     for _ in range(5):
         items = nsa_inverse.inverse(piece, kernel)
-        assert nsa_count.takes(piece, items.blocks) == counted
+        assert nsa_count.takes(piece, items.blocks) == (way == "counted")
         chunk = max(nsa_inverse.CHUNK_TOKENS, math.ceil(tokens / nsa_inverse.CHUNKS[kernel]))
         head = torch.arange(batch * heads, device="cuda").view(batch, 1, heads, 1)
         key = (head * items.chunks + torch.arange(tokens, device="cuda").view(1, -1, 1, 1) // chunk) * piece.slots
@@ -189,12 +190,13 @@ def test_the_inverse_index_is_a_stable_sort(shape, kernel, counted, monkeypatch)
 
 
 @pytest.mark.parametrize("programs", [132, 7])
-@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("way", ["counted", "short keys", "long keys"])
 @pytest.mark.parametrize("shape", [*INVERSES, (1, 100, 2, 64, 3, None)], ids=str)
-def test_runs_are_equal_shares_of_the_pairs(shape, counted, programs, monkeypatch):
+def test_runs_are_equal_shares_of_the_pairs(shape, way, programs, monkeypatch):
     """Their items are each of one block, and follow one another through all pairs."""
-    if not counted:
+    if way != "counted":
         monkeypatch.setattr(nsa_count, "MOST_SLOTS", 0)
+        monkeypatch.setattr(nsa_inverse, "SHORT_KEYS", 1 << 16 if way == "short keys" else 0)
     batch, tokens, heads, block, top, documents = shape
     torch.manual_seed(0)
     packed = None if documents is None else torch.tensor(documents, dtype=torch.int32, device="cuda")

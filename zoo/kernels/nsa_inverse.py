@@ -22,12 +22,13 @@ from zoo.kernels.nsa_count import is_wanted
 
 SCRATCH_BYTES = 5 << 30  # for partial rows; above it a call runs in several pieces
 ITEM_ROWS = {"partial": 4096, "grads": 8192}  # of an item at most: its block is read once for all of them
-CHUNKS = {"partial": 16, "grads": 4}  # of a piece's tokens at most
+CHUNKS = {"partial": 15, "grads": 4}  # of a piece's tokens at most; 15: 65,536 tokens with 4 kv heads have short keys
+SHORT_KEYS = 1 << 16  # blocks and a place for what is none, in 16 bits: half the passes of a sort
 CHUNK_TOKENS = 256  # at least
 KEYS = 1024  # of a program
 LISTED = 1024  # blocks of a program
 SUMMED = 4096  # of those before them, at once
-INTEGERS = ["pairs", "chunk", "chunks", "T", "slots", "blocks"]
+INTEGERS = ["pairs", "chunk", "chunks", "T", "slots", "blocks", "lowest"]
 
 
 @dataclass
@@ -130,13 +131,15 @@ def sorted_pairs(piece: Piece, kernel: str) -> Sorted:
     if nsa_count.takes(piece, blocks):
         order, bounds = nsa_count.ordered_pairs(piece, chunk, chunks, blocks, kernel == "partial")
         return Sorted(order, bounds, blocks, chunks, piece.slots)
-    key = piece.index.new_empty(piece.pairs, dtype=torch.int16 if blocks < 1 << 15 else torch.int32)
+    short = blocks < SHORT_KEYS
+    key, lowest = piece.index.new_empty(piece.pairs, dtype=torch.int16 if short else torch.int32), -(1 << 15) * short
     _keys[triton.cdiv(piece.pairs, KEYS),](
         piece.index, piece.place, piece.first_block, key, piece.pairs, chunk, chunks, length, piece.slots, blocks,
-        G=kv_heads, TOP=top, BLOCK=piece.block, FAR=kernel == "partial", BLOCK_P=KEYS, num_warps=4,
+        lowest, G=kv_heads, TOP=top, BLOCK=piece.block, FAR=kernel == "partial", BLOCK_P=KEYS, num_warps=4,
     )  # fmt: skip
     key, order = torch.sort(key, stable=True)
-    bounds = torch.searchsorted(key, torch.arange(blocks + 1, dtype=key.dtype, device=key.device), out_int32=True)
+    block = torch.arange(lowest, lowest + blocks + 1, dtype=key.dtype, device=key.device)
+    bounds = torch.searchsorted(key, block, out_int32=True)
     return Sorted(order, bounds, blocks, chunks, piece.slots)
 
 
@@ -177,7 +180,7 @@ def items_before(bounds_ptr, block0, each, RUNS: tl.constexpr, SUMMED: tl.conste
     return tl.sum(sums, 0)
 
 
-@triton.jit(do_not_specialize=INTEGERS[-1:] + ["each", "count"])
+@triton.jit(do_not_specialize=["each", "blocks", "count"])
 def _list(
     bounds_ptr, begin_ptr, block_ptr, each, blocks, count, BLOCK_N: tl.constexpr, SUMMED: tl.constexpr
 ):  # fmt: skip
@@ -223,10 +226,10 @@ def item_of(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _keys(
-    index_ptr, place_ptr, first_block_ptr, key_ptr, pairs, chunk, chunks, T, slots, blocks,
+    index_ptr, place_ptr, first_block_ptr, key_ptr, pairs, chunk, chunks, T, slots, blocks, lowest,
     G: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr, FAR: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The block of each pair; `blocks`, which sorts last, for a pair that is none."""
+    """The block of each pair, counted from `lowest`; for a pair that is none, the one after the last."""
     pair = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = pair < pairs
     token = pair // (G * TOP)
@@ -235,4 +238,4 @@ def _keys(
     slot = tl.load(first_block_ptr + token, mask=inside, other=0) + chosen
     block = ((token // T * G + pair // TOP % G) * chunks + token % T // chunk) * slots + slot
     key = tl.where(is_wanted(chosen, place // BLOCK, FAR), block, blocks)
-    tl.store(key_ptr + pair, key.to(key_ptr.dtype.element_ty), mask=inside)
+    tl.store(key_ptr + pair, (key + lowest).to(key_ptr.dtype.element_ty), mask=inside)
