@@ -401,6 +401,12 @@ def test_means_of_blocks_equal_the_reference(length, block, monkeypatch):
     dmeans = torch.randn(2, 3, means.shape[1], 12, generator=generator).transpose(1, 2)
     dx = nsa_pool.pool_backward(dmeans, length, block)
     torch.testing.assert_close(dx, reference_nsa.pool_backward(dmeans, length, block))
+    for other in (x.flip(1).transpose(0, 1).contiguous().transpose(0, 1), torch.randn_like(x)):  # alike, and not
+        found = nsa_pool.pool_pair_forward(x, other, block)
+        torch.testing.assert_close(found, reference_nsa.pool_pair_forward(x, other, block))
+    for other in (2 * dmeans, dmeans.contiguous() - 1):
+        found = nsa_pool.pool_pair_backward(dmeans, other, length, block)
+        torch.testing.assert_close(found, reference_nsa.pool_pair_backward(dmeans, other, length, block))
 
 
 @pytest.mark.parametrize("there", [(0, 1, 2), (0, 1), (2,)])

@@ -181,3 +181,7 @@ def test_the_small_kernels_compile():
         pool = {"H": heads, "D": 128, "BLOCK": 64, "BLOCK_R": nsa_pool.ROWS, "BLOCK_W": nsa_pool.WIDTH}
         build(nsa_pool._pool, "sm90", "bf16", pool, 4, 3)
         build(nsa_pool._pool_backward, "sm90", "bf16", pool, 4, 3)
+        alone = dict.fromkeys(("other_x_ptr", "other_means_ptr"))
+        build(nsa_pool._pool, "sm90", "bf16", pool | alone, 4, 3)
+        alone = dict.fromkeys(("other_dmeans_ptr", "other_dx_ptr"))
+        build(nsa_pool._pool_backward, "sm90", "bf16", pool | alone, 4, 3)

@@ -102,6 +102,19 @@ def test_means_of_blocks_equal_float64(length, heads, dim, dtype, limit):
     assert relative_error(dx, reference_nsa.pool_backward(dmeans.double(), length, 64)) <= limit
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_means_of_two_are_those_of_each(alike):
+    torch.manual_seed(0)
+    wide = torch.randn(2, 4097, 2, 4, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = (
+        x.detach().requires_grad_() for x in (wide[:, :, 0], wide[:, :, 1] if alike else wide[:, :, 1].contiguous())
+    )
+    pair, each = nsa._pool_pair(k, v, 64), (ops.pool_blocks(k, 64), ops.pool_blocks(v, 64))
+    douts = [torch.randn_like(each[0]) for _ in range(2)]
+    grads, truth = (torch.autograd.grad(means, (k, v), douts) for means in (pair, each))
+    assert all(torch.equal(a, b) for a, b in zip((*pair, *grads), (*each, *truth), strict=True))
+
+
 @pytest.mark.parametrize("block", [32, 64])
 def test_the_printed_importance_equals_the_reference(block):
     q, k, _, _, _, _, packed = inputs((1100, 4, 2, 64, block, 16, 64, 6, (0, 40, 41, 1100)), torch.float32)

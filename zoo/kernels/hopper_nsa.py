@@ -15,7 +15,7 @@ from zoo.kernels import nsa_compressed as portable
 from zoo.kernels.hopper_rows import takes
 from zoo.kernels.nsa_mix import mix_backward, mix_forward
 from zoo.kernels.nsa_places import locate
-from zoo.kernels.nsa_pool import pool_backward, pool_forward
+from zoo.kernels.nsa_pool import pool_backward, pool_forward, pool_pair_backward, pool_pair_forward
 from zoo.kernels.nsa_selected import selected_backward
 
 __all__ = [
@@ -26,6 +26,8 @@ __all__ = [
     "mix_forward",
     "pool_backward",
     "pool_forward",
+    "pool_pair_backward",
+    "pool_pair_forward",
     "selected_backward",
     "selected_forward",
     "selected_mix_forward",

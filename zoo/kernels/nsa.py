@@ -37,7 +37,7 @@ program per (token, block) pair, then the same merge.
 from zoo.kernels.nsa_compressed import compressed_backward, compressed_forward
 from zoo.kernels.nsa_mix import mix_backward, mix_forward
 from zoo.kernels.nsa_places import locate
-from zoo.kernels.nsa_pool import pool_backward, pool_forward
+from zoo.kernels.nsa_pool import pool_backward, pool_forward, pool_pair_backward, pool_pair_forward
 from zoo.kernels.nsa_selected import selected_backward, selected_forward, selected_mix_forward
 
 __all__ = [
@@ -48,6 +48,8 @@ __all__ = [
     "mix_forward",
     "pool_backward",
     "pool_forward",
+    "pool_pair_backward",
+    "pool_pair_forward",
     "selected_backward",
     "selected_forward",
     "selected_mix_forward",

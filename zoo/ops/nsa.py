@@ -60,7 +60,10 @@ def nsa_attention(
     offset = k.shape[1] - q.shape[1]
     start = torch.full(q.shape[:1], offset, dtype=torch.int32, device=q.device) if offset else None
     options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens}
-    compressed_k, compressed_v = (pool_blocks(x, block, cu_seqlens=cu_seqlens) for x in (k, v))
+    if cu_seqlens is None:
+        compressed_k, compressed_v = _pool_pair(k, v, block)
+    else:
+        compressed_k, compressed_v = (pool_blocks(x, block, cu_seqlens=cu_seqlens) for x in (k, v))
     dense = runs_dense(k.shape[1], block, top)
     compressed, _, block_index = compressed_attention(
         q, compressed_k, compressed_v, block=block, top=0 if dense else geometry.top, query_start=start, **options
@@ -258,6 +261,43 @@ def _backward_pool(ctx, dmeans: Tensor):
 _pool_blocks.register_autograd(_backward_pool, setup_context=_save_pool)
 stack_rows(_pool_blocks)
 stack_rows(_pool_blocks_backward)
+
+
+@torch.library.custom_op("zoo::pool_pair", mutates_args=())
+def _pool_pair(k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """`_pool_blocks` of both, in one launch."""
+    return _kernels(k).pool_pair_forward(k, v, block)
+
+
+@_pool_pair.register_fake
+def _(k, v, block):
+    shape = (k.shape[0], (k.shape[1] + 2 * block - 1) // block, *k.shape[2:])
+    return k.new_empty(shape), v.new_empty(shape)
+
+
+@torch.library.custom_op("zoo::pool_pair_backward", mutates_args=())
+def _pool_pair_backward(dk_means: Tensor, dv_means: Tensor, length: int, block: int) -> tuple[Tensor, Tensor]:
+    return _kernels(dk_means).pool_pair_backward(dk_means, dv_means, length, block)
+
+
+@_pool_pair_backward.register_fake
+def _(dk_means, dv_means, length, block):
+    shape = (dk_means.shape[0], length, *dk_means.shape[2:])
+    return dk_means.new_empty(shape), dv_means.new_empty(shape)
+
+
+def _save_pool_pair(ctx, inputs, output) -> None:
+    k, _, ctx.block = inputs
+    ctx.length = k.shape[1]
+
+
+def _backward_pool_pair(ctx, dk_means: Tensor, dv_means: Tensor):
+    return *_pool_pair_backward(dk_means, dv_means, ctx.length, ctx.block), None
+
+
+_pool_pair.register_autograd(_backward_pool_pair, setup_context=_save_pool_pair)
+stack_rows(_pool_pair)
+stack_rows(_pool_pair_backward)
 
 
 @torch.library.custom_op("zoo::compressed_attention", mutates_args=())

@@ -391,6 +391,14 @@ def pool_backward(dmeans: Tensor, length: int, block: int) -> Tensor:
     return share.repeat_interleave(block, 1)[:, :length].contiguous()
 
 
+def pool_pair_forward(x: Tensor, other: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    return pool_forward(x, block), pool_forward(other, block)
+
+
+def pool_pair_backward(dmeans: Tensor, other: Tensor, length: int, block: int) -> tuple[Tensor, Tensor]:
+    return pool_backward(dmeans, length, block), pool_backward(other, length, block)
+
+
 # -------------------------------------------------------------------------------------------------- the sum of branches
 
 
