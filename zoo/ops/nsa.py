@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from zoo.ops import backend, reference
+from zoo.ops.nsa_blocks import kernels, pool_blocks, pool_pair
 from zoo.ops.reference_nsa import Geometry, Places
 from zoo.ops.stacking import stack_rows
 from zoo.ops.window import check_documents, check_index, window_attention
@@ -61,7 +61,7 @@ def nsa_attention(
     start = torch.full(q.shape[:1], offset, dtype=torch.int32, device=q.device) if offset else None
     options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens}
     if cu_seqlens is None:
-        compressed_k, compressed_v = _pool_pair(k, v, block)
+        compressed_k, compressed_v = pool_pair(k, v, block)
     else:
         compressed_k, compressed_v = (pool_blocks(x, block, cu_seqlens=cu_seqlens) for x in (k, v))
     dense = runs_dense(k.shape[1], block, top)
@@ -176,128 +176,16 @@ def selected_attention(
     return (out, lse) if return_lse else out
 
 
-# ------------------------------------------------------------------------------------------------------------ blocks
-
-
-def pool_blocks(x: Tensor, block: int, *, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Means over the blocks of `gather_blocks`, (B,N,G,D) to (B,M,G,D), summed in float32 at least. Differentiable once
-    (packed documents: as often as wanted)."""
-    if cu_seqlens is None:
-        return _pool_blocks(x, block)
-    wide = reference.accumulator(x.dtype)
-    return gather_blocks(x, block, cu_seqlens=cu_seqlens).mean(2, dtype=wide).to(x.dtype)
-
-
-def gather_blocks(
-    x: Tensor, block: int, stride: int | None = None, *, select: int | None = None, cu_seqlens: Tensor | None = None
-) -> Tensor:
-    """The tokens of each block, (B,N,G,D) to (B,M,block,G,D): block c holds [c * stride, c * stride + block).
-
-    The last ones are incomplete, filled up with zeros: nobody sees them, and M is never 0 or 1, for which torch.compile
-    would make a graph of its own. With cu_seqlens the blocks of document i begin at place (cu_seqlens[i] // select + i)
-    * (select // stride), a bound that is known without looking at the values; between documents there are zeros.
-    """
-    stride = stride or block
-    if cu_seqlens is None:
-        count = (x.shape[1] + 2 * stride - 1) // stride
-        x = F.pad(x, (0, 0, 0, 0, 0, (count - 1) * stride + block - x.shape[1]))
-        return x.unflatten(1, (count, block)) if stride == block else x.unfold(1, block, stride).movedim(-1, 2)
-    select = select or block
-    ratio, length, documents = select // stride, x.shape[1], cu_seqlens.shape[0] - 1
-    place = torch.arange(ratio * _block_places(length, documents, select), device=x.device)
-    bounds = cu_seqlens.long()
-    base = (bounds[:-1] // select + torch.arange(documents, device=x.device)) * ratio
-    document = torch.searchsorted(base, place, right=True) - 1
-    first = bounds[document] + (place - base[document]) * stride
-    complete = first + block <= bounds[document + 1]
-    token = torch.where(complete[:, None], first[:, None] + torch.arange(block, device=x.device), 0)
-    blocks = x[0].index_select(0, token.flatten()).view(1, *token.shape, *x.shape[2:])
-    return blocks.masked_fill(~complete[None, :, None, None, None], 0)
-
-
-def _block_places(length: int, documents: int, select: int) -> int:
-    """Places for the selection blocks of `documents` packed documents, the incomplete last ones included."""
-    return length // select + documents
+# ------------------------------------------------------------------------------------------------------------ places
 
 
 def _places(q: Tensor, select: int, limit: int, cu_seqlens: Tensor | None, query_start: Tensor | None) -> Places:
     """`limit`: positions from there on belong to the padding of a ragged row; they are treated as the last one."""
-    place, first_key, first_block = _kernels(q).locate(q, select, limit, cu_seqlens, query_start)
+    place, first_key, first_block = kernels(q).locate(q, select, limit, cu_seqlens, query_start)
     return Places(place, first_key, first_block, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
 
 # --------------------------------------------------------------------------------------------------------- operators
-
-
-@torch.library.custom_op("zoo::pool_blocks", mutates_args=())
-def _pool_blocks(x: Tensor, block: int) -> Tensor:
-    return _kernels(x).pool_forward(x, block)
-
-
-@_pool_blocks.register_fake
-def _(x, block):
-    return x.new_empty((x.shape[0], (x.shape[1] + 2 * block - 1) // block, *x.shape[2:]))
-
-
-@torch.library.custom_op("zoo::pool_blocks_backward", mutates_args=())
-def _pool_blocks_backward(dmeans: Tensor, length: int, block: int) -> Tensor:
-    return _kernels(dmeans).pool_backward(dmeans, length, block)
-
-
-@_pool_blocks_backward.register_fake
-def _(dmeans, length, block):
-    return dmeans.new_empty((dmeans.shape[0], length, *dmeans.shape[2:]))
-
-
-def _save_pool(ctx, inputs, output) -> None:
-    x, ctx.block = inputs
-    ctx.length = x.shape[1]
-
-
-def _backward_pool(ctx, dmeans: Tensor):
-    return _pool_blocks_backward(dmeans, ctx.length, ctx.block), None
-
-
-_pool_blocks.register_autograd(_backward_pool, setup_context=_save_pool)
-stack_rows(_pool_blocks)
-stack_rows(_pool_blocks_backward)
-
-
-@torch.library.custom_op("zoo::pool_pair", mutates_args=())
-def _pool_pair(k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """`_pool_blocks` of both, in one launch."""
-    return _kernels(k).pool_pair_forward(k, v, block)
-
-
-@_pool_pair.register_fake
-def _(k, v, block):
-    shape = (k.shape[0], (k.shape[1] + 2 * block - 1) // block, *k.shape[2:])
-    return k.new_empty(shape), v.new_empty(shape)
-
-
-@torch.library.custom_op("zoo::pool_pair_backward", mutates_args=())
-def _pool_pair_backward(dk_means: Tensor, dv_means: Tensor, length: int, block: int) -> tuple[Tensor, Tensor]:
-    return _kernels(dk_means).pool_pair_backward(dk_means, dv_means, length, block)
-
-
-@_pool_pair_backward.register_fake
-def _(dk_means, dv_means, length, block):
-    shape = (dk_means.shape[0], length, *dk_means.shape[2:])
-    return dk_means.new_empty(shape), dv_means.new_empty(shape)
-
-
-def _save_pool_pair(ctx, inputs, output) -> None:
-    k, _, ctx.block = inputs
-    ctx.length = k.shape[1]
-
-
-def _backward_pool_pair(ctx, dk_means: Tensor, dv_means: Tensor):
-    return *_pool_pair_backward(dk_means, dv_means, ctx.length, ctx.block), None
-
-
-_pool_pair.register_autograd(_backward_pool_pair, setup_context=_save_pool_pair)
-stack_rows(_pool_pair)
-stack_rows(_pool_pair_backward)
 
 
 @torch.library.custom_op("zoo::compressed_attention", mutates_args=())
@@ -318,7 +206,7 @@ def _compressed_attention(
     _check_values(q, _compressed_limit(k, geometry) - 1, cu_seqlens, query_start)
     places = _compressed_places(q, k, geometry, cu_seqlens, query_start)
     with torch.autocast(q.device.type, enabled=False):
-        return _kernels(q).compressed_forward(q, k, v, places, geometry, scale)
+        return kernels(q).compressed_forward(q, k, v, places, geometry, scale)
 
 
 @_compressed_attention.register_fake
@@ -346,7 +234,7 @@ def _compressed_attention_backward(
     geometry = Geometry(block, stride, select, 0)
     places = _compressed_places(q, k, geometry, cu_seqlens, query_start)
     with torch.autocast(q.device.type, enabled=False):
-        return _kernels(q).compressed_backward(dout, dlse, q, k, v, out, lse, places, geometry, scale)
+        return kernels(q).compressed_backward(dout, dlse, q, k, v, out, lse, places, geometry, scale)
 
 
 @_compressed_attention_backward.register_fake
@@ -389,7 +277,7 @@ def _selected_attention(
     _check_values(q, k.shape[1], cu_seqlens, query_start)
     places = _places(q, block, k.shape[1], cu_seqlens, query_start)
     with torch.autocast(q.device.type, enabled=False):
-        return _kernels(q).selected_forward(q, k, v, block_index, places, block, scale)
+        return kernels(q).selected_forward(q, k, v, block_index, places, block, scale)
 
 
 @_selected_attention.register_fake
@@ -414,7 +302,7 @@ def _selected_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     places = _places(q, block, k.shape[1], cu_seqlens, query_start)
     with torch.autocast(q.device.type, enabled=False):
-        return _kernels(q).selected_backward(dout, dlse, q, k, v, out, lse, block_index, places, block, scale)
+        return kernels(q).selected_backward(dout, dlse, q, k, v, out, lse, block_index, places, block, scale)
 
 
 @_selected_attention_backward.register_fake
@@ -446,7 +334,7 @@ stack_rows(_selected_attention_backward, packed=10)
 @torch.library.custom_op("zoo::mix_branches", mutates_args=())
 def _mix_branches(gates: Tensor, compressed: Tensor | None, selected: Tensor | None, near: Tensor | None) -> Tensor:
     branches = (compressed, selected, near)
-    return _kernels(_first(branches)).mix_forward(gates, branches)
+    return kernels(_first(branches)).mix_forward(gates, branches)
 
 
 @_mix_branches.register_fake
@@ -459,7 +347,7 @@ def _(gates, compressed, selected, near):
 def _mix_branches_backward(
     dout: Tensor, gates: Tensor, compressed: Tensor | None, selected: Tensor | None, near: Tensor | None
 ) -> list[Tensor]:
-    return _kernels(dout).mix_backward(dout, gates, (compressed, selected, near))
+    return kernels(dout).mix_backward(dout, gates, (compressed, selected, near))
 
 
 @_mix_branches_backward.register_fake
@@ -502,7 +390,7 @@ def _selected_mix(
     _check_values(q, k.shape[1], cu_seqlens, query_start)
     places = _places(q, block, k.shape[1], cu_seqlens, query_start)
     with torch.autocast(q.device.type, enabled=False):
-        return _kernels(q).selected_mix_forward(
+        return kernels(q).selected_mix_forward(
             q, k, v, block_index, gates, compressed, near, places, block, scale, keep
         )
 
@@ -537,10 +425,6 @@ stack_rows(_selected_mix, packed=9)
 
 def _first(branches: tuple[Tensor | None, ...]) -> Tensor:
     return next(x for x in branches if x is not None)
-
-
-def _kernels(q: Tensor) -> Any:
-    return backend.choose("nsa", q.device, q.dtype, q.shape[3])
 
 
 def _compressed_places(
