@@ -50,9 +50,7 @@ def kernels_run():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
 def test_attention_inputs_are_no_further_from_float64_than_their_steps(case, dtype):
-    """Narrow products are sums of pieces, and the gradients of their weights come from gradients that were rounded.
-    Gradients are products of other shapes than the steps', which cuBLAS splits and rounds as it likes: for them
-    FlashAttention's rule, twice the steps' error."""
+    """Narrow products are sums of pieces, and the gradients of their weights come from gradients that were rounded."""
     tensors = input_tensors(case, dtype, "cuda")
     found = [
         input_results(f, case, tensors, kind)
@@ -66,8 +64,7 @@ def test_attention_inputs_are_no_further_from_float64_than_their_steps(case, dty
     for name, ours, theirs, exact in zip(names, *found, strict=True):
         errors = relative_error(ours, exact), relative_error(theirs, exact)
         allowed = {"pre": 2**-15, "gradient of gates": rounding, "gradient of keep": rounding}.get(name, 0.0)
-        times = 2 if name.startswith("gradient") else 1.05
-        assert errors[0] <= max(times * errors[1] + 3e-6, allowed), (name, errors)
+        assert errors[0] <= max(1.05 * errors[1] + 3e-6, allowed), (name, errors)
     again = input_results(attention_inputs, case, tensors)
     assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
 
@@ -86,8 +83,7 @@ def test_a_weights_gradient_is_not_rounded_under_autocast():
 
 @pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
 def test_an_mlp_in_pieces_is_no_further_from_float64_than_in_one(gated, monkeypatch):
-    """Under autocast, by FlashAttention's rule: products of a piece have another shape than the whole's. And never more
-    of its inner activations than a piece's."""
+    """Under autocast; and never more of its inner activations than a piece's."""
     # a product of few rows is split along K, and torch lets cuBLAS round the partial sums to bfloat16
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
     generator = torch.Generator("cuda").manual_seed(0)
@@ -110,7 +106,7 @@ def test_an_mlp_in_pieces_is_no_further_from_float64_than_in_one(gated, monkeypa
         found.append([y.detach(), *torch.autograd.grad(y, own, dy.to(y.dtype))])
         peaks.append(torch.cuda.max_memory_allocated() - before)
     for ours, theirs, exact in zip(*found, strict=True):
-        assert relative_error(ours, exact) <= 2 * relative_error(theirs, exact) + 1e-6
+        assert relative_error(ours, exact) <= 1.05 * relative_error(theirs, exact) + 1e-6
     assert peaks[0] < peaks[1] / 2
 
 
