@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from zoo.registry import nearest
+
 EXAMPLES = """examples:
   zoo doctor                                        what this machine will run, and why
   zoo list "text_*"                                 names of model sizes
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, commands = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0][:1] != "-" and words[0] not in commands:
-        parser.error(f"{words[0]!r} is no command{did_you_mean(words[0], commands)}")
+        parser.error(f"{words[0]!r} is no command{nearest(words[0], commands)}")
     args, rest = parser.parse_known_args(words)
     if rest and not (hasattr(args, "override") and all("=" in word and word[0] != "-" for word in rest)):
         commands[args.command].error(unrecognized(args.command, rest, commands[args.command]))
@@ -66,14 +68,9 @@ MEANT = {  # words that newcomers try, and what they are here
 def unrecognized(command: str, rest: Sequence[str], parser: argparse.ArgumentParser) -> str:
     options = [option for action in parser._actions for option in action.option_strings]
     first = next((word.partition("=")[0] for word in rest if word.startswith("-")), rest[0])
-    meant = MEANT.get(command, {}).get(first)
-    hint = f"; did you mean {meant!r}?" if meant else did_you_mean(first, options)
-    return f"unrecognized arguments: {' '.join(rest)}{hint}"
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    known = MEANT.get(command, {})
+    meant = [known[first]] if first in known else difflib.get_close_matches(first, options, n=1)
+    return f"unrecognized arguments: {' '.join(rest)}" + (f"; did you mean {meant[0]!r}?" if meant else "")
 
 
 def is_users_to_mend(error: Exception) -> bool:
@@ -126,10 +123,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     suite.add_argument("--only", action="append", default=[], metavar="PATTERN", help="cells whose name fits")
     suite.add_argument("--dry-run", action="store_true", help="say what is missing, and do nothing")
     evaluate.add_argument(
-        "override",
-        nargs="*",
-        default=[],
-        help="fields of the recipe to change, such as task.stride=64 or train.precision=fp32",
+        "override", nargs="*", default=[], help="fields of the recipe to change, such as task.stride=64"
     )
     evaluate.set_defaults(run=run_evaluate)
 
@@ -263,8 +257,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if not Path(args.what).is_dir() and (args.what in list_suites() or args.what.endswith((".yaml", ".yml"))):
         return run_suite(args)
     if not Path(args.what).exists() and "/" not in args.what:
-        from zoo.registry import nearest
-
         if is_model(args.what):
             raise ValueError(f"{args.what} is a model: for its published weights add --pretrained")
         raise FileNotFoundError(f"{args.what} is no run folder and no suite{nearest(args.what, list_suites())}")
