@@ -11,7 +11,17 @@ from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
 from tests.ops.run_nsa import run, spans
 from zoo import ops
-from zoo.kernels import nsa_compressed, nsa_inverse, nsa_mix, nsa_near, nsa_pool, nsa_runs, nsa_selected
+from zoo.kernels import (
+    nsa_compressed,
+    nsa_count,
+    nsa_inverse,
+    nsa_mix,
+    nsa_near,
+    nsa_places,
+    nsa_pool,
+    nsa_runs,
+    nsa_selected,
+)
 from zoo.ops import backend, nsa, reference_nsa
 
 repair()
@@ -28,6 +38,11 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(nsa_selected, "choose_tile", lambda kernel, q: tiles[kernel])
     monkeypatch.setattr(nsa_inverse, "ITEM_ROWS", {"partial": 24, "grads": 40})
     monkeypatch.setattr(nsa_inverse, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(nsa_inverse, "LISTED", 16)
+    for module in (nsa_count, nsa_inverse, nsa_runs):
+        monkeypatch.setattr(module, "SUMMED", 32)
+    monkeypatch.setattr(nsa_count, "SLOTS", 8)
+    monkeypatch.setattr(nsa_count, "TOKENS", 4)
     monkeypatch.setattr(nsa_selected, "FEW_PAIRS", 0)
     monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", 1 << 30)
 
@@ -148,10 +163,29 @@ def test_ragged_rows_equal_the_reference():
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize(
+    ("batch", "length", "cu_seqlens", "start"),
+    [(3, 7, None, None), (3, 7, None, (0, 2, 9)), (1, 61, (0, 0, 3, 25, 26, 61, 61), None), (1, 9, (0, 9), None)],
+)
+def test_places_equal_the_reference(batch, length, cu_seqlens, start, monkeypatch):
+    monkeypatch.setattr(nsa_places, "TOKENS", 8)
+    poison_new_tensors(monkeypatch)
+    packed, start = (None if x is None else torch.tensor(x, dtype=torch.int32) for x in (cu_seqlens, start))
+    arguments = (torch.zeros(batch, length, 2, 8), 4, 12, packed, start)
+    for actual, expected in zip(nsa_places.locate(*arguments), reference_nsa.locate(*arguments), strict=True):
+        assert actual.is_contiguous()
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("cu_seqlens", [None, (0, 0, 3, 25, 26, 61)])
 @pytest.mark.parametrize("kernel", ["partial", "grads"])
-def test_the_inverse_index_is_a_stable_sort(kernel, cu_seqlens):
+@pytest.mark.parametrize("way", ["counted", "short keys", "long keys"])
+def test_the_inverse_index_is_a_stable_sort(way, kernel, cu_seqlens, monkeypatch):
     """By (row, head, chunk of tokens, block); the items cover every pair once, in order, each of one block."""
+    poison_new_tensors(monkeypatch)
+    if way != "counted":
+        monkeypatch.setattr(nsa_count, "MOST_SLOTS", 0)
+        monkeypatch.setattr(nsa_inverse, "SHORT_KEYS", 1 << 16 if way == "short keys" else 0)
     generator = torch.Generator().manual_seed(0)
     batch, length, heads, top, block = (1 if cu_seqlens else 2), 61, 2, 5, 4
     packed = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32)
@@ -164,6 +198,7 @@ def test_the_inverse_index_is_a_stable_sort(kernel, cu_seqlens):
     index[torch.rand(index.shape, generator=generator) < 0.1] = -1
     (piece,) = nsa_inverse.pieces(q, k, index, places, block)
     items = nsa_inverse.inverse(piece, kernel)
+    assert nsa_count.takes(piece, items.blocks) == (way == "counted")
 
     wanted = (index >= 0) & (index <= own)
     if kernel == "partial":
@@ -366,6 +401,12 @@ def test_means_of_blocks_equal_the_reference(length, block, monkeypatch):
     dmeans = torch.randn(2, 3, means.shape[1], 12, generator=generator).transpose(1, 2)
     dx = nsa_pool.pool_backward(dmeans, length, block)
     torch.testing.assert_close(dx, reference_nsa.pool_backward(dmeans, length, block))
+    for other in (x.flip(1).transpose(0, 1).contiguous().transpose(0, 1), torch.randn_like(x)):  # alike, and not
+        found = nsa_pool.pool_pair_forward(x, other, block)
+        torch.testing.assert_close(found, reference_nsa.pool_pair_forward(x, other, block))
+    for other in (2 * dmeans, dmeans.contiguous() - 1):
+        found = nsa_pool.pool_pair_backward(dmeans, other, length, block)
+        torch.testing.assert_close(found, reference_nsa.pool_pair_backward(dmeans, other, length, block))
 
 
 @pytest.mark.parametrize("there", [(0, 1, 2), (0, 1), (2,)])
@@ -382,6 +423,29 @@ def test_the_sum_of_branches_equals_the_reference(dtype, there, monkeypatch):
     torch.testing.assert_close(nsa_mix.mix_forward(gates, branches), expected, **tolerance)
     grads, truth = (f.mix_backward(dout, gates, branches) for f in (nsa_mix, reference_nsa))
     torch.testing.assert_close(grads, truth, **tolerance)
+
+
+@pytest.mark.parametrize("scratch", [1 << 30, 1 << 12])
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_sum_where_the_selected_branch_is_merged_equals_the_sum_of_branches(keep, scratch, monkeypatch):
+    """Bit for bit: the roundings are the same. Pieces of tokens and of heads too."""
+    monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", scratch)
+    poison_new_tensors(monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    x = NSACase("mix", 37, group=2, kv_heads=3, dim=12).tensors(torch.float16)
+    index = torch.rand(1, 37, 3, 10, generator=generator).argsort(-1)[..., :4].int()
+    gates = torch.rand(1, 37, 6, 3, generator=generator)
+    compressed, window = (torch.randn(x["q"].shape, generator=generator).half() for _ in range(2))
+    places = nsa._places(x["q"], 4, 37, None, None)
+    selected, lse = nsa_selected.selected_forward(x["q"], x["k"], x["v"], index, places, 4, 0.3)
+    expected = nsa_mix.mix_forward(gates, (compressed, selected, window))
+    arguments = (x["q"], x["k"], x["v"], index, gates, compressed, window, places, 4, 0.3, keep)
+    mixed, kept, again = nsa_selected.selected_mix_forward(*arguments)
+    assert torch.equal(mixed, expected)
+    assert torch.equal(again, lse)
+    assert torch.equal(kept, selected if keep else selected[:, :0])
+    reference = reference_nsa.selected_mix_forward(*arguments)
+    torch.testing.assert_close((mixed, kept, again), reference, rtol=5e-3, atol=5e-3)
 
 
 def test_float16():

@@ -9,7 +9,17 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zoo.kernels import nsa_compressed, nsa_inverse, nsa_mix, nsa_near, nsa_pool, nsa_runs, nsa_selected
+from zoo.kernels import (
+    nsa_compressed,
+    nsa_count,
+    nsa_inverse,
+    nsa_mix,
+    nsa_near,
+    nsa_places,
+    nsa_pool,
+    nsa_runs,
+    nsa_selected,
+)
 from zoo.kernels.tiles import SHARED_BYTES
 
 CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90}
@@ -19,6 +29,7 @@ WIDE = {
 INDEX = {
     "place_ptr", "first_ptr", "index_ptr", "begin_ptr", "end_ptr", "bounds_ptr", "block_ptr", "first_key_ptr",
     "first_block_ptr", "key_ptr", "room_ptr", "item_ptr", "query_ptr", "number_ptr",
+    "cu_ptr", "start_ptr",
 }  # fmt: skip
 
 
@@ -138,18 +149,26 @@ def test_the_small_kernels_compile():
     for far in (True, False):
         keys = {"G": 4, "TOP": 16, "BLOCK": 64, "FAR": far, "BLOCK_P": nsa_inverse.KEYS}
         build(nsa_inverse._keys, "sm90", "bf16", keys, 4, 3)
+        counted = {"G": 4, "TOP": 16, "BLOCK": 64, "FAR": far, "BLOCK_TOP": 16, "TOKENS": 64, "SLOTS": 32}
+        build(nsa_count._count, "sm90", "bf16", counted, 16, 3)
+        build(nsa_count._place, "sm90", "bf16", counted | {"SUMMED": nsa_count.SUMMED}, 16, 3)
     for tokens, padded, each in ((12, 16, 16), (192, 256, 1)):
         walk = {"G": 4, "TOP": 16, "BLOCK": 64, "BLOCK_TOP": 16, "TOKENS": tokens, "BLOCK_T": padded, "EACH": each}
         build(nsa_near._walks, "sm90", "bf16", walk | {"WALK": nsa_near.WALK}, 4, 3)
-    counted = {"BLOCK_N": nsa_runs.COUNTED}
-    build(nsa_runs._touched, "sm90", "bf16", counted, 4, 3)
-    build(nsa_runs._cut, "sm90", "bf16", counted | {"G": 4, "TOP": 16, "BLOCK": 64, "ITEM": nsa_runs.ITEM}, 4, 3)
+    for absent in ("cu_ptr", "start_ptr"):
+        build(nsa_places._locate, "sm90", "bf16", {absent: None, "SELECT": 64, "BLOCK_N": nsa_places.TOKENS}, 4, 3)
+    summed = {"SUMMED": nsa_inverse.SUMMED}
+    build(nsa_inverse._list, "sm90", "bf16", summed | {"BLOCK_N": nsa_inverse.LISTED}, 4, 3)
+    cut = {"BLOCK_N": nsa_runs.COUNTED, "G": 4, "TOP": 16, "BLOCK": 64, "ITEM": nsa_runs.ITEM}
+    build(nsa_runs._cut, "sm90", "bf16", summed | cut, 4, 3)
     for tile in (None, (16, 4, 2)):
         build_selected("partial", "sm90", 128, tile=tile, single=True)
     sizes = {"G": 4, "TOP": 16, "GROUP": 16, "D": 128, "BLOCK_D": 128, "BLOCK": 64}
     rows = sizes | {"BLOCK_TOP": 16, "BLOCK_R": 8}
+    alone = dict.fromkeys(("gates_ptr", "compressed_ptr", "window_ptr", "mixed_ptr"))
     for near in (True, False):
-        build(nsa_selected._merge, "sm90", "bf16", rows | {"NEAR": near}, 4, 3, {"lse_ptr"})
+        for mix in (alone | {"KEEP": True}, {"KEEP": True}, {"KEEP": False}):
+            build(nsa_selected._merge, "sm90", "bf16", rows | mix | {"NEAR": near}, 4, 3, {"lse_ptr"})
     build(nsa_selected._sum_pairs, "sm90", "bf16", rows, 4, 3)
     build(nsa_selected._sum_items, "sm90", "bf16", sizes | {"BLOCK_K": 64}, 4, 3, {"dk_ptr", "dv_ptr"})
     for absent in (["third"], []):
@@ -162,3 +181,7 @@ def test_the_small_kernels_compile():
         pool = {"H": heads, "D": 128, "BLOCK": 64, "BLOCK_R": nsa_pool.ROWS, "BLOCK_W": nsa_pool.WIDTH}
         build(nsa_pool._pool, "sm90", "bf16", pool, 4, 3)
         build(nsa_pool._pool_backward, "sm90", "bf16", pool, 4, 3)
+        alone = dict.fromkeys(("other_x_ptr", "other_means_ptr"))
+        build(nsa_pool._pool, "sm90", "bf16", pool | alone, 4, 3)
+        alone = dict.fromkeys(("other_dmeans_ptr", "other_dx_ptr"))
+        build(nsa_pool._pool_backward, "sm90", "bf16", pool | alone, 4, 3)

@@ -7,7 +7,7 @@ from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase, nsa_loops
 from tests.ops.run_nsa import run
 from zoo import ops
-from zoo.ops import nsa, reference_nsa
+from zoo.ops import nsa, nsa_blocks, reference_nsa
 
 
 @pytest.fixture(autouse=True)
@@ -277,11 +277,34 @@ def test_operators_pass_torchs_own_checks():
     means = [ops.pool_blocks(y, 4).detach().requires_grad_() for y in (k, v)]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(nsa._compressed_attention, (q, *means, 4, 4, 4, 4, False, 0.3, None, None), test_utils=tests)
+    torch.library.opcheck(nsa_blocks.pool_pair, (k, v, 4), test_utils=tests)
     index = torch.zeros(1, 20, 1, 4, dtype=torch.int32) - 1
     index[..., 0] = 0
     torch.library.opcheck(nsa._selected_attention, (q, k, v, index, 4, 0.3, None, None), test_utils=tests)
     gates = x["branch_gates"].requires_grad_()
     torch.library.opcheck(nsa._mix_branches, (gates, q, None, q.detach() * 2), test_utils=tests)
+    branches = (gates, q.detach() * 2, (q.detach() * 3).requires_grad_())
+    torch.library.opcheck(nsa._selected_mix, (q, k, v, index, *branches, 4, 0.3, None, None, True), test_utils=tests)
+    constants = [y.detach() for y in (q, k, v, index, *branches)]
+    torch.library.opcheck(nsa._selected_mix, (*constants, 4, 0.3, None, None, False), test_utils=tests)
+
+
+def test_the_whole_is_the_sum_of_its_branches_with_or_without_gradients():
+    case = NSACase("composed", 40, group=2, kv_heads=2)
+    x = case.tensors()
+    leaves = [x[name].requires_grad_() for name in ("q", "k", "v", "branch_gates", "log_decay")]
+    q, k, v, gates, log_decay = leaves
+    out = ops.nsa_attention(*leaves, **case.options)
+    block, top, window = (case.options[name] for name in ("block", "top", "window"))
+    assert not ops.runs_dense(40, block, top)
+    gist, _, index = ops.compressed_attention(q, *(ops.pool_blocks(y, block) for y in (k, v)), block=block, top=top)
+    detail = ops.selected_attention(q, k, v, index, block=block)
+    expected = ops.mix_branches(gates, gist, detail, ops.window_attention(q, k, v, log_decay, window=window))
+    torch.testing.assert_close(out, expected)
+    grads, truth = (torch.autograd.grad((y * x["dout"]).sum(), leaves) for y in (out, expected))
+    torch.testing.assert_close(grads, truth)
+    with torch.no_grad():
+        assert torch.equal(ops.nsa_attention(*leaves, **case.options), out)
 
 
 def test_compiles_without_a_break_and_for_other_lengths():

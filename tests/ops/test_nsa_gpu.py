@@ -16,8 +16,8 @@ from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
 from tests.ops.run_nsa import run, selected_with_tile, spans
 from zoo import ops
-from zoo.kernels import nsa_inverse
-from zoo.ops import backend, nsa, reference_nsa
+from zoo.kernels import nsa_count, nsa_inverse, nsa_runs
+from zoo.ops import backend, nsa, nsa_blocks, reference_nsa
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -102,6 +102,19 @@ def test_means_of_blocks_equal_float64(length, heads, dim, dtype, limit):
     assert relative_error(dx, reference_nsa.pool_backward(dmeans.double(), length, 64)) <= limit
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_means_of_two_are_those_of_each(alike):
+    torch.manual_seed(0)
+    wide = torch.randn(2, 4097, 2, 4, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = (
+        x.detach().requires_grad_() for x in (wide[:, :, 0], wide[:, :, 1] if alike else wide[:, :, 1].contiguous())
+    )
+    pair, each = nsa_blocks.pool_pair(k, v, 64), (ops.pool_blocks(k, 64), ops.pool_blocks(v, 64))
+    douts = [torch.randn_like(each[0]) for _ in range(2)]
+    grads, truth = (torch.autograd.grad(means, (k, v), douts) for means in (pair, each))
+    assert all(torch.equal(a, b) for a, b in zip((*pair, *grads), (*each, *truth), strict=True))
+
+
 @pytest.mark.parametrize("block", [32, 64])
 def test_the_printed_importance_equals_the_reference(block):
     q, k, _, _, _, _, packed = inputs((1100, 4, 2, 64, block, 16, 64, 6, (0, 40, 41, 1100)), torch.float32)
@@ -154,9 +167,13 @@ INVERSES = [  # rows, tokens, kv heads, block, top, documents
 ]
 
 
+@pytest.mark.parametrize("way", ["counted", "short keys", "long keys"])
 @pytest.mark.parametrize("kernel", ["partial", "grads"])
 @pytest.mark.parametrize("shape", INVERSES, ids=str)
-def test_the_inverse_index_is_a_stable_sort(shape, kernel):
+def test_the_inverse_index_is_a_stable_sort(shape, kernel, way, monkeypatch):
+    if way != "counted":
+        monkeypatch.setattr(nsa_count, "MOST_SLOTS", 0)
+        monkeypatch.setattr(nsa_inverse, "SHORT_KEYS", 1 << 16 if way == "short keys" else 0)
     batch, tokens, heads, block, top, documents = shape
     torch.manual_seed(0)
     packed = None if documents is None else torch.tensor(documents, dtype=torch.int32, device="cuda")
@@ -170,6 +187,7 @@ def test_the_inverse_index_is_a_stable_sort(shape, kernel):
         wanted &= (index != 0) & (index != own) & (index != own - 1)
     for _ in range(5):
         items = nsa_inverse.inverse(piece, kernel)
+        assert nsa_count.takes(piece, items.blocks) == (way == "counted")
         chunk = max(nsa_inverse.CHUNK_TOKENS, math.ceil(tokens / nsa_inverse.CHUNKS[kernel]))
         head = torch.arange(batch * heads, device="cuda").view(batch, 1, heads, 1)
         key = (head * items.chunks + torch.arange(tokens, device="cuda").view(1, -1, 1, 1) // chunk) * piece.slots
@@ -182,6 +200,72 @@ def test_the_inverse_index_is_a_stable_sort(shape, kernel):
         assert torch.equal(first[1:], last[:-1])
         assert torch.equal(ordered[first], of)
         assert torch.equal(ordered[last - 1], of)
+
+
+@pytest.mark.parametrize("programs", [132, 7])
+@pytest.mark.parametrize("way", ["counted", "short keys", "long keys"])
+@pytest.mark.parametrize("shape", [*INVERSES, (1, 100, 2, 64, 3, None)], ids=str)
+def test_runs_are_equal_shares_of_the_pairs(shape, way, programs, monkeypatch):
+    """Their items are each of one block, and follow one another through all pairs."""
+    if way != "counted":
+        monkeypatch.setattr(nsa_count, "MOST_SLOTS", 0)
+        monkeypatch.setattr(nsa_inverse, "SHORT_KEYS", 1 << 16 if way == "short keys" else 0)
+    batch, tokens, heads, block, top, documents = shape
+    torch.manual_seed(0)
+    packed = None if documents is None else torch.tensor(documents, dtype=torch.int32, device="cuda")
+    q, k = (torch.empty(batch, tokens, heads, 16, device="cuda", dtype=torch.bfloat16) for _ in "qk")
+    places = nsa._places(q, block, tokens, packed, None)
+    index = torch.rand(batch, tokens, heads, -(-tokens // block) + top, device="cuda").topk(top).indices.int()
+    (piece,) = nsa_inverse.pieces(q, k, index, places, block)
+    pairs = nsa_inverse.sorted_pairs(piece, "partial")
+    table = nsa_runs.runs(piece, pairs, programs)
+    begin, total = table.begin.long(), int(pairs.bounds[-1])
+    each = max(1, math.ceil(total / table.count))
+    first, last, row, head, key0 = table.item[: int(begin[-1])].long().unbind(1)
+    assert int((last - first).sum()) == total
+    assert torch.equal(first[1:], last[:-1])
+    starts = torch.arange(table.count, device="cuda") * each
+    starts = starts[starts < total]
+    assert torch.equal(first[begin[: len(starts)]], starts)
+    assert (begin[len(starts) :] == len(first)).all()
+    for at in (first, last - 1):  # both ends lie in the item's block
+        pair = pairs.order[at]
+        token = pair // (heads * top)
+        chosen = index.flatten()[pair]
+        assert torch.equal(token // tokens, row)
+        assert torch.equal(pair // top % heads, head)
+        assert torch.equal(places.first_key.flatten()[token] + chosen * block, key0)
+
+
+@pytest.mark.parametrize("rows", [(3, 700, None, (0, 1, 5000)), (1, 9000, (0, 0, 1, 5000, 9000, 9000), None)], ids=str)
+def test_places_equal_the_reference(rows):
+    batch, tokens, documents, start = rows
+    packed, start = (
+        None if x is None else torch.tensor(x, dtype=torch.int32, device="cuda") for x in (documents, start)
+    )
+    q = torch.empty(batch, tokens, 2, 64, device="cuda", dtype=torch.bfloat16)
+    found = backend.choose("nsa", q.device, q.dtype, 64).locate(q, 64, 5200, packed, start)
+    for actual, expected in zip(found, reference_nsa.locate(q, 64, 5200, packed, start), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[4], SHAPES[8]], ids=str)
+def test_the_sum_where_the_selected_branch_is_merged_equals_the_sum_of_branches(shape, keep):
+    tokens, group, kv_heads, dim, _, _, block, top, _ = shape
+    q, k, v, _, _, window, packed = inputs(shape, torch.bfloat16)
+    gates, compressed = torch.rand(*q.shape[:3], 3, device="cuda"), torch.randn_like(q)
+    places = nsa._places(q, block, tokens, packed, None)
+    index = torch.rand(1, tokens, kv_heads, -(-tokens // block), device="cuda").topk(top).indices.int()
+    kernels = backend.choose("nsa", q.device, q.dtype, dim)
+    selected, lse = kernels.selected_forward(q, k, v, index, places, block, 0.1)
+    expected = kernels.mix_forward(gates, (compressed, selected, window))
+    mixed, kept, again = kernels.selected_mix_forward(
+        q, k, v, index, gates, compressed, window, places, block, 0.1, keep
+    )
+    assert torch.equal(mixed, expected)
+    assert torch.equal(again, lse)
+    assert torch.equal(kept, selected if keep else selected[:, :0])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

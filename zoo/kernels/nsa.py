@@ -1,9 +1,9 @@
 """Native Sparse Attention in Triton: compressed attention with the choice of blocks, and attention over chosen blocks.
 
-The kernels are in nsa_pool.py, nsa_compressed.py, nsa_selected.py, nsa_near.py, nsa_inverse.py, nsa_runs.py and
-nsa_mix.py; this module is the back end that `zoo.ops.nsa` loads, and says what bounds them. Figures are estimates that
-the design follows, not measurements: one H200 (790 TFLOP/s dense bf16, 4.8 TB/s memory), B1, T 65536, 64 query heads,
-4 key/value heads, D 128, block 64, top 16.
+The kernels are in nsa_pool.py, nsa_compressed.py, nsa_selected.py, nsa_near.py, nsa_inverse.py, nsa_count.py,
+nsa_runs.py, nsa_places.py and nsa_mix.py; this module is the back end that `zoo.ops.nsa` loads, and says what bounds
+them. Figures are estimates that the design follows, not measurements: one H200 (790 TFLOP/s dense bf16, 4.8 TB/s
+memory), B1, T 65536, 64 query heads, 4 key/value heads, D 128, block 64, top 16.
 
 Compressed branch: 2.1e9 visible pairs. Forward three products (scores twice: the probabilities that the choice needs
 are known only once the normaliser is), 1.65 TFLOP; backward seven, 3.8 TFLOP. Tensor cores bound it. Rows of a tile are
@@ -29,23 +29,28 @@ what memory has to move is the partial rows, written once and read once, by prog
 as they have registers for. An item's next query rows are gathered while its present ones are computed with.
 
 The price is scratch memory for the partial rows, SCRATCH_BYTES at a time: the call is cut into runs of heads and
-tokens. The inverse index is a stable radix sort (torch's) of the pairs' blocks: no atomics anywhere, the same inputs
-give the same bits. A call with few queries (decoding) skips the index: one program per (token, block) pair, then the
-same merge.
+tokens. The inverse index is a counting sort of the pairs' blocks, or a stable radix sort (torch's) where there are
+many: no atomics anywhere, the same inputs give the same bits. A call with few queries (decoding) skips the index: one
+program per (token, block) pair, then the same merge.
 """
 
 from zoo.kernels.nsa_compressed import compressed_backward, compressed_forward
 from zoo.kernels.nsa_mix import mix_backward, mix_forward
-from zoo.kernels.nsa_pool import pool_backward, pool_forward
-from zoo.kernels.nsa_selected import selected_backward, selected_forward
+from zoo.kernels.nsa_places import locate
+from zoo.kernels.nsa_pool import pool_backward, pool_forward, pool_pair_backward, pool_pair_forward
+from zoo.kernels.nsa_selected import selected_backward, selected_forward, selected_mix_forward
 
 __all__ = [
     "compressed_backward",
     "compressed_forward",
+    "locate",
     "mix_backward",
     "mix_forward",
     "pool_backward",
     "pool_forward",
+    "pool_pair_backward",
+    "pool_pair_forward",
     "selected_backward",
     "selected_forward",
+    "selected_mix_forward",
 ]

@@ -1,8 +1,8 @@
 """From the queries' blocks to the blocks' queries: the index that zoo/kernels/nsa_selected.py walks.
 
     pieces   a call cut so that its scratch fits
-    inverse  a piece's pairs sorted by block (torch's stable radix sort of the keys that _keys writes), cut into items;
-             nsa_runs.py cuts them in another way
+    inverse  a piece's pairs sorted by block (nsa_count.py, or torch's stable radix sort of the keys that _keys writes),
+             cut into items by _list; nsa_runs.py cuts them in another way
 
 A pair is a (row, token, kv head, place in block_index), numbered in that order. An item is at most so many pairs of one
 block, of tokens of one chunk: items run chunk by chunk, so that the query rows that they gather are still in L2.
@@ -17,12 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels import nsa_count
+from zoo.kernels.nsa_count import is_wanted
+
 SCRATCH_BYTES = 5 << 30  # for partial rows; above it a call runs in several pieces
 ITEM_ROWS = {"partial": 4096, "grads": 8192}  # of an item at most: its block is read once for all of them
-CHUNKS = {"partial": 16, "grads": 4}  # of a piece's tokens at most
+CHUNKS = {"partial": 15, "grads": 4}  # of a piece's tokens at most; 15: 65,536 tokens with 4 kv heads have short keys
+SHORT_KEYS = 1 << 16  # blocks and a place for what is none, in 16 bits: half the passes of a sort
 CHUNK_TOKENS = 256  # at least
 KEYS = 1024  # of a program
-INTEGERS = ["pairs", "chunk", "chunks", "T", "slots", "blocks"]
+LISTED = 1024  # blocks of a program
+SUMMED = 4096  # of those before them, at once
+INTEGERS = ["pairs", "chunk", "chunks", "T", "slots", "blocks", "lowest"]
 
 
 @dataclass
@@ -122,39 +128,79 @@ def sorted_pairs(piece: Piece, kernel: str) -> Sorted:
     chunk = max(CHUNK_TOKENS, triton.cdiv(length, CHUNKS[kernel]))
     chunks = triton.cdiv(length, chunk)
     blocks = batch * kv_heads * chunks * piece.slots
-    key = piece.index.new_empty(piece.pairs, dtype=torch.int16 if blocks < 1 << 15 else torch.int32)
+    if nsa_count.takes(piece, blocks):
+        order, bounds = nsa_count.ordered_pairs(piece, chunk, chunks, blocks, kernel == "partial")
+        return Sorted(order, bounds, blocks, chunks, piece.slots)
+    short = blocks < SHORT_KEYS
+    key, lowest = piece.index.new_empty(piece.pairs, dtype=torch.int16 if short else torch.int32), -(1 << 15) * short
     _keys[triton.cdiv(piece.pairs, KEYS),](
         piece.index, piece.place, piece.first_block, key, piece.pairs, chunk, chunks, length, piece.slots, blocks,
-        G=kv_heads, TOP=top, BLOCK=piece.block, FAR=kernel == "partial", BLOCK_P=KEYS, num_warps=4,
+        lowest, G=kv_heads, TOP=top, BLOCK=piece.block, FAR=kernel == "partial", BLOCK_P=KEYS, num_warps=4,
     )  # fmt: skip
     key, order = torch.sort(key, stable=True)
-    bounds = torch.searchsorted(key, torch.arange(blocks + 1, dtype=key.dtype, device=key.device), out_int32=True)
+    block = torch.arange(lowest, lowest + blocks + 1, dtype=key.dtype, device=key.device)
+    bounds = torch.searchsorted(key, block, out_int32=True)
     return Sorted(order, bounds, blocks, chunks, piece.slots)
 
 
 def inverse(piece: Piece, kernel: str) -> Items:
     pairs = sorted_pairs(piece, kernel)
-    blocks, bounds, each = pairs.blocks, pairs.bounds, max(1, ITEM_ROWS[kernel] // piece.group)
-    begin = bounds.new_zeros(blocks + 1)
-    number = torch.div(bounds.diff() + (each - 1), each, rounding_mode="floor")
-    torch.cumsum(number, 0, dtype=torch.int32, out=begin[1:])
+    blocks, each = pairs.blocks, max(1, ITEM_ROWS[kernel] // piece.group)
     count = min(blocks, piece.pairs) + piece.pairs // each  # at least the items there are
-    item = torch.arange(count, device=bounds.device, dtype=torch.int32)
-    block = torch.searchsorted(begin[1:], item, right=True, out_int32=True)
-    return Items(pairs.order, bounds, blocks, pairs.chunks, pairs.slots, begin, block, each, count)
+    begin, block = pairs.bounds.new_empty(blocks + 1), pairs.bounds.new_empty(count)
+    _list[triton.cdiv(blocks, LISTED),](
+        pairs.bounds, begin, block, each, blocks, count, BLOCK_N=LISTED, SUMMED=SUMMED, num_warps=4
+    )
+    return Items(pairs.order, pairs.bounds, blocks, pairs.chunks, pairs.slots, begin, block, each, count)
 
 
 # --------------------------------------------------------------------------------------------------------- the kernels
 
 
 @triton.jit
-def is_wanted(chosen, own, FAR: tl.constexpr):
-    """Whether it is a block that the query sees, with FAR other than the first, the previous and the own one."""
-    if FAR:
-        wanted = (chosen > 0) & (chosen < own - 1)
+def pieces_of(begin, end, each, RUNS: tl.constexpr):
+    """Into how many items a block's pairs [begin, end) are cut: `each` pairs from its first on, or with RUNS at the
+    multiples of `each`."""
+    if RUNS:
+        number = tl.where(begin < end, (end - 1) // each - begin // each + 1, 0)
     else:
-        wanted = (chosen >= 0) & (chosen <= own)
-    return wanted
+        number = tl.cdiv(end - begin, each)
+    return number
+
+
+@triton.jit
+def items_before(bounds_ptr, block0, each, RUNS: tl.constexpr, SUMMED: tl.constexpr):
+    """Of the blocks before block0. Every program adds them up for itself: a launch less than a scan."""
+    sums = tl.zeros([SUMMED], tl.int32)
+    for other0 in range(0, block0, SUMMED):
+        other = other0 + tl.arange(0, SUMMED)
+        begin = tl.load(bounds_ptr + other, mask=other < block0, other=0)
+        end = tl.load(bounds_ptr + other + 1, mask=other < block0, other=0)
+        sums += pieces_of(begin, end, each, RUNS)
+    return tl.sum(sums, 0)
+
+
+@triton.jit(do_not_specialize=["each", "blocks", "count"])
+def _list(
+    bounds_ptr, begin_ptr, block_ptr, each, blocks, count, BLOCK_N: tl.constexpr, SUMMED: tl.constexpr
+):  # fmt: skip
+    """Where each block's items begin, and each item's block."""
+    block0 = tl.program_id(0) * BLOCK_N
+    block = block0 + tl.arange(0, BLOCK_N)
+    there = block < blocks
+    begin = tl.load(bounds_ptr + block, mask=there, other=0)
+    number = pieces_of(begin, tl.load(bounds_ptr + block + 1, mask=there, other=0), each, False)
+    last = items_before(bounds_ptr, block0, each, False, SUMMED) + tl.cumsum(number, 0)
+    first = last - number
+    tl.store(begin_ptr + block, first, mask=there)
+    for i in range(0, tl.max(number, 0)):
+        tl.store(block_ptr + first + i, block, mask=i < number)
+    if block0 + BLOCK_N >= blocks:
+        items = tl.max(last, 0)
+        tl.store(begin_ptr + blocks, items)
+        for item0 in range(items, count, BLOCK_N):
+            item = item0 + tl.arange(0, BLOCK_N)
+            tl.store(block_ptr + item, tl.zeros([BLOCK_N], tl.int32) + blocks, mask=item < count)
 
 
 @triton.jit
@@ -180,10 +226,10 @@ def item_of(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _keys(
-    index_ptr, place_ptr, first_block_ptr, key_ptr, pairs, chunk, chunks, T, slots, blocks,
+    index_ptr, place_ptr, first_block_ptr, key_ptr, pairs, chunk, chunks, T, slots, blocks, lowest,
     G: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr, FAR: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The block of each pair; `blocks`, which sorts last, for a pair that is none."""
+    """The block of each pair, counted from `lowest`; for a pair that is none, the one after the last."""
     pair = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = pair < pairs
     token = pair // (G * TOP)
@@ -192,4 +238,4 @@ def _keys(
     slot = tl.load(first_block_ptr + token, mask=inside, other=0) + chosen
     block = ((token // T * G + pair // TOP % G) * chunks + token % T // chunk) * slots + slot
     key = tl.where(is_wanted(chosen, place // BLOCK, FAR), block, blocks)
-    tl.store(key_ptr + pair, key.to(key_ptr.dtype.element_ty), mask=inside)
+    tl.store(key_ptr + pair, (key + lowest).to(key_ptr.dtype.element_ty), mask=inside)

@@ -71,7 +71,7 @@ def _places(rows, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr)
 
 
 @triton.jit
-def _gate(gates_ptr, row, inside, kind: tl.constexpr):
+def gate_of(gates_ptr, row, inside, kind: tl.constexpr):
     return tl.load(gates_ptr + row * 3, mask=inside, other=0.0).to(kind).to(tl.float32)[:, None]
 
 
@@ -79,7 +79,7 @@ def _gate(gates_ptr, row, inside, kind: tl.constexpr):
 def _weighted(acc, gates_ptr, x_ptr, row, inside, at, there, kind: tl.constexpr):
     if x_ptr is not None:
         x = tl.load(x_ptr + at, mask=there, other=0.0).to(tl.float32)
-        acc += x * _gate(gates_ptr, row, inside, kind)
+        acc += x * gate_of(gates_ptr, row, inside, kind)
     return acc
 
 
@@ -103,7 +103,7 @@ def _weighted_backward(dout, gates_ptr, x_ptr, dgates_ptr, dx_ptr, row, inside, 
     if x_ptr is not None:
         x = tl.load(x_ptr + at, mask=there, other=0.0).to(tl.float32)
         dgate = tl.sum(dout * x, 1)
-        tl.store(dx_ptr + at, (dout * _gate(gates_ptr, row, inside, kind)).to(dx_ptr.dtype.element_ty), mask=there)
+        tl.store(dx_ptr + at, (dout * gate_of(gates_ptr, row, inside, kind)).to(dx_ptr.dtype.element_ty), mask=there)
     tl.store(dgates_ptr + row * 3, dgate.to(dgates_ptr.dtype.element_ty), mask=inside)
 
 

@@ -4,6 +4,9 @@ Shapes: x (B,N,G,D), means (B,M,G,D). Block c holds the tokens [c * block, (c + 
 token counts as zero. Sums are taken in float32 and rounded once.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,38 +19,61 @@ ROWS = 16  # tokens that it reads at once
 
 def pool_forward(x: Tensor, block: int) -> Tensor:
     """Means like x, one more than blocks hold a token."""
-    batch, length, heads, dim = x.shape
-    means = x.new_empty((batch, (length + 2 * block - 1) // block, heads, dim))
-    if means.numel() == 0:
-        return means
-    x = rows_contiguous(x)
-    with on_device(x):
-        _pool[_programs(means)](x, means, *x.stride()[:3], length, means.shape[1], **_switches(means, block))
-    return means
+    return _forward((x,), block)[0]
+
+
+def pool_pair_forward(x: Tensor, other: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """`pool_forward` of two of one shape and dtype, in one launch."""
+    first, second = _forward((x, other), block)
+    return first, second
 
 
 def pool_backward(dmeans: Tensor, length: int, block: int) -> Tensor:
     """dx (B,length,G,D) like dmeans."""
-    batch, _, heads, dim = dmeans.shape
-    dx = dmeans.new_empty((batch, length, heads, dim))
-    if dx.numel() == 0:
-        return dx
-    dmeans = rows_contiguous(dmeans)
-    blocks = triton.cdiv(length, block)
-    with on_device(dmeans):
-        _pool_backward[_programs(dmeans[:, :blocks])](
-            dmeans, dx, *dmeans.stride()[:3], length, blocks, **_switches(dmeans, block)
-        )
+    return _backward((dmeans,), length, block)[0]
+
+
+def pool_pair_backward(dmeans: Tensor, other: Tensor, length: int, block: int) -> tuple[Tensor, Tensor]:
+    first, second = _backward((dmeans, other), length, block)
+    return first, second
+
+
+def _forward(tensors: Sequence[Tensor], block: int) -> list[Tensor]:
+    batch, length, heads, dim = tensors[0].shape
+    shape = (batch, (length + 2 * block - 1) // block, heads, dim)
+    means = [x.new_empty(shape) for x in tensors]
+    if means[0].numel():
+        _launch(_pool, tensors, means, (batch, shape[1], heads, dim), length, block)
+    return means
+
+
+def _backward(dmeans: Sequence[Tensor], length: int, block: int) -> list[Tensor]:
+    batch, _, heads, dim = dmeans[0].shape
+    dx = [x.new_empty((batch, length, heads, dim)) for x in dmeans]
+    if dx[0].numel():
+        _launch(_pool_backward, dmeans, dx, (batch, triton.cdiv(length, block), heads, dim), length, block)
     return dx
 
 
-def _programs(means: Tensor) -> tuple[int, int]:
-    batch, blocks, heads, dim = means.shape
-    return batch * blocks, triton.cdiv(heads * dim, WIDTH)
+def _launch(
+    kernel: Any, sources: Sequence[Tensor], targets: Sequence[Tensor], means: tuple[int, ...], length: int, block: int
+) -> None:
+    """One or two of each, together where they lie alike in memory; means: the shape of what there is of blocks."""
+    batch, blocks, heads, dim = means
+    sources = [rows_contiguous(x) for x in sources]
+    strides = sources[0].stride()[:3]
+    together = sources[-1].stride()[:3] == strides
+    if not together:
+        _launch(kernel, sources[1:], targets[1:], means, length, block)
+    count = len(sources) if together else 1
+    others = (sources[1], targets[1]) if count == 2 else (None, None)
+    with on_device(sources[0]):
+        kernel[batch * blocks, triton.cdiv(heads * dim, WIDTH), count](
+            sources[0], targets[0], *others, *strides, length, blocks, **_switches(heads, dim, block)
+        )
 
 
-def _switches(means: Tensor, block: int) -> dict[str, int]:
-    _, _, heads, dim = means.shape
+def _switches(heads: int, dim: int, block: int) -> dict[str, int]:
     rows = min(ROWS, triton.next_power_of_2(block))
     return {
         "H": heads,
@@ -60,11 +86,14 @@ def _switches(means: Tensor, block: int) -> dict[str, int]:
 
 @triton.jit(do_not_specialize=["N", "M"])
 def _pool(
-    x_ptr, means_ptr, stride_b, stride_t, stride_h, N, M,
+    x_ptr, means_ptr, other_x_ptr, other_means_ptr, stride_b, stride_t, stride_h, N, M,
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     batch, block = tl.cast(tl.program_id(0) // M, tl.int64), tl.program_id(0) % M
     column = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    if other_x_ptr is not None:  # noqa: SIM102 - known while it compiles, the other not
+        if tl.program_id(2) == 1:
+            x_ptr, means_ptr = other_x_ptr, other_means_ptr
     x_ptr += batch * stride_b + column // D * stride_h + column % D
     acc = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
     for r0 in tl.static_range(0, BLOCK, BLOCK_R):
@@ -81,11 +110,14 @@ def _pool(
 
 @triton.jit(do_not_specialize=["N", "M"])
 def _pool_backward(
-    dmeans_ptr, dx_ptr, stride_b, stride_t, stride_h, N, M,
+    dmeans_ptr, dx_ptr, other_dmeans_ptr, other_dx_ptr, stride_b, stride_t, stride_h, N, M,
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     batch, block = tl.cast(tl.program_id(0) // M, tl.int64), tl.program_id(0) % M
     column = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    if other_dmeans_ptr is not None:  # noqa: SIM102 - as in _pool
+        if tl.program_id(2) == 1:
+            dmeans_ptr, dx_ptr = other_dmeans_ptr, other_dx_ptr
     at = batch * stride_b + block * stride_t + column // D * stride_h + column % D
     share = tl.load(dmeans_ptr + at, mask=column < H * D, other=0.0).to(tl.float32) / BLOCK
     share = tl.broadcast_to(share.to(dx_ptr.dtype.element_ty)[None, :], [BLOCK_R, BLOCK_W])

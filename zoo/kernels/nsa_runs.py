@@ -1,23 +1,20 @@
 """Pairs in their order, cut for persistent programs: what hopper_partial.py walks.
 
-    _touched  into how many items the runs cut each block's pairs
-    _cut      the items: a block's pairs of one run
-
-A run is an equal share of all pairs, in the order of nsa_inverse.py; program p takes runs p, p + programs, and so on.
-All programs have as much to do whatever was chosen, and those that run together walk the same chunk of tokens.
+A run is an equal share of all pairs, in the order of nsa_inverse.py, an item what a run has of a block; program p takes
+runs p, p + programs, and so on. All programs have as much to do whatever was chosen, and those that run together walk
+the same chunk of tokens.
 """
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels.nsa_inverse import ITEM_ROWS, Piece, Sorted
+from zoo.kernels.nsa_inverse import ITEM_ROWS, SUMMED, Piece, Sorted, items_before, pieces_of
 
 ITEM = 5  # numbers of an item
-COUNTED = 256  # of a program
+COUNTED = 512  # blocks of a program
 INTEGERS = ["blocks", "runs", "chunks", "slots"]
 
 
@@ -31,16 +28,12 @@ class Runs:
 def runs(piece: Piece, pairs: Sorted, programs: int) -> Runs:
     """So many that each of `programs` takes as many, of about ITEM_ROWS rows each."""
     blocks, count = pairs.blocks, programs * max(1, piece.pairs * piece.group // (programs * ITEM_ROWS["partial"]))
-    number = pairs.bounds.new_empty(blocks)
-    _touched[triton.cdiv(blocks, COUNTED),](pairs.bounds, number, blocks, count, BLOCK_N=COUNTED, num_warps=4)
-    first = pairs.bounds.new_zeros(blocks + 1)
-    torch.cumsum(number, 0, dtype=torch.int32, out=first[1:])
     items = min(blocks, piece.pairs) + count
     item, begin = pairs.bounds.new_empty((items, ITEM)), pairs.bounds.new_empty(count + 1)
-    _cut[triton.cdiv(items, COUNTED),](
-        pairs.order, pairs.bounds, first, piece.first_key, piece.first_block, item, begin, blocks, count,
-        pairs.chunks, pairs.slots, G=piece.index.shape[2], TOP=piece.top, BLOCK=piece.block, ITEM=ITEM,
-        BLOCK_N=COUNTED, num_warps=4,
+    _cut[triton.cdiv(blocks, COUNTED),](
+        pairs.order, pairs.bounds, piece.first_key, piece.first_block, item, begin, blocks, count, pairs.chunks,
+        pairs.slots, G=piece.index.shape[2], TOP=piece.top, BLOCK=piece.block, ITEM=ITEM, BLOCK_N=COUNTED,
+        SUMMED=SUMMED, num_warps=4,
     )  # fmt: skip
     return Runs(item, begin, count)
 
@@ -48,63 +41,38 @@ def runs(piece: Piece, pairs: Sorted, programs: int) -> Runs:
 # --------------------------------------------------------------------------------------------------------- the kernels
 
 
-@triton.jit
-def _each(bounds_ptr, blocks, runs):
-    """Pairs of a run, at least one."""
-    return tl.maximum(tl.cdiv(tl.load(bounds_ptr + blocks), runs), 1)
-
-
-@triton.jit(do_not_specialize=INTEGERS)
-def _touched(bounds_ptr, number_ptr, blocks, runs, BLOCK_N: tl.constexpr):
-    block = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    each = _each(bounds_ptr, blocks, runs)
-    begin = tl.load(bounds_ptr + block, mask=block < blocks, other=0)
-    end = tl.load(bounds_ptr + block + 1, mask=block < blocks, other=0)
-    number = tl.where(begin < end, (end - 1) // each - begin // each + 1, 0)
-    tl.store(number_ptr + block, number, mask=block < blocks)
-
-
-@triton.jit
-def _holder(begin_ptr, x, blocks):
-    """The last block that begins at x or before: the one that holds x, if any does."""
-    low = x * 0
-    high = low + blocks
-    left = blocks
-    while left > 1:
-        middle = (low + high) // 2
-        below = tl.load(begin_ptr + middle) <= x
-        low, high = tl.where(below, middle, low), tl.where(below, high, middle)
-        left = (left + 1) // 2
-    return low
-
-
 @triton.jit(do_not_specialize=INTEGERS)
 def _cut(
-    order_ptr, bounds_ptr, first_ptr, first_key_ptr, first_block_ptr, item_ptr, begin_ptr, blocks, runs, chunks, slots,
+    order_ptr, bounds_ptr, first_key_ptr, first_block_ptr, item_ptr, begin_ptr, blocks, runs, chunks, slots,
     G: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr, ITEM: tl.constexpr, BLOCK_N: tl.constexpr,
+    SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """Item and run of each number, as far as there are any."""
-    number = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total, each = tl.load(bounds_ptr + blocks), _each(bounds_ptr, blocks, runs)
-    items = tl.load(first_ptr + blocks)
+    """The items of BLOCK_N blocks, and where the runs begin that begin among their pairs."""
+    total = tl.load(bounds_ptr + blocks)
+    each = tl.maximum(tl.cdiv(total, runs), 1)  # pairs of a run
+    block0 = tl.program_id(0) * BLOCK_N
+    block = block0 + tl.arange(0, BLOCK_N)
+    begin = tl.load(bounds_ptr + block, mask=block < blocks, other=0)
+    end = tl.load(bounds_ptr + block + 1, mask=block < blocks, other=0)
+    number = pieces_of(begin, end, each, True)
+    behind = items_before(bounds_ptr, block0, each, True, SUMMED) + tl.cumsum(number, 0)  # each block's items
 
-    there = number < items
-    block = _holder(first_ptr, tl.where(there, number, 0), blocks)
-    begin, end = tl.load(bounds_ptr + block), tl.load(bounds_ptr + block + 1)
-    run = begin // each + (number - tl.load(first_ptr + block))
-    first, last = tl.maximum(begin, run * each), tl.minimum(end, (run + 1) * each)
-    token = tl.load(order_ptr + first, mask=there, other=0).to(tl.int32) // (G * TOP)  # through the batch
-    before = (block % slots - tl.load(first_block_ptr + token, mask=there, other=0)) * BLOCK
-    key0 = tl.load(first_key_ptr + token, mask=there, other=0) + before
+    token = tl.load(order_ptr + begin, mask=number > 0, other=0).to(tl.int32) // (G * TOP)  # through the batch
+    before = (block % slots - tl.load(first_block_ptr + token, mask=number > 0, other=0)) * BLOCK
+    key0 = tl.load(first_key_ptr + token, mask=number > 0, other=0) + before
     head = block // slots // chunks
-    item_ptr += number * ITEM
-    tl.store(item_ptr, first, mask=there)
-    tl.store(item_ptr + 1, last, mask=there)
-    tl.store(item_ptr + 2, head // G, mask=there)
-    tl.store(item_ptr + 3, head % G, mask=there)
-    tl.store(item_ptr + 4, key0, mask=there)
-
-    pair = number * each
-    block = _holder(bounds_ptr, tl.where(pair < total, pair, 0), blocks)
-    begin = tl.load(first_ptr + block) + number - tl.load(bounds_ptr + block) // each
-    tl.store(begin_ptr + number, tl.where(pair < total, begin, items), mask=number <= runs)
+    for i in range(0, tl.max(number, 0)):
+        there, run = i < number, begin // each + i
+        first, item = tl.maximum(begin, run * each), behind - number + i
+        at = item_ptr + item * ITEM
+        tl.store(at, first, mask=there)
+        tl.store(at + 1, tl.minimum(end, (run + 1) * each), mask=there)
+        tl.store(at + 2, head // G, mask=there)
+        tl.store(at + 3, head % G, mask=there)
+        tl.store(at + 4, key0, mask=there)
+        tl.store(begin_ptr + run, item, mask=there & (first == run * each))
+    if block0 + BLOCK_N >= blocks:  # runs that have no pairs, and the end
+        items = tl.max(behind, 0)
+        for run0 in range(tl.cdiv(total, each), runs + 1, BLOCK_N):
+            run = run0 + tl.arange(0, BLOCK_N)
+            tl.store(begin_ptr + run, tl.zeros([BLOCK_N], tl.int32) + items, mask=run <= runs)

@@ -2,7 +2,7 @@
 
     _near       a tile of queries against their first, previous and own block
     _partial    an item's queries against its block: a complete softmax each, as a partial output and log-sum-exp
-    _merge      a query's near output and its partial ones by their log-sum-exp
+    _merge      a query's near output and its partial ones by their log-sum-exp, and the sum with NSA's other branches
     _grads      an item's part of dK and dV, and each query's part of dQ
     _sum_items  the parts of dK and dV of a block's items, in order
     _sum_pairs  the parts of dQ of a query
@@ -27,6 +27,7 @@ from torch import Tensor
 from zoo.kernels.launch import on_device, rows_contiguous, strides_of
 from zoo.kernels.nsa_compressed import load_rows, program, row_numbers, store_rows
 from zoo.kernels.nsa_inverse import Items, Piece, inverse, is_wanted, item_of, pieces
+from zoo.kernels.nsa_mix import gate_of
 from zoo.kernels.nsa_near import sees
 from zoo.kernels.tiles import architecture, load_tile
 from zoo.kernels.units import LN2, LOG2E
@@ -47,6 +48,10 @@ OTHER = {
     "partial": {64: (64, 4, 2), 128: (64, 4, 2), 256: (32, 4, 1), 512: (16, 4, 1)},
     "grads": {64: (64, 4, 1), 128: (32, 4, 2), 256: (16, 4, 1), 512: (16, 4, 1)},
 }
+
+
+Near = Callable[[Piece, Tensor, Tensor, Tensor, Tensor, Tensor, float], None]
+Far = Callable[[Piece, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
 def choose_tile(kernel: str, q: Tensor) -> Any:
@@ -105,14 +110,56 @@ def selected_forward(
     places: Any,
     block: int,
     scale: float,
-    near: Callable[[Piece, Tensor, Tensor, Tensor, Tensor, Tensor, float], None] = near_outputs,
-    far: Callable[[Piece, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = far_outputs,
+    near: Near = near_outputs,
+    far: Far = far_outputs,
 ) -> tuple[Tensor, Tensor]:
     """out like q and natural-log lse (B,T,H) float32. near, far: do what `near_outputs` and `far_outputs` do."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, _attend(q, k, v, block_index, places, block, scale, out, near, far, None)
+
+
+def selected_mix_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    gates: Tensor,
+    compressed: Tensor,
+    window: Tensor,
+    places: Any,
+    block: int,
+    scale: float,
+    keep: bool,
+    near: Near = near_outputs,
+    far: Far = far_outputs,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What mix_forward of nsa_mix.py makes of the three branches, bit for bit; the selected branch's out
+    (of no tokens unless `keep`) and lse."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    mixed = torch.empty_like(out) if keep else out
+    others = [x.contiguous() for x in (gates, compressed, window)]
+    lse = _attend(q, k, v, block_index, places, block, scale, out, near, far, (*others, mixed))
+    return mixed, out if keep else out.new_empty((out.shape[0], 0, *out.shape[2:])), lse
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    places: Any,
+    block: int,
+    scale: float,
+    out: Tensor,
+    near: Near,
+    far: Far,
+    mix: tuple[Tensor, ...] | None,
+) -> Tensor:
+    """Writes out and returns lse. mix: gates, the compressed and the window branch, and where their sum with out goes,
+    which may be out."""
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel() == 0:
-        return out, lse
+        return lse
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     with on_device(q):
         for piece in pieces(q, k, block_index, places, block):
@@ -125,11 +172,13 @@ def selected_forward(
             else:
                 partial = _partial_outputs(piece, None, part_q, part_k, part_v, scale)
             sums = _summed_rows(piece, q)
+            part_mix = (None,) * 4 if mix is None else [piece.queries(x) for x in mix]
+            keep = mix is None or mix[-1] is not out
             _merge[triton.cdiv(part_lse.numel(), sums["BLOCK_R"]),](
-                *partial, piece.index, piece.place, part_out, part_lse, *strides_of(part_out, part_lse),
-                part_lse.numel(), part_q.shape[1], **piece.switches(), **sums, NEAR=many, num_warps=4,
+                *partial, piece.index, piece.place, part_out, part_lse, *part_mix, *strides_of(part_out, part_lse),
+                part_lse.numel(), part_q.shape[1], **piece.switches(), **sums, NEAR=many, KEEP=keep, num_warps=4,
             )  # fmt: skip
-    return out, lse
+    return lse
 
 
 def selected_backward(
@@ -371,11 +420,13 @@ def _scratch_rows(partial_ptr, at, there, D: tl.constexpr, BLOCK_D: tl.constexpr
 @triton.jit(do_not_specialize=["rows", "T"])
 def _merge(
     partial_ptr, partial_lse_ptr, index_ptr, place_ptr, out_ptr, lse_ptr,
+    gates_ptr, compressed_ptr, window_ptr, mixed_ptr,
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh, rows, T,
     G: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_TOP: tl.constexpr, BLOCK_R: tl.constexpr, NEAR: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_TOP: tl.constexpr, BLOCK_R: tl.constexpr, NEAR: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """With NEAR out and lse hold what `_near` left, and the near blocks are no pairs."""
+    """With NEAR out and lse hold what `_near` left, and the near blocks are no pairs. The other branches and the sum
+    lie like out, gates have 3 for each D of it. Without KEEP the sum may take out's place."""
     inside, batch, t, head, at, there = _rows_of_heads(
         index_ptr, place_ptr, rows, T, G, TOP, GROUP, BLOCK, BLOCK_TOP, BLOCK_R, NEAR
     )
@@ -384,6 +435,14 @@ def _merge(
     if NEAR:
         near_lse = tl.load(lse_at, mask=inside, other=-float("inf"))
         near = load_rows(out_ptr, t, corner, stride_ot, 1, inside, D, BLOCK_D).to(tl.float32)
+    if mixed_ptr is not None:
+        kind: tl.constexpr = out_ptr.dtype.element_ty
+        row = (corner + t * stride_ot) // D
+        compressed = load_rows(compressed_ptr, t, corner, stride_ot, 1, inside, D, BLOCK_D)
+        window = load_rows(window_ptr, t, corner, stride_ot, 1, inside, D, BLOCK_D)
+        first = gate_of(gates_ptr, row, inside, kind)
+        second = gate_of(gates_ptr + 1, row, inside, kind)
+        third = gate_of(gates_ptr + 2, row, inside, kind)
     lse = tl.load(partial_lse_ptr + at, mask=there, other=-float("inf"))
     partial = _scratch_rows(partial_ptr, at, there, D, BLOCK_D)
     top = tl.max(lse, 1)
@@ -399,7 +458,12 @@ def _merge(
         acc += near * near_weight[:, None]
     seen = total > 0
     total = tl.where(seen, total, 1.0)
-    store_rows(out_ptr, acc * (1 / total)[:, None], t, corner, stride_ot, 1, inside, D, BLOCK_D)
+    out = (acc * (1 / total)[:, None]).to(out_ptr.dtype.element_ty)
+    if KEEP:
+        store_rows(out_ptr, out, t, corner, stride_ot, 1, inside, D, BLOCK_D)
+    if mixed_ptr is not None:
+        mixed = compressed.to(tl.float32) * first + out.to(tl.float32) * second + window.to(tl.float32) * third
+        store_rows(mixed_ptr, mixed, t, corner, stride_ot, 1, inside, D, BLOCK_D)
     tl.store(lse_at, tl.where(seen, (pivot + tl.log2(total)) * LN2, -float("inf")), mask=inside)
 
 

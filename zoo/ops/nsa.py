@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from zoo.ops import backend, reference
+from zoo.ops.nsa_blocks import kernels, pool_blocks, pool_pair
 from zoo.ops.reference_nsa import Geometry, Places
 from zoo.ops.stacking import stack_rows
 from zoo.ops.window import check_documents, check_index, window_attention
@@ -58,19 +58,22 @@ def nsa_attention(
         raise ValueError(f"the queries are the last positions of the keys: T must be at most N, got {_shapes(q, k)}")
     geometry = _geometry(block, None, None, top)
     offset = k.shape[1] - q.shape[1]
-    start = None if cu_seqlens is not None else torch.full(q.shape[:1], offset, dtype=torch.int32, device=q.device)
+    start = torch.full(q.shape[:1], offset, dtype=torch.int32, device=q.device) if offset else None
     options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens}
-    compressed_k, compressed_v = (pool_blocks(x, block, cu_seqlens=cu_seqlens) for x in (k, v))
+    if cu_seqlens is None:
+        compressed_k, compressed_v = pool_pair(k, v, block)
+    else:
+        compressed_k, compressed_v = (pool_blocks(x, block, cu_seqlens=cu_seqlens) for x in (k, v))
     dense = runs_dense(k.shape[1], block, top)
     compressed, _, block_index = compressed_attention(
         q, compressed_k, compressed_v, block=block, top=0 if dense else geometry.top, query_start=start, **options
     )
-    if dense:
-        selected = window_attention(q, k, v, **options)
-    else:
-        selected = selected_attention(q, k, v, block_index, block=block, query_start=start, **options)
     near = window_attention(q, k, v, log_decay, window=window, **options)
-    return mix_branches(branch_gates, compressed, selected, near)
+    if dense:
+        return mix_branches(branch_gates, compressed, window_attention(q, k, v, **options), near)
+    scale = _check_places(q, scale, cu_seqlens, start)
+    branches = (branch_gates, compressed, near)
+    return _selected_mix(q, k, v, block_index, *branches, block, scale, cu_seqlens, start, torch.is_grad_enabled())[0]
 
 
 def runs_dense(keys: int, block: int, top: int) -> bool:
@@ -173,101 +176,16 @@ def selected_attention(
     return (out, lse) if return_lse else out
 
 
-# ------------------------------------------------------------------------------------------------------------ blocks
-
-
-def pool_blocks(x: Tensor, block: int, *, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Means over the blocks of `gather_blocks`, (B,N,G,D) to (B,M,G,D), summed in float32 at least. Differentiable once
-    (packed documents: as often as wanted)."""
-    if cu_seqlens is None:
-        return _pool_blocks(x, block)
-    wide = reference.accumulator(x.dtype)
-    return gather_blocks(x, block, cu_seqlens=cu_seqlens).mean(2, dtype=wide).to(x.dtype)
-
-
-def gather_blocks(
-    x: Tensor, block: int, stride: int | None = None, *, select: int | None = None, cu_seqlens: Tensor | None = None
-) -> Tensor:
-    """The tokens of each block, (B,N,G,D) to (B,M,block,G,D): block c holds [c * stride, c * stride + block).
-
-    The last ones are incomplete, filled up with zeros: nobody sees them, and M is never 0 or 1, for which torch.compile
-    would make a graph of its own. With cu_seqlens the blocks of document i begin at place (cu_seqlens[i] // select + i)
-    * (select // stride), a bound that is known without looking at the values; between documents there are zeros.
-    """
-    stride = stride or block
-    if cu_seqlens is None:
-        count = (x.shape[1] + 2 * stride - 1) // stride
-        x = F.pad(x, (0, 0, 0, 0, 0, (count - 1) * stride + block - x.shape[1]))
-        return x.unflatten(1, (count, block)) if stride == block else x.unfold(1, block, stride).movedim(-1, 2)
-    select = select or block
-    ratio, length, documents = select // stride, x.shape[1], cu_seqlens.shape[0] - 1
-    place = torch.arange(ratio * _block_places(length, documents, select), device=x.device)
-    bounds = cu_seqlens.long()
-    base = (bounds[:-1] // select + torch.arange(documents, device=x.device)) * ratio
-    document = torch.searchsorted(base, place, right=True) - 1
-    first = bounds[document] + (place - base[document]) * stride
-    complete = first + block <= bounds[document + 1]
-    token = torch.where(complete[:, None], first[:, None] + torch.arange(block, device=x.device), 0)
-    blocks = x[0].index_select(0, token.flatten()).view(1, *token.shape, *x.shape[2:])
-    return blocks.masked_fill(~complete[None, :, None, None, None], 0)
-
-
-def _block_places(length: int, documents: int, select: int) -> int:
-    """Places for the selection blocks of `documents` packed documents, the incomplete last ones included."""
-    return length // select + documents
+# ------------------------------------------------------------------------------------------------------------ places
 
 
 def _places(q: Tensor, select: int, limit: int, cu_seqlens: Tensor | None, query_start: Tensor | None) -> Places:
     """`limit`: positions from there on belong to the padding of a ragged row; they are treated as the last one."""
-    token = torch.arange(q.shape[1], device=q.device, dtype=torch.int32)
-    if cu_seqlens is not None:
-        document = torch.searchsorted(cu_seqlens, token, right=True) - 1
-        first = cu_seqlens[document]
-        block = torch.div(first, select, rounding_mode="floor") + document
-        place, first_key, first_block = (x[None].int() for x in (token - first, first, block))
-        return Places(place, first_key, first_block, cu_seqlens.shape[0] - 1)
-    place = token[None].expand(q.shape[0], -1)
-    if query_start is not None:
-        place = place + query_start[:, None]
-    zero = torch.zeros_like(place)
-    return Places(place.clamp(max=max(limit - 1, 0)).contiguous(), zero, zero)
+    place, first_key, first_block = kernels(q).locate(q, select, limit, cu_seqlens, query_start)
+    return Places(place, first_key, first_block, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
 
 # --------------------------------------------------------------------------------------------------------- operators
-
-
-@torch.library.custom_op("zoo::pool_blocks", mutates_args=())
-def _pool_blocks(x: Tensor, block: int) -> Tensor:
-    return _kernels(x).pool_forward(x, block)
-
-
-@_pool_blocks.register_fake
-def _(x, block):
-    return x.new_empty((x.shape[0], (x.shape[1] + 2 * block - 1) // block, *x.shape[2:]))
-
-
-@torch.library.custom_op("zoo::pool_blocks_backward", mutates_args=())
-def _pool_blocks_backward(dmeans: Tensor, length: int, block: int) -> Tensor:
-    return _kernels(dmeans).pool_backward(dmeans, length, block)
-
-
-@_pool_blocks_backward.register_fake
-def _(dmeans, length, block):
-    return dmeans.new_empty((dmeans.shape[0], length, *dmeans.shape[2:]))
-
-
-def _save_pool(ctx, inputs, output) -> None:
-    x, ctx.block = inputs
-    ctx.length = x.shape[1]
-
-
-def _backward_pool(ctx, dmeans: Tensor):
-    return _pool_blocks_backward(dmeans, ctx.length, ctx.block), None
-
-
-_pool_blocks.register_autograd(_backward_pool, setup_context=_save_pool)
-stack_rows(_pool_blocks)
-stack_rows(_pool_blocks_backward)
 
 
 @torch.library.custom_op("zoo::compressed_attention", mutates_args=())
@@ -288,7 +206,7 @@ def _compressed_attention(
     _check_values(q, _compressed_limit(k, geometry) - 1, cu_seqlens, query_start)
     places = _compressed_places(q, k, geometry, cu_seqlens, query_start)
     with torch.autocast(q.device.type, enabled=False):
-        return _kernels(q).compressed_forward(q, k, v, places, geometry, scale)
+        return kernels(q).compressed_forward(q, k, v, places, geometry, scale)
 
 
 @_compressed_attention.register_fake
@@ -316,7 +234,7 @@ def _compressed_attention_backward(
     geometry = Geometry(block, stride, select, 0)
     places = _compressed_places(q, k, geometry, cu_seqlens, query_start)
     with torch.autocast(q.device.type, enabled=False):
-        return _kernels(q).compressed_backward(dout, dlse, q, k, v, out, lse, places, geometry, scale)
+        return kernels(q).compressed_backward(dout, dlse, q, k, v, out, lse, places, geometry, scale)
 
 
 @_compressed_attention_backward.register_fake
@@ -359,7 +277,7 @@ def _selected_attention(
     _check_values(q, k.shape[1], cu_seqlens, query_start)
     places = _places(q, block, k.shape[1], cu_seqlens, query_start)
     with torch.autocast(q.device.type, enabled=False):
-        return _kernels(q).selected_forward(q, k, v, block_index, places, block, scale)
+        return kernels(q).selected_forward(q, k, v, block_index, places, block, scale)
 
 
 @_selected_attention.register_fake
@@ -384,7 +302,7 @@ def _selected_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     places = _places(q, block, k.shape[1], cu_seqlens, query_start)
     with torch.autocast(q.device.type, enabled=False):
-        return _kernels(q).selected_backward(dout, dlse, q, k, v, out, lse, block_index, places, block, scale)
+        return kernels(q).selected_backward(dout, dlse, q, k, v, out, lse, block_index, places, block, scale)
 
 
 @_selected_attention_backward.register_fake
@@ -416,7 +334,7 @@ stack_rows(_selected_attention_backward, packed=10)
 @torch.library.custom_op("zoo::mix_branches", mutates_args=())
 def _mix_branches(gates: Tensor, compressed: Tensor | None, selected: Tensor | None, near: Tensor | None) -> Tensor:
     branches = (compressed, selected, near)
-    return _kernels(_first(branches)).mix_forward(gates, branches)
+    return kernels(_first(branches)).mix_forward(gates, branches)
 
 
 @_mix_branches.register_fake
@@ -429,7 +347,7 @@ def _(gates, compressed, selected, near):
 def _mix_branches_backward(
     dout: Tensor, gates: Tensor, compressed: Tensor | None, selected: Tensor | None, near: Tensor | None
 ) -> list[Tensor]:
-    return _kernels(dout).mix_backward(dout, gates, (compressed, selected, near))
+    return kernels(dout).mix_backward(dout, gates, (compressed, selected, near))
 
 
 @_mix_branches_backward.register_fake
@@ -452,12 +370,61 @@ stack_rows(_mix_branches)
 stack_rows(_mix_branches_backward)
 
 
+@torch.library.custom_op("zoo::selected_mix", mutates_args=())
+def _selected_mix(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    gates: Tensor,
+    compressed: Tensor,
+    near: Tensor,
+    block: int,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    query_start: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_mix_branches` where `_selected_attention` writes: the selected branch is not read again, and not written unless
+    a backward will want it (`keep`)."""
+    _check_values(q, k.shape[1], cu_seqlens, query_start)
+    places = _places(q, block, k.shape[1], cu_seqlens, query_start)
+    with torch.autocast(q.device.type, enabled=False):
+        return kernels(q).selected_mix_forward(
+            q, k, v, block_index, gates, compressed, near, places, block, scale, keep
+        )
+
+
+@_selected_mix.register_fake
+def _(q, k, v, block_index, gates, compressed, near, block, scale, cu_seqlens, query_start, keep):
+    kept = q.shape if keep else (q.shape[0], 0, *q.shape[2:])
+    lse = q.new_empty(q.shape[:3], dtype=reference.accumulator(q.dtype))
+    return q.new_empty(q.shape), q.new_empty(kept), lse
+
+
+def _save_selected_mix(ctx, inputs, output) -> None:
+    q, k, v, block_index, gates, compressed, near, block, scale, cu_seqlens, query_start, _ = inputs
+    _, selected, lse = output
+    ctx.mark_non_differentiable(selected, lse)
+    ctx.save_for_backward(q, k, v, block_index, gates, compressed, near, selected, lse, cu_seqlens, query_start)
+    ctx.options = block, scale
+
+
+def _backward_selected_mix(ctx, dout: Tensor, _, __):
+    q, k, v, block_index, gates, compressed, near, selected, lse, cu_seqlens, query_start = ctx.saved_tensors
+    dgates, dcompressed, dselected, dnear = _mix_branches_backward(dout, gates, compressed, selected, near)
+    grads = _selected_attention_backward(
+        dselected, None, q, k, v, selected, lse, block_index, *ctx.options, cu_seqlens, query_start
+    )
+    return *grads, None, dgates, dcompressed, dnear, None, None, None, None, None
+
+
+_selected_mix.register_autograd(_backward_selected_mix, setup_context=_save_selected_mix)
+stack_rows(_selected_mix, packed=9)
+
+
 def _first(branches: tuple[Tensor | None, ...]) -> Tensor:
     return next(x for x in branches if x is not None)
-
-
-def _kernels(q: Tensor) -> Any:
-    return backend.choose("nsa", q.device, q.dtype, q.shape[3])
 
 
 def _compressed_places(

@@ -81,6 +81,24 @@ class Geometry:
 # ------------------------------------------------------------------------------------------------- compressed blocks
 
 
+def locate(
+    q: Tensor, select: int, limit: int, cu_seqlens: Tensor | None, query_start: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """place, first_key and first_block of the T queries of each row; positions from `limit` on become the last one."""
+    token = torch.arange(q.shape[1], device=q.device, dtype=torch.int32)
+    if cu_seqlens is not None:
+        document = torch.searchsorted(cu_seqlens, token, right=True) - 1
+        first = cu_seqlens[document]
+        block = torch.div(first, select, rounding_mode="floor") + document
+        place, first_key, first_block = (x[None].int() for x in (token - first, first, block))
+        return place, first_key, first_block
+    place = token[None].expand(q.shape[0], -1)
+    if query_start is not None:
+        place = place + query_start[:, None]
+    zero = torch.zeros_like(place)
+    return place.clamp(max=max(limit - 1, 0)).contiguous(), zero, zero
+
+
 def compressed_forward(
     q: Tensor, k: Tensor, v: Tensor, places: Places, geometry: Geometry, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,6 +184,24 @@ def selected_forward(
         out[:, first:last] = torch.einsum("btgrn,btgnd->btgrd", p, values[chosen]).flatten(2, 3)
         lse[:, first:last] = row_lse.flatten(2)
     return out, lse
+
+
+def selected_mix_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_index: Tensor,
+    gates: Tensor,
+    compressed: Tensor,
+    window: Tensor,
+    places: Places,
+    block: int,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the three branches, and the selected one's out, of no tokens unless `keep`, and lse."""
+    selected, lse = selected_forward(q, k, v, block_index, places, block, scale)
+    return mix_forward(gates, (compressed, selected, window)), selected if keep else selected[:, :0].clone(), lse
 
 
 def selected_backward(
@@ -353,6 +389,14 @@ def pool_backward(dmeans: Tensor, length: int, block: int) -> Tensor:
     """dx (B,length,G,D)."""
     share = (dmeans.to(accumulator(dmeans.dtype)) / block).to(dmeans.dtype)
     return share.repeat_interleave(block, 1)[:, :length].contiguous()
+
+
+def pool_pair_forward(x: Tensor, other: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    return pool_forward(x, block), pool_forward(other, block)
+
+
+def pool_pair_backward(dmeans: Tensor, other: Tensor, length: int, block: int) -> tuple[Tensor, Tensor]:
+    return pool_backward(dmeans, length, block), pool_backward(other, length, block)
 
 
 # -------------------------------------------------------------------------------------------------- the sum of branches

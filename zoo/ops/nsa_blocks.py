@@ -1,0 +1,129 @@
+"""NSA's blocks of tokens: gathered, and their means as operators (zoo/ops/nsa.py)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zoo.ops import backend, reference
+from zoo.ops.stacking import stack_rows
+
+
+def kernels(q: Tensor) -> Any:
+    return backend.choose("nsa", q.device, q.dtype, q.shape[3])
+
+
+def pool_blocks(x: Tensor, block: int, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Means over the blocks of `gather_blocks`, (B,N,G,D) to (B,M,G,D), summed in float32 at least. Differentiable once
+    (packed documents: as often as wanted)."""
+    if cu_seqlens is None:
+        return _pool_blocks(x, block)
+    wide = reference.accumulator(x.dtype)
+    return gather_blocks(x, block, cu_seqlens=cu_seqlens).mean(2, dtype=wide).to(x.dtype)
+
+
+def gather_blocks(
+    x: Tensor, block: int, stride: int | None = None, *, select: int | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """The tokens of each block, (B,N,G,D) to (B,M,block,G,D): block c holds [c * stride, c * stride + block).
+
+    The last ones are incomplete, filled up with zeros: nobody sees them, and M is never 0 or 1, for which torch.compile
+    would make a graph of its own. With cu_seqlens the blocks of document i begin at place (cu_seqlens[i] // select + i)
+    * (select // stride), a bound that is known without looking at the values; between documents there are zeros.
+    """
+    stride = stride or block
+    if cu_seqlens is None:
+        count = (x.shape[1] + 2 * stride - 1) // stride
+        x = F.pad(x, (0, 0, 0, 0, 0, (count - 1) * stride + block - x.shape[1]))
+        return x.unflatten(1, (count, block)) if stride == block else x.unfold(1, block, stride).movedim(-1, 2)
+    select = select or block
+    ratio, length, documents = select // stride, x.shape[1], cu_seqlens.shape[0] - 1
+    place = torch.arange(ratio * _block_places(length, documents, select), device=x.device)
+    bounds = cu_seqlens.long()
+    base = (bounds[:-1] // select + torch.arange(documents, device=x.device)) * ratio
+    document = torch.searchsorted(base, place, right=True) - 1
+    first = bounds[document] + (place - base[document]) * stride
+    complete = first + block <= bounds[document + 1]
+    token = torch.where(complete[:, None], first[:, None] + torch.arange(block, device=x.device), 0)
+    blocks = x[0].index_select(0, token.flatten()).view(1, *token.shape, *x.shape[2:])
+    return blocks.masked_fill(~complete[None, :, None, None, None], 0)
+
+
+def _block_places(length: int, documents: int, select: int) -> int:
+    """Places for the selection blocks of `documents` packed documents, the incomplete last ones included."""
+    return length // select + documents
+
+
+# --------------------------------------------------------------------------------------------------------- operators
+
+
+@torch.library.custom_op("zoo::pool_blocks", mutates_args=())
+def _pool_blocks(x: Tensor, block: int) -> Tensor:
+    return kernels(x).pool_forward(x, block)
+
+
+@_pool_blocks.register_fake
+def _(x, block):
+    return x.new_empty((x.shape[0], (x.shape[1] + 2 * block - 1) // block, *x.shape[2:]))
+
+
+@torch.library.custom_op("zoo::pool_blocks_backward", mutates_args=())
+def _pool_blocks_backward(dmeans: Tensor, length: int, block: int) -> Tensor:
+    return kernels(dmeans).pool_backward(dmeans, length, block)
+
+
+@_pool_blocks_backward.register_fake
+def _(dmeans, length, block):
+    return dmeans.new_empty((dmeans.shape[0], length, *dmeans.shape[2:]))
+
+
+def _save_pool(ctx, inputs, output) -> None:
+    x, ctx.block = inputs
+    ctx.length = x.shape[1]
+
+
+def _backward_pool(ctx, dmeans: Tensor):
+    return _pool_blocks_backward(dmeans, ctx.length, ctx.block), None
+
+
+_pool_blocks.register_autograd(_backward_pool, setup_context=_save_pool)
+stack_rows(_pool_blocks)
+stack_rows(_pool_blocks_backward)
+
+
+@torch.library.custom_op("zoo::pool_pair", mutates_args=())
+def pool_pair(k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """`_pool_blocks` of both, in one launch."""
+    return kernels(k).pool_pair_forward(k, v, block)
+
+
+@pool_pair.register_fake
+def _(k, v, block):
+    shape = (k.shape[0], (k.shape[1] + 2 * block - 1) // block, *k.shape[2:])
+    return k.new_empty(shape), v.new_empty(shape)
+
+
+@torch.library.custom_op("zoo::pool_pair_backward", mutates_args=())
+def _pool_pair_backward(dk_means: Tensor, dv_means: Tensor, length: int, block: int) -> tuple[Tensor, Tensor]:
+    return kernels(dk_means).pool_pair_backward(dk_means, dv_means, length, block)
+
+
+@_pool_pair_backward.register_fake
+def _(dk_means, dv_means, length, block):
+    shape = (dk_means.shape[0], length, *dk_means.shape[2:])
+    return dk_means.new_empty(shape), dv_means.new_empty(shape)
+
+
+def _save_pool_pair(ctx, inputs, output) -> None:
+    k, _, ctx.block = inputs
+    ctx.length = k.shape[1]
+
+
+def _backward_pool_pair(ctx, dk_means: Tensor, dv_means: Tensor):
+    return *_pool_pair_backward(dk_means, dv_means, ctx.length, ctx.block), None
+
+
+pool_pair.register_autograd(_backward_pool_pair, setup_context=_save_pool_pair)
+stack_rows(pool_pair)
+stack_rows(_pool_pair_backward)
