@@ -131,6 +131,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float(error.max()) / (top if top > 1e-9 else 1.0) if error.numel() else 0.0
 
 
+def root_mean_square_error(actual: Tensor, expected: Tensor) -> float:
+    """Of the error, over that of the expected values (over 1 if all are 0)."""
+    error, size = ((x.double().square().mean().sqrt()) for x in (actual.double() - expected, expected))
+    return float(error) / (float(size) if size > 1e-9 else 1.0)
+
+
 def is_negligible(first, q, k, log_decay, *, window, scale, prune) -> bool:
     """Whether the newest key tile that each query tile drops, tile first - 1 of 64 positions, obeys the rule in
     zoo/ops/prune.py, in float64: older ones then do too. For each query head that shares the tiles; (B,G,tiles)."""

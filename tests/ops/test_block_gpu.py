@@ -21,7 +21,7 @@ from tests.ops.block_cases import (
     plain_inputs,
     plain_swiglu,
 )
-from tests.ops.definition import relative_error
+from tests.ops.definition import relative_error, root_mean_square_error
 from zoo.ops import (
     add_norm,
     attention_inputs,
@@ -42,31 +42,41 @@ LARGE = [
 ]
 
 
+DRAWS = 16  # of a small case's tensors
+
+
 @pytest.fixture(autouse=True)
 def kernels_run():
     assert backend.explain("qkv", "cuda", torch.bfloat16, 64)[0] == "triton"
+
+
+def assert_no_further(ours, theirs, exact, name, allowed):
+    """The error's root mean square is at most that of torch's steps, or `allowed`. The largest error is that of one
+    rounding out of thousands: where both ways round the same number of times, either may be half as large again."""
+    errors = [root_mean_square_error(x, exact) for x in (ours, theirs)]
+    assert errors[0] <= max(1.01 * errors[1], allowed), (name, errors)
+    largest = [relative_error(x, exact) for x in (ours, theirs)]
+    assert largest[0] <= max(1.5 * largest[1], 2 * allowed), (name, largest)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
 def test_attention_inputs_are_no_further_from_float64_than_their_steps(case, dtype):
     """Narrow products are sums of pieces, and the gradients of their weights come from gradients that were rounded."""
-    tensors = input_tensors(case, dtype, "cuda")
-    found = [
-        input_results(f, case, tensors, kind)
-        for f, kind in ((attention_inputs, None), (plain_inputs, None), (plain_inputs, torch.float64))
-    ]
+    draws = [input_tensors(case, dtype, "cuda", seed) for seed in range(DRAWS if case.width < 100 else 1)]
+    variants = ((attention_inputs, None), (plain_inputs, None), (plain_inputs, torch.float64))
+    found = [[input_results(f, case, tensors, kind) for tensors in draws] for f, kind in variants]
     names = (
         *(["q", "k", "v", "pre"] if case.gates else ["q", "k", "v"]),
-        *(f"gradient of {name}" for name in tensors[0]),
+        *(f"gradient of {name}" for name in draws[0][0]),
     )
-    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 0.0}[dtype]
-    for name, ours, theirs, exact in zip(names, *found, strict=True):
-        errors = relative_error(ours, exact), relative_error(theirs, exact)
-        allowed = {"pre": 2**-15, "gradient of gates": rounding, "gradient of keep": rounding}.get(name, 0.0)
-        assert errors[0] <= max(1.05 * errors[1] + 3e-6, allowed), (name, errors)
-    again = input_results(attention_inputs, case, tensors)
-    assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+    rounding = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 3e-6}[dtype]
+    allowed = {"pre": 2**-16, "gradient of gates": rounding}
+    results = zip(*(zip(*draws, strict=True) for draws in found), strict=True)
+    for name, (ours, theirs, exact) in zip(names, results, strict=True):
+        assert_no_further(torch.stack(ours), torch.stack(theirs), torch.stack(exact), name, allowed.get(name, 3e-6))
+    again = input_results(attention_inputs, case, draws[0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][0], again, strict=True))
 
 
 def test_a_weights_gradient_is_not_rounded_under_autocast():
@@ -105,8 +115,8 @@ def test_an_mlp_in_pieces_is_no_further_from_float64_than_in_one(gated, monkeypa
             y = function(*own)
         found.append([y.detach(), *torch.autograd.grad(y, own, dy.to(y.dtype))])
         peaks.append(torch.cuda.max_memory_allocated() - before)
-    for ours, theirs, exact in zip(*found, strict=True):
-        assert relative_error(ours, exact) <= 1.05 * relative_error(theirs, exact) + 1e-6
+    for name, *results in zip(("y", "dx", "dup", "ddown"), *found, strict=True):
+        assert_no_further(*results, name, 1e-6)
     assert peaks[0] < peaks[1] / 2
 
 
