@@ -129,11 +129,13 @@ def test_what_it_cannot_do_is_named(tmp_path):
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_first_replay_draws_what_a_step_would(monkeypatch):
-    """However late the work of the recording's stream is done, as on a device that others use, too: torch sets the
-    graph's random offset there."""
+    """However late the work of the recording's stream is done, as on a device that others use, too: there torch sets
+    the graph's random offset to 0, here after the replay has set it and before its step has read it."""
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    a_millisecond = 10**6  # about, in cycles
 
     def draw():
+        torch.cuda._sleep(400 * a_millisecond)
         return torch.rand(1000, device="cuda")
 
     torch.manual_seed(0)
@@ -143,7 +145,7 @@ def test_on_a_gpu_the_first_replay_draws_what_a_step_would(monkeypatch):
     for name in ("synchronize", "empty_cache"):  # which torch.cuda.graph begins with
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(10**9)
+        torch.cuda._sleep(200 * a_millisecond)
     drawn, replay = graph.record(draw, (), stream, pool)
     replay()
     assert torch.equal(drawn, steps[1])
