@@ -32,6 +32,7 @@ from bench_nsa import (
 )
 
 from zoo import ops
+from zoo.kernels import nsa as kernels
 from zoo.kernels import nsa_compressed, nsa_inverse, nsa_selected
 from zoo.ops import nsa, reference_nsa
 
@@ -72,21 +73,21 @@ def passes(tokens: int, group: int) -> dict[str, Call]:
     scale = DIM**-0.5
     compressed = nsa._compressed_places(q, means[0], geometry, None, None)
     selected = nsa._places(q, BLOCK, tokens, None, None)
-    out, lse, index = nsa_compressed.compressed_forward(q, *means, compressed, geometry, scale)
-    detail = nsa_selected.selected_forward(q, k, v, index, selected, BLOCK, scale)
+    out, lse, index = kernels.compressed_forward(q, *means, compressed, geometry, scale)
+    detail = kernels.selected_forward(q, k, v, index, selected, BLOCK, scale)
 
     def back() -> Any:
-        return nsa_compressed.compressed_backward(dout, None, q, *means, out, lse, compressed, none, scale)
+        return kernels.compressed_backward(dout, None, q, *means, out, lse, compressed, none, scale)
 
     def walk() -> Any:
-        return nsa_selected.selected_forward(q, k, v, index, selected, BLOCK, scale)
+        return kernels.selected_forward(q, k, v, index, selected, BLOCK, scale)
 
     def walk_back() -> Any:
-        return nsa_selected.selected_backward(dout, None, q, k, v, *detail, index, selected, BLOCK, scale)
+        return kernels.selected_backward(dout, None, q, k, v, *detail, index, selected, BLOCK, scale)
 
     return {
-        "forward": lambda: nsa_compressed.compressed_forward(q, *means, compressed, none, scale),
-        "choose": lambda: nsa_compressed.compressed_forward(q, *means, compressed, geometry, scale),
+        "forward": lambda: kernels.compressed_forward(q, *means, compressed, none, scale),
+        "choose": lambda: kernels.compressed_forward(q, *means, compressed, geometry, scale),
         "dq": back, "dkdv": back, "near": walk, "partial": walk, "grads": walk_back,
     }  # fmt: skip
 

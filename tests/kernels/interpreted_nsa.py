@@ -11,7 +11,9 @@ from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
 from tests.ops.run_nsa import run, spans
 from zoo import ops
+from zoo.kernels import nsa as kernels
 from zoo.kernels import (
+    nsa_choice,
     nsa_compressed,
     nsa_count,
     nsa_inverse,
@@ -21,6 +23,7 @@ from zoo.kernels import (
     nsa_pool,
     nsa_runs,
     nsa_selected,
+    nsa_selected_backward,
 )
 from zoo.ops import backend, nsa, reference_nsa
 
@@ -31,11 +34,13 @@ repair()
 def small_tiles(monkeypatch):
     """Several tiles, shares, items and pieces even with few tokens."""
     tiles = {"forward": (32, 16, 4, 1), "choose": (16, 16, 4, 1), "dq": (16, 16, 4, 1), "dkdv": (32, 16, 4, 1)}
-    monkeypatch.setattr(nsa_compressed, "choose_tile", lambda kernel, q, rows: tiles[kernel])
+    for module in (nsa_compressed, nsa_choice):
+        monkeypatch.setattr(module, "choose_tile", lambda kernel, q, rows: tiles[kernel])
     monkeypatch.setattr(nsa_compressed, "PROGRAMS", 6)
-    monkeypatch.setattr(nsa_compressed, "SORTED", 32)
+    monkeypatch.setattr(nsa_choice, "SORTED", 32)
     tiles |= {"partial": (32, 4, 1), "grads": (32, 4, 1), "near": (16, 16, 4, 1)}
-    monkeypatch.setattr(nsa_selected, "choose_tile", lambda kernel, q: tiles[kernel])
+    for module in (nsa_selected, nsa_selected_backward):
+        monkeypatch.setattr(module, "choose_tile", lambda kernel, q: tiles[kernel])
     monkeypatch.setattr(nsa_inverse, "ITEM_ROWS", {"partial": 24, "grads": 40})
     monkeypatch.setattr(nsa_inverse, "CHUNK_TOKENS", 8)
     monkeypatch.setattr(nsa_inverse, "LISTED", 16)
@@ -102,7 +107,7 @@ def test_overlapping_blocks_equal_the_reference(block, stride, select, printed, 
     k, v = (ops.gather_blocks(y, block, stride, select=select, cu_seqlens=index).mean(2) for y in (x["k"], x["v"]))
     geometry = reference_nsa.Geometry(block, stride, select, 5, printed)
     places = nsa._compressed_places(x["q"], k, geometry, index, None)
-    actual = nsa_compressed.compressed_forward(x["q"], k, v, places, geometry, 0.3)
+    actual = kernels.compressed_forward(x["q"], k, v, places, geometry, 0.3)
     expected = reference_nsa.compressed_forward(x["q"], k, v, places, geometry, 0.3)
     assert torch.equal(actual[2], expected[2])
     assert relative_error(actual[0], expected[0].double()) <= 1e-5
@@ -122,7 +127,7 @@ def test_of_equal_blocks_the_earliest_are_chosen(different):
     geometry = reference_nsa.Geometry(4, 4, 4, 6)
     places = nsa._compressed_places(x["q"], k, geometry, None, None)
     expected = reference_nsa.compressed_forward(x["q"], k, k, places, geometry, 0.3)
-    assert torch.equal(nsa_compressed.choose(x["q"], k, expected[1], places, geometry, 0.3), expected[2])
+    assert torch.equal(nsa_choice.choose(x["q"], k, expected[1], places, geometry, 0.3), expected[2])
 
 
 @pytest.mark.parametrize("kind", ["equal", "falling", "rising", "random", "one run"])
@@ -142,7 +147,7 @@ def test_the_last_tokens_of_many_blocks_choose_as_the_reference(kind):
     geometry = reference_nsa.Geometry(4, 4, 4, 7)
     places = nsa._compressed_places(q, k, geometry, None, torch.tensor([305], dtype=torch.int32))
     expected = reference_nsa.compressed_forward(q, k, k, places, geometry, 0.3)
-    assert torch.equal(nsa_compressed.choose(q, k, expected[1], places, geometry, 0.3), expected[2])
+    assert torch.equal(nsa_choice.choose(q, k, expected[1], places, geometry, 0.3), expected[2])
 
 
 def test_ragged_rows_equal_the_reference():
@@ -153,12 +158,12 @@ def test_ragged_rows_equal_the_reference():
     q = x["q"][:, :12]
     geometry = reference_nsa.Geometry(4, 4, 4, 5)
     places = nsa._compressed_places(q, k, geometry, None, start)
-    actual = nsa_compressed.compressed_forward(q, k, v, places, geometry, 0.3)
+    actual = kernels.compressed_forward(q, k, v, places, geometry, 0.3)
     expected = reference_nsa.compressed_forward(q, k, v, places, geometry, 0.3)
     assert torch.equal(actual[2], expected[2])
     torch.testing.assert_close(actual[0], expected[0])
     places = nsa._places(q, 4, 40, None, start)
-    actual = nsa_selected.selected_forward(q, x["k"], x["v"], expected[2], places, 4, 0.3)
+    actual = kernels.selected_forward(q, x["k"], x["v"], expected[2], places, 4, 0.3)
     expected = reference_nsa.selected_forward(q, x["k"], x["v"], expected[2], places, 4, 0.3)
     torch.testing.assert_close(actual, expected)
 
@@ -225,7 +230,7 @@ def test_near_blocks_that_nobody_or_somebody_chose(cu_seqlens):
     index = torch.rand(1, 37, 2, 10, generator=generator).argsort(-1)[..., :4].int()
     places = nsa._places(x["q"], 4, 37, packed, None)
     arguments = (x["q"], x["k"], x["v"], index, places, 4, 0.3)
-    actual, expected = nsa_selected.selected_forward(*arguments), reference_nsa.selected_forward(*arguments)
+    actual, expected = kernels.selected_forward(*arguments), reference_nsa.selected_forward(*arguments)
     torch.testing.assert_close(actual, expected)
 
 
@@ -344,9 +349,10 @@ def test_the_runs_of_partial_leave_what_each_pair_must(sizes, programs, monkeypa
 
 @pytest.mark.parametrize("rows", [16, 32])
 def test_queries_without_blocks_and_the_lse_gradient(rows, monkeypatch):
-    monkeypatch.setattr(
-        nsa_selected, "choose_tile", lambda kernel, q: (rows, 16, 4, 1) if kernel == "near" else (rows, 4, 1)
-    )
+    for module in (nsa_selected, nsa_selected_backward):
+        monkeypatch.setattr(
+            module, "choose_tile", lambda kernel, q: (rows, 16, 4, 1) if kernel == "near" else (rows, 4, 1)
+        )
     x = NSACase("holes", 30, group=2, kv_heads=2).tensors(torch.float32)
     index = torch.full((1, 30, 2, 3), -1, dtype=torch.int32)
     index[:, 5:, 0, 1] = 1
@@ -354,13 +360,11 @@ def test_queries_without_blocks_and_the_lse_gradient(rows, monkeypatch):
     index[:, 9:, 1, 2] = torch.arange(9, 30).div(4, rounding_mode="floor").int()
     places = nsa._places(x["q"], 4, 30, None, None)
     arguments = (x["q"], x["k"], x["v"], index, places, 4, 0.3)
-    actual, expected = nsa_selected.selected_forward(*arguments), reference_nsa.selected_forward(*arguments)
+    actual, expected = kernels.selected_forward(*arguments), reference_nsa.selected_forward(*arguments)
     torch.testing.assert_close(actual, expected)
     assert (actual[0][:, :3] == 0).all()
     arguments = (x["dout"], torch.randn_like(expected[1]), *arguments[:3], *expected, index, places, 4, 0.3)
-    for a, e in zip(
-        nsa_selected.selected_backward(*arguments), reference_nsa.selected_backward(*arguments), strict=True
-    ):
+    for a, e in zip(kernels.selected_backward(*arguments), reference_nsa.selected_backward(*arguments), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
 
@@ -373,13 +377,13 @@ def test_a_step_equals_the_reference(group, select, monkeypatch):
     q, start = x["q"][:, :1], torch.tensor([2, 50, 89], dtype=torch.int32)
     geometry = reference_nsa.Geometry(4, 4, select, 5)
     places = nsa._compressed_places(q, k, geometry, None, start)
-    actual = nsa_compressed.compressed_forward(q, k, v, places, geometry, 0.3)
+    actual = kernels.compressed_forward(q, k, v, places, geometry, 0.3)
     expected = reference_nsa.compressed_forward(q, k, v, places, geometry, 0.3)
     assert torch.equal(actual[2], expected[2])
     torch.testing.assert_close(actual[:2], expected[:2])
     places = nsa._places(q, select, 90, None, start)
     arguments = (q, x["k"], x["v"], expected[2], places, select, 0.3)
-    torch.testing.assert_close(nsa_selected.selected_forward(*arguments), reference_nsa.selected_forward(*arguments))
+    torch.testing.assert_close(kernels.selected_forward(*arguments), reference_nsa.selected_forward(*arguments))
 
 
 @pytest.mark.slow
@@ -437,7 +441,7 @@ def test_the_sum_where_the_selected_branch_is_merged_equals_the_sum_of_branches(
     gates = torch.rand(1, 37, 6, 3, generator=generator)
     compressed, window = (torch.randn(x["q"].shape, generator=generator).half() for _ in range(2))
     places = nsa._places(x["q"], 4, 37, None, None)
-    selected, lse = nsa_selected.selected_forward(x["q"], x["k"], x["v"], index, places, 4, 0.3)
+    selected, lse = kernels.selected_forward(x["q"], x["k"], x["v"], index, places, 4, 0.3)
     expected = nsa_mix.mix_forward(gates, (compressed, selected, window))
     arguments = (x["q"], x["k"], x["v"], index, gates, compressed, window, places, 4, 0.3, keep)
     mixed, kept, again = nsa_selected.selected_mix_forward(*arguments)

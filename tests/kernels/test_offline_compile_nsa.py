@@ -10,6 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from zoo.kernels import (
+    nsa_choice,
     nsa_compressed,
     nsa_count,
     nsa_inverse,
@@ -19,6 +20,7 @@ from zoo.kernels import (
     nsa_pool,
     nsa_runs,
     nsa_selected,
+    nsa_selected_backward,
 )
 from zoo.kernels.tiles import SHARED_BYTES
 
@@ -63,13 +65,13 @@ def build_compressed(name, architecture, dim, group=16, element="bf16", tile=Non
             "SELECT": 64, "OVERLAP": overlap, "SHIFT": shift, "TOP": 16, "KEPT": 16,
             "TOKENS": max(1, rows // group, 16 // group), "PADDED_GROUP": group, "BLOCK_J": slots,
         }  # fmt: skip
-        sort = max(16, min(128, nsa_compressed.SORTED // constants["TOKENS"]))
-        constants |= {"BLOCK_C": 2 * sort, "BLOCK_S": sort, "SHORT": 32, "RUN": nsa_compressed.RUN}
+        sort = max(16, min(128, nsa_choice.SORTED // constants["TOKENS"]))
+        constants |= {"BLOCK_C": 2 * sort, "BLOCK_S": sort, "SHORT": 32, "RUN": nsa_choice.RUN}
     else:
         constants |= {"BLOCK_R": rows, "BLOCK_K": slots}
-    kernel = getattr(nsa_compressed, f"_{name}")
+    kernel = getattr(nsa_choice if name == "choose" else nsa_compressed, f"_{name}")
     wide = {"dkdv": {"dk_ptr", "dv_ptr"}, "choose": set()}.get(name, set())
-    registers = nsa_compressed.registers(warps) if name == "choose" else None
+    registers = nsa_choice.registers(warps) if name == "choose" else None
     return build(kernel, architecture, element, constants, warps, stages, wide, registers)
 
 
@@ -85,7 +87,7 @@ def build_selected(name, architecture, dim, group=16, element="bf16", tile=None,
     if name == "partial":
         constants |= {"SINGLE": single} | ({"order_ptr": None, "bounds_ptr": None} if single else {})
         constants |= {"begin_ptr": None, "block_ptr": None} if single else {}
-    kernel = getattr(nsa_selected, f"_{name}")
+    kernel = getattr(nsa_selected_backward if name == "grads" else nsa_selected, f"_{name}")
     return build(kernel, architecture, element, constants, warps, stages, {"lse_ptr"} if name == "near" else set())
 
 
@@ -169,8 +171,8 @@ def test_the_small_kernels_compile():
     for near in (True, False):
         for mix in (alone | {"KEEP": True}, {"KEEP": True}, {"KEEP": False}):
             build(nsa_selected._merge, "sm90", "bf16", rows | mix | {"NEAR": near}, 4, 3, {"lse_ptr"})
-    build(nsa_selected._sum_pairs, "sm90", "bf16", rows, 4, 3)
-    build(nsa_selected._sum_items, "sm90", "bf16", sizes | {"BLOCK_K": 64}, 4, 3, {"dk_ptr", "dv_ptr"})
+    build(nsa_selected_backward._sum_pairs, "sm90", "bf16", rows, 4, 3)
+    build(nsa_selected_backward._sum_items, "sm90", "bf16", sizes | {"BLOCK_K": 64}, 4, 3, {"dk_ptr", "dv_ptr"})
     for absent in (["third"], []):
         mix = {"D": 128, "BLOCK_D": 128, "BLOCK_R": 32} | {f"{name}_ptr": None for name in absent}
         build(nsa_mix._mix, "sm90", "bf16", mix, 4, 3)

@@ -33,7 +33,8 @@ def selected_with_tile(kernel: str, dim: int, tile: tuple[int, ...]) -> float:
 
     On a CUDA device of sm_90, by the table's row of `dim`. For a process of its own: a kernel that faults ends it.
     """
-    from zoo.kernels import nsa_selected  # needs triton
+    from zoo.kernels import nsa as kernels  # needs triton
+    from zoo.kernels import nsa_selected
 
     tokens, kv_heads, group, block, top = 3000, 2, 16, 64, 16
     torch.manual_seed(0)
@@ -43,8 +44,8 @@ def selected_with_tile(kernel: str, dim: int, tile: tuple[int, ...]) -> float:
     index = torch.rand(1, tokens, kv_heads, -(-tokens // block), device="cuda").topk(top).indices.int()
 
     def call() -> list[Tensor]:
-        out, lse = nsa_selected.selected_forward(q, k, v, index, places, block, 0.1)
-        grads = nsa_selected.selected_backward(dout, None, q, k, v, out, lse, index, places, block, 0.1)
+        out, lse = kernels.selected_forward(q, k, v, index, places, block, 0.1)
+        grads = kernels.selected_backward(dout, None, q, k, v, out, lse, index, places, block, 0.1)
         torch.cuda.synchronize()
         return [out, *grads]
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from zoo.kernels import hopper_compressed, hopper_compressed_backward, hopper_near, hopper_partial, nsa_selected
 from zoo.kernels import nsa_compressed as portable
 from zoo.kernels.hopper_rows import takes
+from zoo.kernels.nsa_choice import choose
 from zoo.kernels.nsa_mix import mix_backward, mix_forward
 from zoo.kernels.nsa_places import locate
 from zoo.kernels.nsa_pool import pool_backward, pool_forward, pool_pair_backward, pool_pair_forward
-from zoo.kernels.nsa_selected import selected_backward
+from zoo.kernels.nsa_selected_backward import selected_backward
 
 __all__ = [
     "compressed_backward",
@@ -40,7 +41,7 @@ def compressed_forward(
     kernels = hopper_compressed if takes(q, k, scale) else portable
     with torch.cuda.device(q.device):
         out, lse = kernels.attend(q, k, v, places, geometry, scale)
-    return out, lse, portable.choose(q, k, lse, places, geometry, scale)
+    return out, lse, choose(q, k, lse, places, geometry, scale)
 
 
 def compressed_backward(

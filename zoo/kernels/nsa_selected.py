@@ -1,19 +1,17 @@
-"""Attention over the blocks that each query chose, forward and backward, block by block (zoo/kernels/nsa.py).
+"""Attention over the blocks that each query chose, block by block: the forward pass (zoo/kernels/nsa.py).
 
     _near       a tile of queries against their first, previous and own block
     _partial    an item's queries against its block: a complete softmax each, as a partial output and log-sum-exp
     _merge      a query's near output and its partial ones by their log-sum-exp, and the sum with NSA's other branches
-    _grads      an item's part of dK and dV, and each query's part of dQ
-    _sum_items  the parts of dK and dV of a block's items, in order
-    _sum_pairs  the parts of dQ of a query
 
 The loops go over the items of nsa_inverse.py: pairs of a query and one of its blocks, all of one block. With the R =
 H/G query heads of a group a pair makes R rows of a tile. Scratch holds one row per pair and head.
 
 The first, previous and own block are almost everybody's: in the forward a tile of neighbouring queries reads them
-together, and they need no pairs. In the backward, and where there are few queries, they are blocks like all others.
+together, and they need no pairs. In the backward (nsa_selected_backward.py), and where there are few queries, they are
+blocks like all others.
 
-Shapes: q, out (B,T,H,D); k, v (B,N,G,D); block_index (B,T,G,top); lse, row_lse, delta (B,T,H).
+Shapes: q, out (B,T,H,D); k, v (B,N,G,D); block_index (B,T,G,top); lse (B,T,H).
 """
 
 from collections.abc import Callable
@@ -25,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.launch import on_device, rows_contiguous, strides_of
-from zoo.kernels.nsa_compressed import load_rows, program, row_numbers, store_rows
+from zoo.kernels.nsa_compressed import load_rows, program, store_rows
 from zoo.kernels.nsa_inverse import Items, Piece, inverse, is_wanted, item_of, pieces
 from zoo.kernels.nsa_mix import gate_of
 from zoo.kernels.nsa_near import sees
@@ -171,7 +169,7 @@ def _attend(
                 near(piece, part_q, part_k, part_v, part_out, part_lse, scale)
             else:
                 partial = _partial_outputs(piece, None, part_q, part_k, part_v, scale)
-            sums = _summed_rows(piece, q)
+            sums = summed_rows(piece, q)
             part_mix = (None,) * 4 if mix is None else [piece.queries(x) for x in mix]
             keep = mix is None or mix[-1] is not out
             _merge[triton.cdiv(part_lse.numel(), sums["BLOCK_R"]),](
@@ -181,57 +179,7 @@ def _attend(
     return lse
 
 
-def selected_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_index: Tensor,
-    places: Any,
-    block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv."""
-    dim = q.shape[3]
-    if q.numel() == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    q, k, v, dout, out = (rows_contiguous(x) for x in (q, k, v, dout, out))
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
-    rows, warps, stages = choose_tile("grads", q)
-    with on_device(q):
-        row_lse, delta = row_numbers(dout, dlse, out, lse)
-        for piece in pieces(q, k, block_index, places, block):
-            part_q, part_k, part_v, part_dout = piece.queries(q), piece.keys(k), piece.keys(v), piece.queries(dout)
-            part_lse, part_delta = piece.queries(row_lse), piece.queries(delta)
-            items = inverse(piece, "grads")
-            partial = q.new_empty((piece.pairs, piece.group, dim))
-            item_dk, item_dv = (q.new_empty((items.count, block, dim), dtype=torch.float32) for _ in range(2))
-            _grads[items.count,](
-                part_q, part_k, part_v, part_dout, part_lse, part_delta, *items.arguments(), piece.place,
-                piece.first_key, piece.first_block, partial, item_dk, item_dv,
-                *strides_of(part_q, part_k, part_v, part_dout, part_lse), **piece.sizes(), scale=scale,
-                **piece.switches(), BLOCK_K=piece.padded_block(), BLOCK_R=rows, num_warps=warps, num_stages=stages,
-            )  # fmt: skip
-            part_dk, part_dv = piece.keys(dk), piece.keys(dv)
-            _sum_items[items.blocks // items.chunks,](
-                items.order, items.bounds, items.begin, piece.place, piece.first_key, piece.first_block, item_dk,
-                item_dv, part_dk, part_dv, *strides_of(part_dk), items.chunks, items.slots, piece.keys_total,
-                **piece.switches(), BLOCK_K=piece.padded_block(), num_warps=4,
-            )  # fmt: skip
-            part_dq = piece.queries(dq)
-            sums = _summed_rows(piece, q)
-            _sum_pairs[triton.cdiv(part_lse.numel(), sums["BLOCK_R"]),](
-                partial, piece.index, piece.place, part_dq, *strides_of(part_dq), part_lse.numel(), part_q.shape[1],
-                **piece.switches(), **sums, num_warps=4,
-            )  # fmt: skip
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _summed_rows(piece: Piece, q: Tensor) -> dict[str, int]:
+def summed_rows(piece: Piece, q: Tensor) -> dict[str, int]:
     padded = triton.next_power_of_2(piece.top)
     row_bytes = triton.next_power_of_2(piece.dim) * q.element_size()
     return {"BLOCK_TOP": padded, "BLOCK_R": max(1, SUM_BYTES // (padded * row_bytes))}
@@ -279,14 +227,14 @@ def _partial(
     v = load_tile(v_ptr + batch * stride_vb + kv_head * stride_vh, key0, 0, end, stride_vt, BLOCK_K, D, BLOCK_D)
     column = tl.arange(0, BLOCK_K)
     row = (first * GROUP + tl.arange(0, BLOCK_R)).to(tl.uint32)
-    pair = _pairs(order_ptr, row, last * GROUP, GROUP, SINGLE)
+    pair = pairs_of(order_ptr, row, last * GROUP, GROUP, SINGLE)
     for r0 in range(first * GROUP, last * GROUP, BLOCK_R):
         row = (r0 + tl.arange(0, BLOCK_R)).to(tl.uint32)
         inside, member = row < last * GROUP, row % GROUP
         token = pair // (G * TOP) - batch.to(tl.int32) * T
         q = load_rows(q_ptr, token, member, stride_qt, stride_qh, inside, D, BLOCK_D)
         # The next tile's, so that its queries are a load from known addresses and can be under way by then.
-        next_pair = _pairs(order_ptr, row + BLOCK_R, last * GROUP, GROUP, SINGLE)
+        next_pair = pairs_of(order_ptr, row + BLOCK_R, last * GROUP, GROUP, SINGLE)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
         if SINGLE or BLOCK != BLOCK_K:
             s = tl.where((key0 + column < end)[None, :], s, -float("inf"))
@@ -295,13 +243,13 @@ def _partial(
         total = tl.sum(p, 1)
         out = tl.dot(p.to(v.dtype), v, input_precision="ieee") * (1 / total)[:, None]
         at = tl.cast(pair, tl.int64) * GROUP + member
-        _store_scratch(partial_ptr, out, at, inside, D, BLOCK_D)
+        store_scratch(partial_ptr, out, at, inside, D, BLOCK_D)
         tl.store(partial_lse_ptr + at, top + tl.log2(total), mask=inside)
         pair = next_pair
 
 
 @triton.jit
-def _store_scratch(partial_ptr, tile, at, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_scratch(partial_ptr, tile, at, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """To rows `at`; in the L2 cache they make room first, for the queries, which are read again."""
     column = tl.arange(0, BLOCK_D)
     mask = inside[:, None]
@@ -312,7 +260,7 @@ def _store_scratch(partial_ptr, tile, at, inside, D: tl.constexpr, BLOCK_D: tl.c
 
 
 @triton.jit
-def _pairs(order_ptr, row, last, GROUP: tl.constexpr, SINGLE: tl.constexpr):
+def pairs_of(order_ptr, row, last, GROUP: tl.constexpr, SINGLE: tl.constexpr):
     """Of rows of an item before `last`. Like rows unsigned, so that their divisions are shifts."""
     if SINGLE:
         pair = row // GROUP
@@ -389,7 +337,7 @@ def _near(
 
 
 @triton.jit
-def _rows_of_heads(
+def rows_of_heads(
     index_ptr, place_ptr, rows, T, G: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_TOP: tl.constexpr, BLOCK_R: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
@@ -406,7 +354,7 @@ def _rows_of_heads(
 
 
 @triton.jit
-def _scratch_rows(partial_ptr, at, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def scratch_rows(partial_ptr, at, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """(BLOCK_R, BLOCK_TOP, BLOCK_D) in float32. Triton lays the threads along the last dimension, then along the first:
     each has all that it sums up, 16 loads that are under way at once, and exchanges nothing."""
     column = tl.arange(0, BLOCK_D)[None, None, :]
@@ -427,7 +375,7 @@ def _merge(
 ):  # fmt: skip
     """With NEAR out and lse hold what `_near` left, and the near blocks are no pairs. The other branches and the sum
     lie like out, gates have 3 for each D of it. Without KEEP the sum may take out's place."""
-    inside, batch, t, head, at, there = _rows_of_heads(
+    inside, batch, t, head, at, there = rows_of_heads(
         index_ptr, place_ptr, rows, T, G, TOP, GROUP, BLOCK, BLOCK_TOP, BLOCK_R, NEAR
     )
     corner = batch * stride_ob + head * stride_oh
@@ -444,7 +392,7 @@ def _merge(
         second = gate_of(gates_ptr + 1, row, inside, kind)
         third = gate_of(gates_ptr + 2, row, inside, kind)
     lse = tl.load(partial_lse_ptr + at, mask=there, other=-float("inf"))
-    partial = _scratch_rows(partial_ptr, at, there, D, BLOCK_D)
+    partial = scratch_rows(partial_ptr, at, there, D, BLOCK_D)
     top = tl.max(lse, 1)
     if NEAR:
         top = tl.maximum(top, near_lse)
@@ -465,113 +413,3 @@ def _merge(
         mixed = compressed.to(tl.float32) * first + out.to(tl.float32) * second + window.to(tl.float32) * third
         store_rows(mixed_ptr, mixed, t, corner, stride_ot, 1, inside, D, BLOCK_D)
     tl.store(lse_at, tl.where(seen, (pivot + tl.log2(total)) * LN2, -float("inf")), mask=inside)
-
-
-@triton.jit(do_not_specialize=INTEGERS)
-def _grads(
-    q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, order_ptr, bounds_ptr, begin_ptr, block_ptr,
-    each, blocks, chunks, slots, place_ptr, first_key_ptr, first_block_ptr, partial_ptr, item_dk_ptr, item_dv_ptr,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_db, stride_dt, stride_dh, stride_lb, stride_lt, stride_lh, T, N, scale,
-    G: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Matrices are held transposed, (keys, rows)."""
-    first, last, batch, kv_head, key0, before = item_of(
-        order_ptr, bounds_ptr, begin_ptr, block_ptr, each, blocks, chunks, slots, first_key_ptr, first_block_ptr,
-        G, TOP, BLOCK,
-    )  # fmt: skip
-    if first >= last:
-        return
-    q_ptr += batch * stride_qb + kv_head * GROUP * stride_qh
-    dout_ptr += batch * stride_db + kv_head * GROUP * stride_dh
-    numbers = batch * stride_lb + kv_head * GROUP * stride_lh
-    end = min(key0 + BLOCK, N)
-    k = load_tile(k_ptr + batch * stride_kb + kv_head * stride_kh, key0, 0, end, stride_kt, BLOCK_K, D, BLOCK_D)
-    v = load_tile(v_ptr + batch * stride_vb + kv_head * stride_vh, key0, 0, end, stride_vt, BLOCK_K, D, BLOCK_D)
-    column = tl.arange(0, BLOCK_K)
-    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    row = (first * GROUP + tl.arange(0, BLOCK_R)).to(tl.uint32)
-    pair = _pairs(order_ptr, row, last * GROUP, GROUP, False)
-    for r0 in range(first * GROUP, last * GROUP, BLOCK_R):
-        row = (r0 + tl.arange(0, BLOCK_R)).to(tl.uint32)
-        inside, member = row < last * GROUP, row % GROUP
-        token = pair // (G * TOP)
-        place = tl.load(place_ptr + token, mask=inside, other=0)
-        token -= batch.to(tl.int32) * T
-        at = numbers + tl.cast(token, tl.int64) * stride_lt + member * stride_lh
-        row_lse = tl.load(row_lse_ptr + at, mask=inside, other=float("inf"))
-        delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
-        q = load_rows(q_ptr, token, member, stride_qt, stride_qh, inside, D, BLOCK_D)
-        dout = load_rows(dout_ptr, token, member, stride_dt, stride_dh, inside, D, BLOCK_D)
-        next_pair = _pairs(order_ptr, row + BLOCK_R, last * GROUP, GROUP, False)  # as in _partial
-        s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
-        seen = column[:, None] < tl.minimum(place + 1 - before, BLOCK)[None, :]
-        p = tl.where(seen, tl.exp2(s - row_lse[None, :]), 0.0)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :]) * scale
-        ds = ds.to(q.dtype)
-        dk = tl.dot(ds, q, dk, input_precision="ieee")
-        if BLOCK_R == 32:  # too few for a warpgroup's product, which wants 64: the other way round
-            dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision="ieee"))
-        else:  # 16 are taken where shared memory is too short for what that takes
-            dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
-        _store_scratch(partial_ptr, dq, tl.cast(pair, tl.int64) * GROUP + member, inside, D, BLOCK_D)
-        pair = next_pair
-    mine = tl.cast(tl.program_id(0), tl.int64) * BLOCK * D
-    store_rows(item_dk_ptr + mine, dk, column, column * 0, D, 0, column < BLOCK, D, BLOCK_D)
-    store_rows(item_dv_ptr + mine, dv, column, column * 0, D, 0, column < BLOCK, D, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=["chunks", "slots", "N"])
-def _sum_items(
-    order_ptr, bounds_ptr, begin_ptr, place_ptr, first_key_ptr, first_block_ptr, item_dk_ptr, item_dv_ptr,
-    dk_ptr, dv_ptr, stride_b, stride_n, stride_h, chunks, slots, N,
-    G: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Adds a block's items to what earlier pieces left in dk and dv (B,N,G,D) float32. One program per block.
-
-    It touches only the keys that some query saw: a document's last block reaches into the next one, whose keys are
-    another program's to add to.
-    """
-    batch, kv_head, slot = tl.program_id(0) // slots // G, tl.program_id(0) // slots % G, tl.program_id(0) % slots
-    block = tl.program_id(0) // slots * chunks * slots + slot  # in the first chunk
-    first, last = -1, -1
-    for chunk in range(0, chunks):
-        earliest, beyond = tl.load(bounds_ptr + block + chunk * slots), tl.load(bounds_ptr + block + chunk * slots + 1)
-        first = tl.where((first < 0) & (earliest < beyond), earliest, first)
-        last = tl.where(earliest < beyond, beyond, last)
-    if last < 0:
-        return
-    token = tl.load(order_ptr + first).to(tl.int32) // (G * TOP)
-    before = (slot - tl.load(first_block_ptr + token)) * BLOCK
-    key0 = tl.load(first_key_ptr + token) + before
-    latest = tl.load(order_ptr + last - 1).to(tl.int32) // (G * TOP)  # pairs of a block are sorted by token
-    seen = tl.minimum(tl.load(place_ptr + latest) + 1 - before, BLOCK)
-    column = tl.arange(0, BLOCK_K)
-    inside = (column < seen) & (key0 + column < N)
-    corner = tl.cast(batch, tl.int64) * stride_b + tl.cast(kv_head, tl.int64) * stride_h
-    dk = load_rows(dk_ptr + corner, key0 + column, column * 0, stride_n, 0, inside, D, BLOCK_D)
-    dv = load_rows(dv_ptr + corner, key0 + column, column * 0, stride_n, 0, inside, D, BLOCK_D)
-    for chunk in range(0, chunks):
-        for item in range(tl.load(begin_ptr + block + chunk * slots), tl.load(begin_ptr + block + chunk * slots + 1)):
-            at = tl.cast(item, tl.int64) * BLOCK * D
-            dk += load_rows(item_dk_ptr + at, column, column * 0, D, 0, inside, D, BLOCK_D)
-            dv += load_rows(item_dv_ptr + at, column, column * 0, D, 0, inside, D, BLOCK_D)
-    store_rows(dk_ptr + corner, dk, key0 + column, column * 0, stride_n, 0, inside, D, BLOCK_D)
-    store_rows(dv_ptr + corner, dv, key0 + column, column * 0, stride_n, 0, inside, D, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=["rows", "T"])
-def _sum_pairs(
-    partial_ptr, index_ptr, place_ptr, dq_ptr, stride_b, stride_t, stride_h, rows, T,
-    G: tl.constexpr, TOP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_TOP: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    inside, batch, t, head, at, there = _rows_of_heads(
-        index_ptr, place_ptr, rows, T, G, TOP, GROUP, BLOCK, BLOCK_TOP, BLOCK_R, False
-    )
-    dq = tl.sum(_scratch_rows(partial_ptr, at, there, D, BLOCK_D), 1)
-    store_rows(dq_ptr, dq, t, batch * stride_b + head * stride_h, stride_t, 1, inside, D, BLOCK_D)
