@@ -17,6 +17,8 @@ import io
 import itertools
 import json
 import multiprocessing
+import signal
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -50,6 +52,7 @@ def main() -> None:
         if (args.recipe, " ".join([*args.word, *setting]), int(seed)) not in done
     ]
     began = time.perf_counter()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and leaves no workers behind
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         for row in pool.imap_unordered(run, jobs, chunksize=1):
             known.append(row)

@@ -15,7 +15,9 @@ import contextlib
 import io
 import json
 import multiprocessing
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -40,6 +42,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
 
     known = read_rows(args.out)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and leaves no workers behind
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         for row in pool.imap_unordered(run, missing(args, known), chunksize=1):
             known.append(row)
