@@ -122,10 +122,10 @@ def setting(name: str) -> tuple[Any, Any]:
     return module, getattr(module, name)
 
 
-def tune(report: Report, tokens: int, group: int, kernels: list[str]) -> None:
+def tune(report: Report, tokens: int, group: int, chosen: list[str]) -> None:
     calls = passes(tokens, group)
     say(f"tune, T {tokens}, {group} query heads a kv head; ms of the pass that runs the kernel")
-    for kernel in kernels:
+    for kernel in chosen:
         usual, found = tiles(kernel)[DIM], {}
         for tile in dict.fromkeys([usual, *TILES[kernel]]):
             row = Row(kernel=kernel, tokens=tokens, group=group, tile=tile)

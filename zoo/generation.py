@@ -285,20 +285,20 @@ def _recorded(step: Callable[[Any], Any], state: Any, generator: torch.Generator
     """`step` as a CUDA graph over the memory of `state` {"drawn", "cache", "head"}; each call goes one step on and
     returns what it drew. Steps are of fixed shapes and never look at a value, so all of them are the same graph."""
     before = generator.get_state()
-    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):  # kernels compile and choose their tiles before the recording, on copies
-        trial = clone(state)
-        for _ in range(2):
-            _step_in_place(step, trial)
-    here.wait_stream(aside)
-    generator.set_state(before)
-
-    graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, stream=aside):  # records and runs nothing: the state stays as it is
-        _step_in_place(step, state)
-    here.wait_stream(aside)  # where torch has just set the graph's random offset to 0; a replay sets its own, here
+    with torch.cuda.device(generator.device):
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):  # kernels compile and choose their tiles before the recording, on copies
+            trial = clone(state)
+            for _ in range(2):
+                _step_in_place(step, trial)
+        here.wait_stream(aside)
+        generator.set_state(before)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(generator)
+        with torch.cuda.graph(graph, stream=aside):  # records and runs nothing: the state stays as it is
+            _step_in_place(step, state)
+        here.wait_stream(aside)  # where torch has just set the graph's random offset to 0; a replay sets its own, here
 
     def replay() -> Tensor:
         graph.replay()

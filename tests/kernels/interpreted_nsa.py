@@ -429,11 +429,12 @@ def test_the_sum_of_branches_equals_the_reference(dtype, there, monkeypatch):
     torch.testing.assert_close(grads, truth, **tolerance)
 
 
-@pytest.mark.parametrize("scratch", [1 << 30, 1 << 12])
+@pytest.mark.parametrize(("scratch", "few"), [(1 << 30, 0), (1 << 12, 0), (1 << 30, 1 << 20)])
 @pytest.mark.parametrize("keep", [True, False])
-def test_the_sum_where_the_selected_branch_is_merged_equals_the_sum_of_branches(keep, scratch, monkeypatch):
-    """Bit for bit: the roundings are the same. Pieces of tokens and of heads too."""
+def test_the_sum_where_the_selected_branch_is_merged_equals_the_sum_of_branches(keep, scratch, few, monkeypatch):
+    """Bit for bit: the roundings are the same. Pieces of tokens and of heads too, and a program for each pair."""
     monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(nsa_selected, "FEW_PAIRS", few)
     poison_new_tensors(monkeypatch)
     generator = torch.Generator().manual_seed(0)
     x = NSACase("mix", 37, group=2, kv_heads=3, dim=12).tensors(torch.float16)
@@ -450,6 +451,20 @@ def test_the_sum_where_the_selected_branch_is_merged_equals_the_sum_of_branches(
     assert torch.equal(kept, selected if keep else selected[:, :0])
     reference = reference_nsa.selected_mix_forward(*arguments)
     torch.testing.assert_close((mixed, kept, again), reference, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("few", [0, 1 << 20])
+def test_without_keys_nobody_sees_any(few, monkeypatch):
+    monkeypatch.setattr(nsa_selected, "FEW_PAIRS", few)
+    poison_new_tensors(monkeypatch)
+    q, k = torch.randn(1, 9, 4, 16), torch.randn(1, 0, 2, 16)
+    places, index = nsa._places(q, 4, 0, None, None), torch.full((1, 9, 2, 3), -1, dtype=torch.int32)
+    out, lse = kernels.selected_forward(q, k, k, index, places, 4, 0.3)
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
+    grads = kernels.selected_backward(torch.ones_like(q), None, q, k, k, out, lse, index, places, 4, 0.3)
+    assert (grads[0] == 0).all()
+    assert [x.numel() for x in grads[1:]] == [0, 0]
 
 
 def test_float16():

@@ -187,7 +187,7 @@ def _scores(
             slot = j * RATIO + o - SHIFT
             k = load_rows(k_ptr, slot, slot * 0, stride_kt, 0, (slot >= 0) & (slot < M), D, BLOCK_D)
             s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
-            p = tl.exp2(s - lse[None, :])  # blocks that a row doesn't see are dropped in `_keys`
+            p = tl.exp2(s - lse[None, :])  # blocks that a row doesn't see are dropped in `keys`
             p = tl.sum(tl.reshape(p, [BLOCK_J, TOKENS, PADDED_GROUP]), 2)
             if SHIFT:  # the first blocks' reach back beyond the document
                 p = tl.where(slot[:, None] >= lowest[None, :], p, 0.0)

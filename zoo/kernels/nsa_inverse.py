@@ -85,6 +85,7 @@ def pieces(q: Tensor, k: Tensor, block_index: Tensor, places: Any, block: int) -
     heads_each = _even_share(kv_heads, SCRATCH_BYTES // (token_bytes * length))
     # Documents: the places after the last token's are never used.
     slots = triton.cdiv(k.shape[1], block) if places.documents == 0 else length // block + places.documents
+    slots = max(1, slots)  # without keys, too, the index has to say that there are no items
     for g in range(0, kv_heads, heads_each):
         for t in range(0, length, fitting):
             tokens, some = slice(t, min(t + fitting, length)), slice(g, min(g + heads_each, kv_heads))

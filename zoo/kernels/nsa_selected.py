@@ -131,8 +131,8 @@ def selected_mix_forward(
     near: Near = near_outputs,
     far: Far = far_outputs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What mix_forward of nsa_mix.py makes of the three branches, bit for bit; the selected branch's out
-    (of no tokens unless `keep`) and lse."""
+    """What mix_forward of nsa_mix.py makes of the three branches, of 16-bit ones bit for bit; the selected branch's out
+    (of no tokens unless `keep`) and lse. gates (B,T,H,3), any float dtype; compressed and window like q."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     mixed = torch.empty_like(out) if keep else out
     others = [x.contiguous() for x in (gates, compressed, window)]

@@ -3,7 +3,8 @@
     o_t = g_cmp Attn(q_t, compressed blocks) + g_slc Attn(q_t, chosen blocks) + g_win Attn(q_t, last `window` keys)
 
 Each branch has a softmax of its own. `nsa_attention` composes `compressed_attention`, which also chooses the blocks,
-`selected_attention` and `window_attention`; a log-decay, where there is one, acts on the window alone (GatedFWA, 5.4).
+`window_attention`, and what `selected_attention` and `mix_branches` compute as one operator; a log-decay, where there
+is one, acts on the window alone (GatedFWA, 5.4).
 
 Where public codes differ (SPEC.md 5.3) this one does so: compressed block c is visible iff it ends at or before the
 query, (c + 1) * block <= t + 1; the first, the own and the previous block are always chosen and count among `top`; the
@@ -56,6 +57,8 @@ def nsa_attention(
         raise ValueError(f"branch_gates has shape {_shapes(branch_gates)}, it must be (B, T, H, 3) for q {_shapes(q)}")
     if k.shape[1] < q.shape[1]:
         raise ValueError(f"the queries are the last positions of the keys: T must be at most N, got {_shapes(q, k)}")
+    if top < FORCED:
+        raise ValueError(f"top is {top}: it must be at least {FORCED}, the first, previous and own block")
     geometry = _geometry(block, None, None, top)
     offset = k.shape[1] - q.shape[1]
     start = torch.full(q.shape[:1], offset, dtype=torch.int32, device=q.device) if offset else None
@@ -153,9 +156,9 @@ def selected_attention(
     """Causal attention of each query over the tokens of its own blocks.
 
     block_index (B,T,G,top) int32: blocks of `block` tokens counted from the start of the query's document, each at most
-    once, in any order; below 0, or later than the query's own block: none. The H/G query heads of a key/value head
-    share them. query_start as in `compressed_attention`. Keys and values beyond a query have no weight but may be
-    read, past the last query's place too: they must be finite (0 x NaN = NaN).
+    once (else the result is undefined), in any order; below 0, or later than the query's own block: none. The H/G query
+    heads of a key/value head share them. query_start as in `compressed_attention`. Keys and values beyond a query
+    have no weight but may be read, past the last query's place too: they must be finite (0 x NaN = NaN).
 
     Returns out like q (0 where a query has no block); with return_lse also lse (B,T,H). Differentiable once in q, k, v.
     Raises ValueError naming the argument, after a look at values as in `compressed_attention`; never at block_index's.
@@ -164,9 +167,12 @@ def selected_attention(
     if not block >= 1:
         raise ValueError(f"block is {block}: it must be at least 1")
     expected = (*q.shape[:2], k.shape[2])
-    if block_index.dim() != 4 or block_index.shape[:3] != expected or block_index.dtype != torch.int32:
+    fits = block_index.dim() == 4 and block_index.shape[:3] == expected and block_index.shape[3] > 0
+    if not fits or block_index.dtype != torch.int32:
         shape = f"{block_index.dtype} {tuple(block_index.shape)}"
-        raise ValueError(f"block_index must be int32 (B, T, G, top) with (B, T, G) = {tuple(expected)}, got {shape}")
+        raise ValueError(
+            f"block_index must be int32 (B, T, G, top) with (B, T, G) = {tuple(expected)}, top 1 or more, got {shape}"
+        )
     if block_index.device != q.device:
         raise ValueError(f"block_index is on {block_index.device}, q on {q.device}: they must be on one device")
     scale = _check_places(q, scale, cu_seqlens, query_start)
@@ -408,6 +414,7 @@ def _save_selected_mix(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(selected, lse)
     ctx.save_for_backward(q, k, v, block_index, gates, compressed, near, selected, lse, cu_seqlens, query_start)
     ctx.options = block, scale
+    ctx.set_materialize_grads(False)
 
 
 def _backward_selected_mix(ctx, dout: Tensor, _, __):

@@ -114,7 +114,7 @@ def record(step: Callable[..., Any], inputs: Any, stream: Any, pool: Any) -> tup
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         outputs = step(*inputs)
     # On its stream torch has just set the graph's random offset to 0; a replay sets its own, on this one
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream(stream.device).wait_stream(stream)
     return outputs, graph.replay
 
 
