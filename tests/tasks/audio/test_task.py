@@ -378,7 +378,7 @@ def test_damaged_digits_are_refused(data_root, tmp_path):
 @pytest.mark.parametrize("name", registry.models.names("audio_*_1*") + registry.models.names("music_*_1*"))
 def test_every_size_takes_a_step(name):
     if "classifier" in name:
-        model = zoo.create_model(name, widths=(4, 4, 4, 4))
+        model = zoo.create_model(name, widths=(8, 8, 8, 8))
         batch = Batch(0.1 * torch.randn(2, 8192), torch.tensor([[0, 1], [2, 3]]))
     else:
         model = zoo.create_model(name, backbone={"depth": 1})

@@ -129,7 +129,7 @@ def judged(draw, count=30, classifier=None):
 
 def test_copies_of_training_images_are_seen():
     torch.manual_seed(0)
-    classifier = ClassifierConfig(channels=1, classes=2, layers=(1, 1, 1, 1), widths=(4, 4, 4, 4)).build().eval()
+    classifier = ClassifierConfig(channels=1, classes=2, layers=(1, 1, 1, 1), widths=(8, 8, 8, 8)).build().eval()
     train = images(40, 0)
     copying = judged(lambda model, labels, count, seed: train.pixels[seed : seed + count], classifier=classifier)
     fresh = judged(lambda model, labels, count, seed: images(count, 5 + seed).pixels, classifier=classifier)

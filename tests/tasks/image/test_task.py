@@ -308,7 +308,7 @@ def test_every_size_takes_a_step(name):
     if "tokenizer" in name:
         model = zoo.create_model(name, width=8, depth=1)
     elif "classifier" in name:
-        model = zoo.create_model(name, widths=(4, 4, 4, 4))
+        model = zoo.create_model(name, widths=(8, 8, 8, 8))
     else:
         model = zoo.create_model(
             name, backbone={"depth": 1}, head={"height": 4, "width": 4, "channels": 1, "classes": 2}
