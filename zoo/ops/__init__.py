@@ -10,8 +10,8 @@ from zoo.ops.linear import precise_linear, wide_linear
 from zoo.ops.loss import linear_cross_entropy
 from zoo.ops.mlp import mlp_in_pieces
 from zoo.ops.norm import add_norm
-from zoo.ops.nsa import compressed_attention, mix_branches, nsa_attention, runs_dense, selected_attention
-from zoo.ops.nsa_blocks import gather_blocks, pool_blocks
+from zoo.ops.nsa import compressed_attention, mix_branches, nsa_attention, selected_attention
+from zoo.ops.nsa_blocks import gather_blocks, pool_blocks, runs_dense
 from zoo.ops.qkv import attention_inputs
 from zoo.ops.rotary import rotary_table
 from zoo.ops.swiglu import swiglu

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops import backend, reference
-from zoo.ops.nsa_blocks import kernels, pool_blocks, pool_pair
+from zoo.ops.nsa_blocks import kernels, pool_blocks, pool_pair, runs_dense
 from zoo.ops.reference_nsa import Geometry, Places
 from zoo.ops.stacking import stack_rows
 from zoo.ops.window import check_documents, check_index, window_attention
@@ -59,7 +59,7 @@ def nsa_attention(
         raise ValueError(f"the queries are the last positions of the keys: T must be at most N, got {_shapes(q, k)}")
     if top < FORCED:
         raise ValueError(f"top is {top}: it must be at least {FORCED}, the first, previous and own block")
-    geometry = _geometry(block, None, None, top)
+    _geometry(block, None, None, top)
     offset = k.shape[1] - q.shape[1]
     start = torch.full(q.shape[:1], offset, dtype=torch.int32, device=q.device) if offset else None
     options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens}
@@ -69,7 +69,7 @@ def nsa_attention(
         compressed_k, compressed_v = (pool_blocks(x, block, cu_seqlens=cu_seqlens) for x in (k, v))
     dense = runs_dense(k.shape[1], block, top)
     compressed, _, block_index = compressed_attention(
-        q, compressed_k, compressed_v, block=block, top=0 if dense else geometry.top, query_start=start, **options
+        q, compressed_k, compressed_v, block=block, top=0 if dense else top, query_start=start, **options
     )
     near = window_attention(q, k, v, log_decay, window=window, **options)
     if dense:
@@ -77,11 +77,6 @@ def nsa_attention(
     scale = _check_places(q, scale, cu_seqlens, start)
     branches = (branch_gates, compressed, near)
     return _selected_mix(q, k, v, block_index, *branches, block, scale, cu_seqlens, start, torch.is_grad_enabled())[0]
-
-
-def runs_dense(keys: int, block: int, top: int) -> bool:
-    """Whether the selected branch runs as dense causal attention: every block is chosen, so that both are the same."""
-    return keys <= top * block
 
 
 def mix_branches(

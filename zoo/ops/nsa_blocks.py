@@ -1,4 +1,4 @@
-"""NSA's blocks of tokens: gathered, and their means as operators (zoo/ops/nsa.py)."""
+"""NSA's blocks of tokens: how many suffice, gathered, and their means as operators (zoo/ops/nsa.py)."""
 
 from typing import Any
 
@@ -12,6 +12,11 @@ from zoo.ops.stacking import stack_rows
 
 def kernels(q: Tensor) -> Any:
     return backend.choose("nsa", q.device, q.dtype, q.shape[3])
+
+
+def runs_dense(keys: int, block: int, top: int) -> bool:
+    """Whether the selected branch runs as dense causal attention: every block is chosen, so that both are the same."""
+    return keys <= top * block
 
 
 def pool_blocks(x: Tensor, block: int, *, cu_seqlens: Tensor | None = None) -> Tensor:
