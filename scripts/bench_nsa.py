@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo import bench, ops
-from zoo.kernels import nsa_inverse
-from zoo.ops import nsa
+from zoo.kernels import nsa_inverse, nsa_piece
+from zoo.ops import nsa, nsa_blocks
 from zoo.peers import Call
 
 HEADS, DIM, BLOCK, TOP, WINDOW = 64, 128, 64, 16, 512
@@ -212,19 +212,24 @@ def stages(x: dict[str, Tensor]) -> Row:
     q, k, v, decay, dout = (x[name] for name in ("q", "k", "v", "log_decay", "dout"))
     means = [ops.pool_blocks(y, BLOCK) for y in (k, v)]
     index = ops.compressed_attention(q, *means, block=BLOCK, top=TOP)[2]
-    pieces = list(nsa_inverse.pieces(q, k, index, nsa._places(q, BLOCK, q.shape[1], None, None), BLOCK))
+    pieces = list(nsa_piece.pieces(q, k, index, nsa._places(q, BLOCK, q.shape[1], None, None), BLOCK))
     row = Row()
+    mixed = (q, k, v, index, x["gates"], q, dout, BLOCK, DIM**-0.5, None, None, False)
 
     def compressed(*y: Tensor) -> Tensor:
         return ops.compressed_attention(*y, block=BLOCK, top=0)[0]
 
-    row.time("pool", lambda: lambda: [ops.pool_blocks(y, BLOCK) for y in (k, v)])
+    row.time("pool", lambda: partial(nsa_blocks.pool_each, [k, v], BLOCK, None))
     row.forward_and_backward("compressed", compressed, [q, *means], [], dout)
     row.time("with choice", lambda: partial(ops.compressed_attention, q, *means, block=BLOCK, top=TOP))
     row.forward_and_backward("selected", partial(ops.selected_attention, block=BLOCK), [q, k, v], [index], dout)
     row.time("its index", lambda: lambda: [nsa_inverse.inverse(piece, "partial") for piece in pieces])
     row.time("its index backward", lambda: lambda: [nsa_inverse.inverse(piece, "grads") for piece in pieces])
     row.forward_and_backward("window", partial(ops.window_attention, window=WINDOW), [q, k, v, decay], [], dout)
+    row.time(
+        "selected and mix",
+        lambda: partial(nsa._selected_mix, *mixed),
+    )
     row.forward_and_backward("mix", ops.mix_branches, [x["gates"], q, q.clone(), dout], [], dout)
     return row
 

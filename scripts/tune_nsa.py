@@ -33,7 +33,7 @@ from bench_nsa import (
 
 from zoo import ops
 from zoo.kernels import nsa as kernels
-from zoo.kernels import nsa_compressed, nsa_inverse, nsa_selected
+from zoo.kernels import nsa_compressed, nsa_inverse, nsa_piece, nsa_selected
 from zoo.ops import nsa, reference_nsa
 
 TILES: dict[str, list[tuple[int, ...]]] = {
@@ -118,7 +118,7 @@ def with_setting(name: str, value: Any, call: Call) -> Any:
 
 def setting(name: str) -> tuple[Any, Any]:
     """(the module that holds it, its value)."""
-    module: Any = nsa_inverse if hasattr(nsa_inverse, name) else nsa_selected
+    module = next(module for module in (nsa_piece, nsa_inverse, nsa_selected) if hasattr(module, name))
     return module, getattr(module, name)
 
 

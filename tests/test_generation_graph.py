@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import zoo
-from zoo import generation
+from zoo import generation, recording
 from zoo.generation import Sampling, generate
 from zoo.model import Batch
 
@@ -48,7 +48,7 @@ def in_place(monkeypatch):
         return replay
 
     monkeypatch.setattr(generation, "_recorded", recorded)
-    monkeypatch.setattr(generation, "GRAPHS", ("cpu",))
+    monkeypatch.setattr(recording, "DEVICES", ("cpu",))
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

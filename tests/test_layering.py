@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A part may import the parts of the rows above its own, and not those beside it.
 ORDER = (
-    ("registry", "config", "state", "files", "distances"),  # know nothing else of zoo
+    ("registry", "config", "state", "files", "distances", "recording"),  # know nothing else of zoo
     ("kernels",),
     ("ops",),
     ("layers", "loss", "quantize", "resnet"),

@@ -6,15 +6,15 @@ device, so callers that stream pay for the wait only where they look at the toke
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from zoo import recording
 from zoo.model import Batch, Context, Model
 from zoo.state import clone, leaves, map_state
-
-GRAPHS = ("cuda",)  # types of device that record graphs
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def generate(
     _check_prompt(batch, sampling)
     model.head.check(batch.inputs)  # where the caller has them: an index out of range on a GPU ends its context
     device = next(model.parameters()).device
-    if graph and device.type not in GRAPHS:
+    if graph and device.type not in recording.DEVICES:
         raise ValueError(f"graph = True records a CUDA graph; the model is on {device}, where it takes False")
     steps = _steps(model, batch, max_new, sampling, seed, chunk, graph)
     return steps if stream else torch.cat(list(steps), dim=1)
@@ -294,14 +294,10 @@ def _recorded(step: Callable[[Any], Any], state: Any, generator: torch.Generator
                 _step_in_place(step, trial)
         here.wait_stream(aside)
         generator.set_state(before)
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, stream=aside):  # records and runs nothing: the state stays as it is
-            _step_in_place(step, state)
-        here.wait_stream(aside)  # where torch has just set the graph's random offset to 0; a replay sets its own, here
+        _, replay = recording.record(partial(_step_in_place, step, state), aside, generator=generator)
 
-    def replay() -> Tensor:
-        graph.replay()
+    def drawn() -> Tensor:
+        replay()
         return state["drawn"].clone()
 
-    return replay
+    return drawn

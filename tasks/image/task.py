@@ -17,11 +17,11 @@ from tasks.image.orders import ORDERS, rows_given
 from tasks.image.stream import Augment, image_stream, pixel_views
 from tasks.image.tokenizer import Tokenizer, TokenizerConfig, decode_all, encode_all, load_tokenizer
 from zoo import config as configs
-from zoo import frozen
+from zoo import frozen, recording
 from zoo.config import Choice
 from zoo.data import SourceStream
 from zoo.frozen import Frozen
-from zoo.generation import GRAPHS, generate
+from zoo.generation import generate
 from zoo.model import Batch, Model, ModelConfig
 from zoo.registry import datasets, nearest
 from zoo.task import Media, Metric, Request, Task
@@ -354,7 +354,7 @@ class ImageTask(Task):
         """(count, H, W, C) uint8."""
         prompts = [None] * count if labels is None else labels.tolist()
         given = self.prompt(prompts)
-        graph = next(model.parameters()).device.type in GRAPHS
+        graph = next(model.parameters()).device.type in recording.DEVICES
         drawn = generate(
             model, given, max_new=self.length(given), sampling=self.config.samples.sampling(), seed=seed, graph=graph
         )

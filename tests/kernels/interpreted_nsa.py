@@ -19,6 +19,7 @@ from zoo.kernels import (
     nsa_inverse,
     nsa_mix,
     nsa_near,
+    nsa_piece,
     nsa_places,
     nsa_pool,
     nsa_runs,
@@ -49,7 +50,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(nsa_count, "SLOTS", 8)
     monkeypatch.setattr(nsa_count, "TOKENS", 4)
     monkeypatch.setattr(nsa_selected, "FEW_PAIRS", 0)
-    monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", 1 << 30)
+    monkeypatch.setattr(nsa_piece, "SCRATCH_BYTES", 1 << 30)
 
 
 def errors(case: NSACase, dtype: torch.dtype = torch.float32) -> dict[str, float]:
@@ -79,7 +80,7 @@ def test_equals_the_loops(case):
 @pytest.mark.parametrize("scratch", [1 << 12, 1 << 14])
 def test_pieces(scratch, monkeypatch):
     """Runs of tokens of one head, and runs of heads."""
-    monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(nsa_piece, "SCRATCH_BYTES", scratch)
     found = errors(NSACase("pieces", 37, group=2, kv_heads=3))
     assert max(found.values()) <= 1e-4, found
 
@@ -201,7 +202,7 @@ def test_the_inverse_index_is_a_stable_sort(way, kernel, cu_seqlens, monkeypatch
         torch.rand(batch, length, heads, 17, generator=generator).argsort(-1)[..., :top].int()
     )  # distinct; some late
     index[torch.rand(index.shape, generator=generator) < 0.1] = -1
-    (piece,) = nsa_inverse.pieces(q, k, index, places, block)
+    (piece,) = nsa_piece.pieces(q, k, index, places, block)
     items = nsa_inverse.inverse(piece, kernel)
     assert nsa_count.takes(piece, items.blocks) == (way == "counted")
 
@@ -264,7 +265,7 @@ def test_the_walks_of_near_show_each_query_its_near_keys_once(sizes, top, tokens
     index = torch.where(torch.rand(index.shape, generator=generator) < 0.2, -1, index)
     forced = torch.cat((own, own - 1, own * 0), -1)[..., :top]
     index[:, length // 2 :, :, : forced.shape[-1]] = forced[:, length // 2 :]  # as they are chosen
-    (piece,) = nsa_inverse.pieces(q, k, index.int(), places, BLOCK)
+    (piece,) = nsa_piece.pieces(q, k, index.int(), places, BLOCK)
     table = nsa_near.walks(piece, tokens)
     assert table.items == math.ceil(length / tokens) * batch * 2 == len(table.item)
     seen = torch.zeros(batch, length, 2, keys, dtype=torch.int32)
@@ -312,7 +313,7 @@ def test_the_runs_of_partial_leave_what_each_pair_must(sizes, programs, monkeypa
     k, v = (torch.randn(batch, keys, 2, 16, generator=generator) for _ in "kv")
     places = nsa._places(q, BLOCK, keys, packed, start)
     index = torch.rand(batch, length, 2, keys // BLOCK + 3, generator=generator).argsort(-1)[..., :5].int()
-    (piece,) = nsa_inverse.pieces(q, k, index, places, BLOCK)
+    (piece,) = nsa_piece.pieces(q, k, index, places, BLOCK)
     expected, expected_lse = nsa_selected.far_outputs(piece, q, k, v, 0.3)
     pairs = nsa_inverse.sorted_pairs(piece, "partial")
     table = nsa_runs.runs(piece, pairs, programs)
@@ -400,17 +401,14 @@ def test_means_of_blocks_equal_the_reference(length, block, monkeypatch):
     poison_new_tensors(monkeypatch)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, length, 24, generator=generator).transpose(1, 2)[..., 5:17]
-    means = nsa_pool.pool_forward(x, block)
-    torch.testing.assert_close(means, reference_nsa.pool_forward(x, block))
-    dmeans = torch.randn(2, 3, means.shape[1], 12, generator=generator).transpose(1, 2)
-    dx = nsa_pool.pool_backward(dmeans, length, block)
-    torch.testing.assert_close(dx, reference_nsa.pool_backward(dmeans, length, block))
-    for other in (x.flip(1).transpose(0, 1).contiguous().transpose(0, 1), torch.randn_like(x)):  # alike, and not
-        found = nsa_pool.pool_pair_forward(x, other, block)
-        torch.testing.assert_close(found, reference_nsa.pool_pair_forward(x, other, block))
-    for other in (2 * dmeans, dmeans.contiguous() - 1):
-        found = nsa_pool.pool_pair_backward(dmeans, other, length, block)
-        torch.testing.assert_close(found, reference_nsa.pool_pair_backward(dmeans, other, length, block))
+    others = (x.flip(1).transpose(0, 1).contiguous().transpose(0, 1), torch.randn_like(x))  # alike, and not
+    for tensors in ([x], *([x, other] for other in others)):
+        means = nsa_pool.pool_forward(tensors, block)
+        torch.testing.assert_close(means, reference_nsa.pool_forward(tensors, block))
+    dmeans = torch.randn(2, 3, means[0].shape[1], 12, generator=generator).transpose(1, 2)
+    for tensors in ([dmeans], [dmeans, 2 * dmeans], [dmeans, dmeans.contiguous() - 1]):
+        dx = nsa_pool.pool_backward(tensors, length, block)
+        torch.testing.assert_close(dx, reference_nsa.pool_backward(tensors, length, block))
 
 
 @pytest.mark.parametrize("there", [(0, 1, 2), (0, 1), (2,)])
@@ -433,7 +431,7 @@ def test_the_sum_of_branches_equals_the_reference(dtype, there, monkeypatch):
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_sum_where_the_selected_branch_is_merged_equals_the_sum_of_branches(keep, scratch, few, monkeypatch):
     """Bit for bit: the roundings are the same. Pieces of tokens and of heads too, and a program for each pair."""
-    monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(nsa_piece, "SCRATCH_BYTES", scratch)
     monkeypatch.setattr(nsa_selected, "FEW_PAIRS", few)
     poison_new_tensors(monkeypatch)
     generator = torch.Generator().manual_seed(0)

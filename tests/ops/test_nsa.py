@@ -277,7 +277,7 @@ def test_operators_pass_torchs_own_checks():
     means = [ops.pool_blocks(y, 4).detach().requires_grad_() for y in (k, v)]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(nsa._compressed_attention, (q, *means, 4, 4, 4, 4, False, 0.3, None, None), test_utils=tests)
-    torch.library.opcheck(nsa_blocks.pool_pair, (k, v, 4), test_utils=tests)
+    torch.library.opcheck(nsa_blocks._pool, ([k, v], 4), test_utils=tests)
     index = torch.zeros(1, 20, 1, 4, dtype=torch.int32) - 1
     index[..., 0] = 0
     torch.library.opcheck(nsa._selected_attention, (q, k, v, index, 4, 0.3, None, None), test_utils=tests)

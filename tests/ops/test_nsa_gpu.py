@@ -16,7 +16,7 @@ from tests.ops.definition import relative_error
 from tests.ops.definition_nsa import CASES, NSACase
 from tests.ops.run_nsa import run, selected_with_tile, spans
 from zoo import ops
-from zoo.kernels import nsa_count, nsa_inverse, nsa_runs
+from zoo.kernels import nsa_count, nsa_inverse, nsa_piece, nsa_runs
 from zoo.ops import backend, nsa, nsa_blocks, reference_nsa
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -98,8 +98,8 @@ def test_means_of_blocks_equal_float64(length, heads, dim, dtype, limit):
     means = ops.pool_blocks(x, 64)
     dmeans = torch.randn_like(means)
     (dx,) = torch.autograd.grad(means, x, dmeans)
-    assert relative_error(means.detach(), reference_nsa.pool_forward(x.detach().double(), 64)) <= limit
-    assert relative_error(dx, reference_nsa.pool_backward(dmeans.double(), length, 64)) <= limit
+    assert relative_error(means.detach(), reference_nsa.pool_forward([x.detach().double()], 64)[0]) <= limit
+    assert relative_error(dx, reference_nsa.pool_backward([dmeans.double()], length, 64)[0]) <= limit
 
 
 @pytest.mark.parametrize("alike", [True, False])
@@ -109,7 +109,7 @@ def test_means_of_two_are_those_of_each(alike):
     k, v = (
         x.detach().requires_grad_() for x in (wide[:, :, 0], wide[:, :, 1] if alike else wide[:, :, 1].contiguous())
     )
-    pair, each = nsa_blocks.pool_pair(k, v, 64), (ops.pool_blocks(k, 64), ops.pool_blocks(v, 64))
+    pair, each = nsa_blocks.pool_each([k, v], 64, None), (ops.pool_blocks(k, 64), ops.pool_blocks(v, 64))
     douts = [torch.randn_like(each[0]) for _ in range(2)]
     grads, truth = (torch.autograd.grad(means, (k, v), douts) for means in (pair, each))
     assert all(torch.equal(a, b) for a, b in zip((*pair, *grads), (*each, *truth), strict=True))
@@ -167,21 +167,32 @@ INVERSES = [  # rows, tokens, kv heads, block, top, documents
 ]
 
 
-@pytest.mark.parametrize("way", ["counted", "short keys", "long keys"])
-@pytest.mark.parametrize("kernel", ["partial", "grads"])
-@pytest.mark.parametrize("shape", INVERSES, ids=str)
-def test_the_inverse_index_is_a_stable_sort(shape, kernel, way, monkeypatch):
+def order_by(way, monkeypatch):
     if way != "counted":
         monkeypatch.setattr(nsa_count, "MOST_SLOTS", 0)
         monkeypatch.setattr(nsa_inverse, "SHORT_KEYS", 1 << 16 if way == "short keys" else 0)
+
+
+def piece_of(shape, beyond):
+    """(index, places, the one piece) of random choices among a row's blocks and as many `beyond` them."""
     batch, tokens, heads, block, top, documents = shape
     torch.manual_seed(0)
     packed = None if documents is None else torch.tensor(documents, dtype=torch.int32, device="cuda")
     q, k = (torch.empty(batch, tokens, heads, 16, device="cuda", dtype=torch.bfloat16) for _ in "qk")
     places = nsa._places(q, block, tokens, packed, None)
+    index = torch.rand(batch, tokens, heads, -(-tokens // block) + beyond, device="cuda").topk(top).indices.int()
+    (piece,) = nsa_piece.pieces(q, k, index, places, block)
+    return index, places, piece
+
+
+@pytest.mark.parametrize("way", ["counted", "short keys", "long keys"])
+@pytest.mark.parametrize("kernel", ["partial", "grads"])
+@pytest.mark.parametrize("shape", INVERSES, ids=str)
+def test_the_inverse_index_is_a_stable_sort(shape, kernel, way, monkeypatch):
+    order_by(way, monkeypatch)
+    batch, tokens, heads, block, _, _ = shape
+    index, places, piece = piece_of(shape, beyond=0)
     own = places.place.div(block, rounding_mode="floor")[:, :, None, None]
-    index = torch.rand(batch, tokens, heads, -(-tokens // block), device="cuda").topk(top).indices.int()
-    (piece,) = nsa_inverse.pieces(q, k, index, places, block)
     wanted = (index >= 0) & (index <= own)
     if kernel == "partial":
         wanted &= (index != 0) & (index != own) & (index != own - 1)
@@ -207,16 +218,9 @@ def test_the_inverse_index_is_a_stable_sort(shape, kernel, way, monkeypatch):
 @pytest.mark.parametrize("shape", [*INVERSES, (1, 100, 2, 64, 3, None)], ids=str)
 def test_runs_are_equal_shares_of_the_pairs(shape, way, programs, monkeypatch):
     """Their items are each of one block, and follow one another through all pairs."""
-    if way != "counted":
-        monkeypatch.setattr(nsa_count, "MOST_SLOTS", 0)
-        monkeypatch.setattr(nsa_inverse, "SHORT_KEYS", 1 << 16 if way == "short keys" else 0)
-    batch, tokens, heads, block, top, documents = shape
-    torch.manual_seed(0)
-    packed = None if documents is None else torch.tensor(documents, dtype=torch.int32, device="cuda")
-    q, k = (torch.empty(batch, tokens, heads, 16, device="cuda", dtype=torch.bfloat16) for _ in "qk")
-    places = nsa._places(q, block, tokens, packed, None)
-    index = torch.rand(batch, tokens, heads, -(-tokens // block) + top, device="cuda").topk(top).indices.int()
-    (piece,) = nsa_inverse.pieces(q, k, index, places, block)
+    order_by(way, monkeypatch)
+    _, tokens, heads, block, top, _ = shape
+    index, places, piece = piece_of(shape, beyond=top)
     pairs = nsa_inverse.sorted_pairs(piece, "partial")
     table = nsa_runs.runs(piece, pairs, programs)
     begin, total = table.begin.long(), int(pairs.bounds[-1])
@@ -306,14 +310,14 @@ def test_near_blocks_on_hopper_equal_float64(shape, dtype, scratch, monkeypatch)
         pytest.skip("not a Hopper device")
     from zoo.kernels import hopper_near, nsa_selected
 
-    monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(nsa_piece, "SCRATCH_BYTES", scratch)
     batch, tokens, keys, group, kv_heads, dim, *_ = shape
     q, k, v, index, near_index, places = near_inputs(shape, dtype)
     assert hopper_near.takes(q, k, 64, 0.1)
 
     def call(near_outputs):
         out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan, device="cuda")
-        for piece in nsa_inverse.pieces(q, k, index, places, 64):
+        for piece in nsa_piece.pieces(q, k, index, places, 64):
             part = (piece.queries(q), piece.keys(k), piece.keys(v), piece.queries(out), piece.queries(lse))
             near_outputs(piece, *part, 0.1)
         return out, lse * math.log(2)
@@ -396,7 +400,7 @@ def far_pairs(piece):
 def far_rows(far_outputs, q, k, v, index, places):
     """(pairs, group, D), and (pairs, group) in log2, of the pairs of far blocks."""
     found = []
-    for piece in nsa_inverse.pieces(q, k, index, places, 64):
+    for piece in nsa_piece.pieces(q, k, index, places, 64):
         partial, lse = far_outputs(piece, piece.queries(q), piece.keys(k), piece.keys(v), 0.1)
         far = far_pairs(piece)
         found.append((partial[far], lse[far]))
@@ -412,7 +416,7 @@ def test_far_blocks_on_hopper_equal_float64(shape, dtype, scratch, monkeypatch):
         pytest.skip("not a Hopper device")
     from zoo.kernels import hopper_partial
 
-    monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(nsa_piece, "SCRATCH_BYTES", scratch)
     q, k, v, *chosen = partial_inputs(shape, dtype)
     assert hopper_partial.takes(q, k, 64, 0.1)
     truth = far_rows(true_far, q, k, v, *chosen)
@@ -483,7 +487,7 @@ def test_same_bits_every_time_and_in_pieces(case, monkeypatch):
     for _ in range(3):
         again = run(case, tensors)
         assert all(torch.equal(first[name], again[name]) for name in first)
-    monkeypatch.setattr(nsa_inverse, "SCRATCH_BYTES", 8 << 20)
+    monkeypatch.setattr(nsa_piece, "SCRATCH_BYTES", 8 << 20)
     pieces = run(case, tensors)
     # other tiles, so other sums: near, not the same bits
     assert max(relative_error(pieces[name], first[name].double()) for name in first) <= 1e-2

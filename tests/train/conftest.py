@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # toytask, here and in the proce
 import toytask
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo import registry
+from zoo import recording, registry
 from zoo.train import graph
 
 
@@ -58,10 +58,10 @@ def recordings(monkeypatch):
     """Recording on a CPU. The list holds a number for each recording: how often it was replayed."""
     counts = []
 
-    def record(step, inputs, stream, pool):
+    def record(call, stream, **_):
         tape, place = Tape(), len(counts)
         with tape:
-            outputs = step(*inputs)  # this ran, so the first replay is done
+            outputs = call()  # this ran, so the first replay is done
         counts.append(0)
 
         def replay():
@@ -71,6 +71,6 @@ def recordings(monkeypatch):
 
         return outputs, replay
 
-    monkeypatch.setattr(graph, "record", record)
-    monkeypatch.setattr(graph, "DEVICES", ("cpu",))
+    monkeypatch.setattr(recording, "record", record)
+    monkeypatch.setattr(recording, "DEVICES", ("cpu",))
     return counts

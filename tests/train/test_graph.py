@@ -10,6 +10,7 @@ import toytask
 from test_resume import assert_same_run
 from toytask import recipe
 
+from zoo import recording
 from zoo.train import checkpoint, graph, train
 from zoo.train.graph import GraphError, Recorder
 from zoo.train.loop import Interrupted
@@ -128,25 +129,28 @@ def test_what_it_cannot_do_is_named(tmp_path):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_first_replay_draws_what_a_step_would(monkeypatch):
+@pytest.mark.parametrize("own", [False, True], ids=["the device's generator", "one of its own"])
+def test_on_a_gpu_the_first_replay_draws_what_a_step_would(own, monkeypatch):
     """However late the work of the recording's stream is done, as on a device that others use, too: there torch sets
     the graph's random offset to 0, here after the replay has set it and before its step has read it."""
-    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    stream = torch.cuda.Stream()
     a_millisecond = 10**6  # about, in cycles
+    generator = torch.Generator("cuda") if own else None
+    seeded = generator or torch
 
     def draw():
         torch.cuda._sleep(400 * a_millisecond)
-        return torch.rand(1000, device="cuda")
+        return torch.rand(1000, device="cuda", generator=generator)
 
-    torch.manual_seed(0)
+    seeded.manual_seed(0)
     steps = [draw(), draw()]
-    torch.manual_seed(0)
+    seeded.manual_seed(0)
     assert torch.equal(draw(), steps[0])
     for name in ("synchronize", "empty_cache"):  # which torch.cuda.graph begins with
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200 * a_millisecond)
-    drawn, replay = graph.record(draw, (), stream, pool)
+    drawn, replay = recording.record(draw, stream, generator=generator)
     replay()
     assert torch.equal(drawn, steps[1])
 

@@ -13,8 +13,8 @@ from triton.language.core import _aggregate as aggregate
 from zoo.kernels.hopper_band import TILE, Schedule, copyable, descriptor, programs
 from zoo.kernels.hopper_compressed import forward_program
 from zoo.kernels.hopper_rows import Walk, mask_rows, packed
-from zoo.kernels.nsa_inverse import Piece
 from zoo.kernels.nsa_near import WALK, walks
+from zoo.kernels.nsa_piece import Piece
 from zoo.kernels.units import LOG2E
 
 # by head dim

@@ -16,7 +16,7 @@ from zoo.kernels.hopper_rows import takes
 from zoo.kernels.nsa_choice import choose
 from zoo.kernels.nsa_mix import mix_backward, mix_forward
 from zoo.kernels.nsa_places import locate
-from zoo.kernels.nsa_pool import pool_backward, pool_forward, pool_pair_backward, pool_pair_forward
+from zoo.kernels.nsa_pool import pool_backward, pool_forward
 from zoo.kernels.nsa_selected_backward import selected_backward
 
 __all__ = [
@@ -27,8 +27,6 @@ __all__ = [
     "mix_forward",
     "pool_backward",
     "pool_forward",
-    "pool_pair_backward",
-    "pool_pair_forward",
     "selected_backward",
     "selected_forward",
     "selected_mix_forward",

@@ -33,7 +33,8 @@ from zoo.kernels.hopper_band import (
     start_ring,
 )
 from zoo.kernels.hopper_rows import HELD, Channels, barriers, product
-from zoo.kernels.nsa_inverse import Piece, sorted_pairs
+from zoo.kernels.nsa_inverse import sorted_pairs
+from zoo.kernels.nsa_piece import Piece
 from zoo.kernels.nsa_runs import ITEM, runs
 from zoo.kernels.nsa_selected import scratch
 from zoo.kernels.units import LOG2E

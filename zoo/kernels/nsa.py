@@ -1,9 +1,10 @@
 """Native Sparse Attention in Triton: compressed attention with the choice of blocks, and attention over chosen blocks.
 
 The kernels are in nsa_pool.py, nsa_compressed.py, nsa_choice.py, nsa_selected.py, nsa_selected_backward.py,
-nsa_near.py, nsa_inverse.py, nsa_count.py, nsa_runs.py, nsa_places.py and nsa_mix.py; this module is the back end that
-`zoo.ops.nsa` loads, and says what bounds them. Figures are estimates that the design follows, not measurements: one
-H200 (790 TFLOP/s dense bf16, 4.8 TB/s memory), B1, T 65536, 64 query heads, 4 key/value heads, D 128, block 64, top 16.
+nsa_near.py, nsa_piece.py, nsa_inverse.py, nsa_count.py, nsa_runs.py, nsa_places.py and nsa_mix.py; this module is the
+back end that `zoo.ops.nsa` loads, and says what bounds them. Figures are estimates that the design follows, not
+measurements: one H200 (790 TFLOP/s dense bf16, 4.8 TB/s memory), B1, T 65536, 64 query heads, 4 key/value heads, D 128,
+block 64, top 16.
 
 Compressed branch: 2.1e9 visible pairs. Forward three products (scores twice: the probabilities that the choice needs
 are known only once the normaliser is), 1.65 TFLOP; backward seven, 3.8 TFLOP. Tensor cores bound it. Rows of a tile are
@@ -42,7 +43,7 @@ from zoo.kernels.nsa_choice import choose
 from zoo.kernels.nsa_compressed import attend, compressed_backward
 from zoo.kernels.nsa_mix import mix_backward, mix_forward
 from zoo.kernels.nsa_places import locate
-from zoo.kernels.nsa_pool import pool_backward, pool_forward, pool_pair_backward, pool_pair_forward
+from zoo.kernels.nsa_pool import pool_backward, pool_forward
 from zoo.kernels.nsa_selected import selected_forward, selected_mix_forward
 from zoo.kernels.nsa_selected_backward import selected_backward
 
@@ -54,8 +55,6 @@ __all__ = [
     "mix_forward",
     "pool_backward",
     "pool_forward",
-    "pool_pair_backward",
-    "pool_pair_forward",
     "selected_backward",
     "selected_forward",
     "selected_mix_forward",

@@ -7,12 +7,12 @@ Blocks are counted as in nsa_inverse.py. A program looks for SLOTS neighbouring 
 tokens of a chunk chose: work grows with pairs times places, which is why long pieces are sorted.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from zoo.kernels.nsa_piece import Piece, is_wanted
 
 MOST_SLOTS = 256  # places of blocks of a row and head: 16,384 tokens with blocks of 64
 MOST_BLOCKS = 1 << 15  # every program of _place adds up what stands before it
@@ -23,11 +23,11 @@ SUMMED = 4096
 INTEGERS = ["chunk", "chunks", "T", "slots", "blocks"]
 
 
-def takes(piece: Any, blocks: int) -> bool:
+def takes(piece: Piece, blocks: int) -> bool:
     return piece.slots <= MOST_SLOTS and blocks <= MOST_BLOCKS and piece.top <= MOST_TOP
 
 
-def ordered_pairs(piece: Any, chunk: int, chunks: int, blocks: int, far: bool) -> tuple[Tensor, Tensor]:
+def ordered_pairs(piece: Piece, chunk: int, chunks: int, blocks: int, far: bool) -> tuple[Tensor, Tensor]:
     """`order` and `bounds` of nsa_inverse.Sorted; far: without the pairs of the first, previous and own blocks."""
     batch, length, kv_heads, top = piece.index.shape
     number, bounds = piece.index.new_empty(blocks), piece.index.new_empty(blocks + 1)
@@ -46,16 +46,6 @@ def ordered_pairs(piece: Any, chunk: int, chunks: int, blocks: int, far: bool) -
 
 
 # --------------------------------------------------------------------------------------------------------- the kernels
-
-
-@triton.jit
-def is_wanted(chosen, own, FAR: tl.constexpr):
-    """Whether it is a block that the query sees, with FAR other than the first, the previous and the own one."""
-    if FAR:
-        wanted = (chosen > 0) & (chosen < own - 1)
-    else:
-        wanted = (chosen >= 0) & (chosen <= own)
-    return wanted
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels.nsa_inverse import Piece
+from zoo.kernels.nsa_piece import Piece
 
 LOADED = 4096  # places of chosen blocks that a program of _walks holds: a vector of loads a thread, and then some
 WALK = 6  # numbers of an item

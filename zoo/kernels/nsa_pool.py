@@ -17,28 +17,8 @@ WIDTH = 256  # numbers of a token in a program
 ROWS = 16  # tokens that it reads at once
 
 
-def pool_forward(x: Tensor, block: int) -> Tensor:
-    """Means like x, one more than blocks hold a token."""
-    return _forward((x,), block)[0]
-
-
-def pool_pair_forward(x: Tensor, other: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """`pool_forward` of two of one shape and dtype, in one launch."""
-    first, second = _forward((x, other), block)
-    return first, second
-
-
-def pool_backward(dmeans: Tensor, length: int, block: int) -> Tensor:
-    """dx (B,length,G,D) like dmeans."""
-    return _backward((dmeans,), length, block)[0]
-
-
-def pool_pair_backward(dmeans: Tensor, other: Tensor, length: int, block: int) -> tuple[Tensor, Tensor]:
-    first, second = _backward((dmeans, other), length, block)
-    return first, second
-
-
-def _forward(tensors: Sequence[Tensor], block: int) -> list[Tensor]:
+def pool_forward(tensors: Sequence[Tensor], block: int) -> list[Tensor]:
+    """Means like each of one or two of one shape and dtype, one more than blocks hold a token."""
     batch, length, heads, dim = tensors[0].shape
     shape = (batch, (length + 2 * block - 1) // block, heads, dim)
     means = [x.new_empty(shape) for x in tensors]
@@ -47,7 +27,8 @@ def _forward(tensors: Sequence[Tensor], block: int) -> list[Tensor]:
     return means
 
 
-def _backward(dmeans: Sequence[Tensor], length: int, block: int) -> list[Tensor]:
+def pool_backward(dmeans: Sequence[Tensor], length: int, block: int) -> list[Tensor]:
+    """dx (B,length,G,D) like each of dmeans."""
     batch, _, heads, dim = dmeans[0].shape
     dx = [x.new_empty((batch, length, heads, dim)) for x in dmeans]
     if dx[0].numel():

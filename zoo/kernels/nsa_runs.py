@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels.nsa_inverse import ITEM_ROWS, SUMMED, Piece, Sorted, items_before, pieces_of
+from zoo.kernels.nsa_inverse import ITEM_ROWS, SUMMED, Sorted, items_before, pieces_of
+from zoo.kernels.nsa_piece import Piece
 
 ITEM = 5  # numbers of an item
 COUNTED = 512  # blocks of a program

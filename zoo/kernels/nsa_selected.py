@@ -24,9 +24,10 @@ from torch import Tensor
 
 from zoo.kernels.launch import on_device, rows_contiguous, strides_of
 from zoo.kernels.nsa_compressed import load_rows, program, store_rows
-from zoo.kernels.nsa_inverse import Items, Piece, inverse, is_wanted, item_of, pieces
+from zoo.kernels.nsa_inverse import Items, inverse, item_of
 from zoo.kernels.nsa_mix import gate_of
 from zoo.kernels.nsa_near import sees
+from zoo.kernels.nsa_piece import Piece, is_wanted, pieces
 from zoo.kernels.tiles import architecture, load_tile
 from zoo.kernels.units import LN2, LOG2E
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from zoo.kernels.launch import on_device, rows_contiguous, strides_of
 from zoo.kernels.nsa_compressed import load_rows, row_numbers, store_rows
-from zoo.kernels.nsa_inverse import inverse, item_of, pieces
+from zoo.kernels.nsa_inverse import inverse, item_of
+from zoo.kernels.nsa_piece import pieces
 from zoo.kernels.nsa_selected import (
     INTEGERS,
     choose_tile,

@@ -3,7 +3,7 @@
 A back end offers one module per op family, with the functions of the same names and arguments of `zoo.ops.reference`:
 `window` (window_forward, window_backward), `ring` (ring_attention) and `loss` (cross_entropy_rows); of
 `zoo.ops.reference_nsa`: `nsa` (locate, compressed_forward, compressed_backward, selected_forward, selected_mix_forward,
-selected_backward, mix_forward, mix_backward, pool_forward, pool_backward, pool_pair_forward, pool_pair_backward); of
+selected_backward, mix_forward, mix_backward, pool_forward, pool_backward); of
 `zoo.ops.reference_prune`: `prune` (kept_tiles); and of `zoo.ops.reference_block`: `linear` (piecewise_product),
 `swiglu` (swiglu_forward, swiglu_backward), `norm` (add_norm_forward, add_norm_backward), `qkv` (prepare_forward,
 prepare_backward). Back ends are tried in the order of `BACKENDS`; the first that has the op and does not refuse runs.

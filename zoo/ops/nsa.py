@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops import backend, reference
-from zoo.ops.nsa_blocks import kernels, pool_blocks, pool_pair, runs_dense
+from zoo.ops.nsa_blocks import kernels, pool_each, runs_dense
 from zoo.ops.reference_nsa import Geometry, Places
 from zoo.ops.stacking import stack_rows
 from zoo.ops.window import check_documents, check_index, window_attention
@@ -63,10 +63,7 @@ def nsa_attention(
     offset = k.shape[1] - q.shape[1]
     start = torch.full(q.shape[:1], offset, dtype=torch.int32, device=q.device) if offset else None
     options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens}
-    if cu_seqlens is None:
-        compressed_k, compressed_v = pool_pair(k, v, block)
-    else:
-        compressed_k, compressed_v = (pool_blocks(x, block, cu_seqlens=cu_seqlens) for x in (k, v))
+    compressed_k, compressed_v = pool_each([k, v], block, cu_seqlens)
     dense = runs_dense(k.shape[1], block, top)
     compressed, _, block_index = compressed_attention(
         q, compressed_k, compressed_v, block=block, top=0 if dense else top, query_start=start, **options
@@ -76,7 +73,8 @@ def nsa_attention(
         return mix_branches(branch_gates, compressed, window_attention(q, k, v, **options), near)
     scale = _check_places(q, scale, cu_seqlens, start)
     branches = (branch_gates, compressed, near)
-    return _selected_mix(q, k, v, block_index, *branches, block, scale, cu_seqlens, start, torch.is_grad_enabled())[0]
+    keep = torch.is_grad_enabled()  # not x.requires_grad: under vmap a tensor does not tell
+    return _selected_mix(q, k, v, block_index, *branches, block, scale, cu_seqlens, start, keep)[0]
 
 
 def mix_branches(

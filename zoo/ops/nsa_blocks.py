@@ -22,10 +22,15 @@ def runs_dense(keys: int, block: int, top: int) -> bool:
 def pool_blocks(x: Tensor, block: int, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """Means over the blocks of `gather_blocks`, (B,N,G,D) to (B,M,G,D), summed in float32 at least. Differentiable once
     (packed documents: as often as wanted)."""
+    return pool_each([x], block, cu_seqlens)[0]
+
+
+def pool_each(tensors: list[Tensor], block: int, cu_seqlens: Tensor | None) -> list[Tensor]:
+    """`pool_blocks` of one or two of one shape and dtype, in one launch where there are no documents."""
     if cu_seqlens is None:
-        return _pool_blocks(x, block)
-    wide = reference.accumulator(x.dtype)
-    return gather_blocks(x, block, cu_seqlens=cu_seqlens).mean(2, dtype=wide).to(x.dtype)
+        return _pool(tensors, block)
+    blocks = [gather_blocks(x, block, cu_seqlens=cu_seqlens) for x in tensors]
+    return [x.mean(2, dtype=reference.accumulator(x.dtype)).to(x.dtype) for x in blocks]
 
 
 def gather_blocks(
@@ -64,71 +69,34 @@ def _block_places(length: int, documents: int, select: int) -> int:
 
 
 @torch.library.custom_op("zoo::pool_blocks", mutates_args=())
-def _pool_blocks(x: Tensor, block: int) -> Tensor:
-    return kernels(x).pool_forward(x, block)
+def _pool(tensors: list[Tensor], block: int) -> list[Tensor]:
+    return kernels(tensors[0]).pool_forward(tensors, block)
 
 
-@_pool_blocks.register_fake
-def _(x, block):
-    return x.new_empty((x.shape[0], (x.shape[1] + 2 * block - 1) // block, *x.shape[2:]))
+@_pool.register_fake
+def _(tensors, block):
+    return [x.new_empty((x.shape[0], (x.shape[1] + 2 * block - 1) // block, *x.shape[2:])) for x in tensors]
 
 
 @torch.library.custom_op("zoo::pool_blocks_backward", mutates_args=())
-def _pool_blocks_backward(dmeans: Tensor, length: int, block: int) -> Tensor:
-    return kernels(dmeans).pool_backward(dmeans, length, block)
+def _pool_backward(dmeans: list[Tensor], length: int, block: int) -> list[Tensor]:
+    return kernels(dmeans[0]).pool_backward(dmeans, length, block)
 
 
-@_pool_blocks_backward.register_fake
+@_pool_backward.register_fake
 def _(dmeans, length, block):
-    return dmeans.new_empty((dmeans.shape[0], length, *dmeans.shape[2:]))
+    return [x.new_empty((x.shape[0], length, *x.shape[2:])) for x in dmeans]
 
 
 def _save_pool(ctx, inputs, output) -> None:
-    x, ctx.block = inputs
-    ctx.length = x.shape[1]
+    tensors, ctx.block = inputs
+    ctx.length = tensors[0].shape[1]
 
 
-def _backward_pool(ctx, dmeans: Tensor):
-    return _pool_blocks_backward(dmeans, ctx.length, ctx.block), None
+def _backward_pool(ctx, dmeans: list[Tensor]):
+    return _pool_backward(dmeans, ctx.length, ctx.block), None
 
 
-_pool_blocks.register_autograd(_backward_pool, setup_context=_save_pool)
-stack_rows(_pool_blocks)
-stack_rows(_pool_blocks_backward)
-
-
-@torch.library.custom_op("zoo::pool_pair", mutates_args=())
-def pool_pair(k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """`_pool_blocks` of both, in one launch."""
-    return kernels(k).pool_pair_forward(k, v, block)
-
-
-@pool_pair.register_fake
-def _(k, v, block):
-    shape = (k.shape[0], (k.shape[1] + 2 * block - 1) // block, *k.shape[2:])
-    return k.new_empty(shape), v.new_empty(shape)
-
-
-@torch.library.custom_op("zoo::pool_pair_backward", mutates_args=())
-def _pool_pair_backward(dk_means: Tensor, dv_means: Tensor, length: int, block: int) -> tuple[Tensor, Tensor]:
-    return kernels(dk_means).pool_pair_backward(dk_means, dv_means, length, block)
-
-
-@_pool_pair_backward.register_fake
-def _(dk_means, dv_means, length, block):
-    shape = (dk_means.shape[0], length, *dk_means.shape[2:])
-    return dk_means.new_empty(shape), dv_means.new_empty(shape)
-
-
-def _save_pool_pair(ctx, inputs, output) -> None:
-    k, _, ctx.block = inputs
-    ctx.length = k.shape[1]
-
-
-def _backward_pool_pair(ctx, dk_means: Tensor, dv_means: Tensor):
-    return *_pool_pair_backward(dk_means, dv_means, ctx.length, ctx.block), None
-
-
-pool_pair.register_autograd(_backward_pool_pair, setup_context=_save_pool_pair)
-stack_rows(pool_pair)
-stack_rows(_pool_pair_backward)
+_pool.register_autograd(_backward_pool, setup_context=_save_pool)
+stack_rows(_pool)
+stack_rows(_pool_backward)

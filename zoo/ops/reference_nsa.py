@@ -377,26 +377,21 @@ def _rows(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, wide: tor
 # ------------------------------------------------------------------------------------------------------ means of blocks
 
 
-def pool_forward(x: Tensor, block: int) -> Tensor:
-    """(B,N,G,D) to (B,M,G,D): block c holds [c * block, (c + 1) * block), zeros beyond the last token. One block more
-    than hold a token."""
-    count = (x.shape[1] + 2 * block - 1) // block
-    x = F.pad(x, (0, 0, 0, 0, 0, count * block - x.shape[1]))
-    return x.unflatten(1, (count, block)).mean(2, dtype=accumulator(x.dtype)).to(x.dtype)
+def pool_forward(tensors: Sequence[Tensor], block: int) -> list[Tensor]:
+    """Of each (B,N,G,D) its (B,M,G,D): block c holds [c * block, (c + 1) * block), zeros beyond the last token. One
+    block more than hold a token."""
+    means = []
+    for x in tensors:
+        count = (x.shape[1] + 2 * block - 1) // block
+        padded = F.pad(x, (0, 0, 0, 0, 0, count * block - x.shape[1])).unflatten(1, (count, block))
+        means.append(padded.mean(2, dtype=accumulator(x.dtype)).to(x.dtype))
+    return means
 
 
-def pool_backward(dmeans: Tensor, length: int, block: int) -> Tensor:
-    """dx (B,length,G,D)."""
-    share = (dmeans.to(accumulator(dmeans.dtype)) / block).to(dmeans.dtype)
-    return share.repeat_interleave(block, 1)[:, :length].contiguous()
-
-
-def pool_pair_forward(x: Tensor, other: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    return pool_forward(x, block), pool_forward(other, block)
-
-
-def pool_pair_backward(dmeans: Tensor, other: Tensor, length: int, block: int) -> tuple[Tensor, Tensor]:
-    return pool_backward(dmeans, length, block), pool_backward(other, length, block)
+def pool_backward(dmeans: Sequence[Tensor], length: int, block: int) -> list[Tensor]:
+    """dx (B,length,G,D) of each."""
+    shares = [(x.to(accumulator(x.dtype)) / block).to(x.dtype) for x in dmeans]
+    return [share.repeat_interleave(block, 1)[:, :length].contiguous() for share in shares]
 
 
 # -------------------------------------------------------------------------------------------------- the sum of branches

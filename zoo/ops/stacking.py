@@ -19,7 +19,7 @@ def stack_rows(operator: Any, *, packed: int | None = None) -> None:
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         if packed is not None and args[packed] is not None:
             raise ValueError(f"{operator._qualname}: packed documents (cu_seqlens) cannot be stacked by vmap")
-        folded = [fold(x, dim, info.batch_size) for x, dim in zip(args, in_dims, strict=True)]
+        folded = tree_map(lambda x, dim: fold(x, dim, info.batch_size), args, in_dims)  # arguments may be lists
         outputs = tree_map(lambda x: x.unflatten(0, (info.batch_size, -1)), operator(*folded))
         return outputs, tree_map(lambda _: 0, outputs)
 

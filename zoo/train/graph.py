@@ -1,5 +1,5 @@
-"""A step recorded as a CUDA graph, one for each shape of its inputs, and replayed: small models no longer wait for
-Python (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
+"""A step recorded as a CUDA graph (zoo/recording.py), one for each shape of its inputs, and replayed: small models no
+longer wait for Python.
 
 The first steps of a shape are taken without a graph and are steps of the run like any other: they compile, choose tiles
 and make the optimizer's state, so nothing has to be undone before recording. What a step reads from the host when it is
@@ -10,12 +10,14 @@ graph: each replay takes the generator's offset, and moves it on.
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-DEVICES = ("cuda",)  # types of device that record graphs
+from zoo import recording
+
 SHAPES = 16  # that are recorded; steps of further ones run without a graph
 WARM = 2  # steps of a shape before it is recorded
 
@@ -38,7 +40,7 @@ class Recorder:
         self.shapes: dict[Hashable, Shape] = {}
         cuda = device.type == "cuda"
         # One stream for first steps and recordings: what libraries keep for a stream is there before a recording
-        self._stream = torch.cuda.Stream(device) if cuda else None
+        self._stream: Any = torch.cuda.Stream(device) if cuda else None
         self._pool = torch.cuda.graph_pool_handle() if cuda else None
 
     def __call__(self, *inputs: Any) -> Any:
@@ -56,7 +58,8 @@ class Recorder:
             return self._aside(shape)
         if shape.replay is None:
             try:
-                shape.outputs, shape.replay = record(self.step, shape.inputs, self._stream, self._pool)
+                call = partial(self.step, *shape.inputs)
+                shape.outputs, shape.replay = recording.record(call, self._stream, pool=self._pool)
             except RuntimeError as error:
                 raise GraphError(
                     f"this step cannot be recorded; train.graph=false runs it as it is: {error}"
@@ -105,17 +108,6 @@ class Shape:
                 own.copy_(new, non_blocking=True)
             elif type(new) is float:
                 own.fill_(new)
-
-
-def record(step: Callable[..., Any], inputs: Any, stream: Any, pool: Any) -> tuple[Any, Callable[[], None]]:
-    """(outputs, replay): nothing runs until `replay` is called, which writes `outputs` anew each time."""
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: the thread that reads batches ahead may pin memory meanwhile
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        outputs = step(*inputs)
-    # On its stream torch has just set the graph's random offset to 0; a replay sets its own, on this one
-    torch.cuda.current_stream(stream.device).wait_stream(stream)
-    return outputs, graph.replay
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from zoo import config as configs
-from zoo import registry
+from zoo import recording, registry
 from zoo.config import Choice, ConfigError
 from zoo.train import checkpoint, graph, optim, parallel
 from zoo.train.log import RunLog, Silence
@@ -115,7 +115,7 @@ def _train(
     writer = RunLog if ranks.rank == 0 else Silence
     log = writer(run, step=state.step, steps=config.steps, peak=peak * ranks.world if peak else None)
     with Signals() as signals, log, state.stream:
-        if config.graph and device.type not in graph.DEVICES:
+        if config.graph and device.type not in recording.DEVICES:
             notes.append(f"train.graph records steps on a GPU; on {device} they run as they are")
         for note in notes:
             log.say(note)
@@ -186,7 +186,7 @@ def _recorded(state: Run, update: Callable[..., Any]) -> Callable[..., Any]:
             f"train.graph = true records the step of one process, and this job has {state.ranks.world} ranks: "
             "exchanges between them are not recorded; it takes false here"
         )
-    if not state.recipe.train.graph or state.device.type not in graph.DEVICES:
+    if not state.recipe.train.graph or state.device.type not in recording.DEVICES:
         return update
     return graph.Recorder(update, state.device)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from zoo import config as configs
+from zoo import recording
 from zoo.config import ConfigError
 from zoo.data import Prefetch
 from zoo.model import Batch, Model
@@ -135,7 +136,8 @@ class Sweep:
         checkpoint.seed_everything(train.seed)  # dropout's noise
         self.restore()
         self.rates = self.rates_now()
-        self.recorder = graph.Recorder(self.update, device) if train.graph and device.type in graph.DEVICES else None
+        recorded = train.graph and device.type in recording.DEVICES
+        self.recorder = graph.Recorder(self.update, device) if recorded else None
 
     def rates_now(self) -> Tensor:
         lrs = [self.replicas[place].lr for place in self.places]

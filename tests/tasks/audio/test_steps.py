@@ -12,7 +12,7 @@ from tasks.audio.data import Recordings
 from tasks.audio.music import collate_keys, collate_notes, few_lengths, to_frames, to_tokens
 from tasks.audio.task import AudioPrompt
 from tests.recordable import Waits, frozen_after_three_batches, look_at_nothing
-from zoo import generation, registry
+from zoo import generation, recording, registry
 from zoo.config import build
 from zoo.generation import Sampling, generate
 from zoo.model import Context
@@ -201,13 +201,13 @@ def test_few_lengths():
 @pytest.fixture
 def recorded(monkeypatch):
     """A list that grows by one for each recording."""
-    seen, record = [], graph.record
+    seen, record = [], recording.record
 
-    def counted(*args):
+    def counted(*args, **options):
         seen.append(1)
-        return record(*args)
+        return record(*args, **options)
 
-    monkeypatch.setattr(graph, "record", counted)
+    monkeypatch.setattr(recording, "record", counted)
     return seen
 
 

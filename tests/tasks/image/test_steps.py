@@ -11,13 +11,13 @@ import torch
 
 from tasks.image.data import Images
 from tests.recordable import Waits, frozen_after_three_batches, look_at_nothing
-from zoo import generation, registry
+from zoo import generation, recording, registry
 from zoo.config import build
 from zoo.evaluate.score import evaluate_run
 from zoo.generation import Sampling, generate
 from zoo.model import Context
 from zoo.pipelines import pipeline
-from zoo.train import Recipe, graph, train
+from zoo.train import Recipe, train
 from zoo.train.graph import signature
 from zoo.train.recipe import make_model, make_task
 
@@ -154,13 +154,13 @@ def test_training_batches_have_one_shape(kind, tmp_path):
 @pytest.fixture
 def recorded(monkeypatch):
     """A list that grows by one for each recording."""
-    seen, record = [], graph.record
+    seen, record = [], recording.record
 
-    def counted(*args):
+    def counted(*args, **options):
         seen.append(1)
-        return record(*args)
+        return record(*args, **options)
 
-    monkeypatch.setattr(graph, "record", counted)
+    monkeypatch.setattr(recording, "record", counted)
     return seen
 
 
