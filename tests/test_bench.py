@@ -152,8 +152,8 @@ def test_what_is_measured_outlives_a_round_that_fails(monkeypatch, tmp_path):
 def test_only_the_last_round_sweeps(monkeypatch, tmp_path):
     asked = []
 
-    def start(function, names, shapes, sweeps, **options):
-        asked.append([shape for shape, _ in bench.plan(names, shapes, sweeps)])
+    def start(function, names, shapes, last, **options):
+        asked.append([shape for shape, _ in bench.plan(names, shapes, last)])
         return subprocess.Popen([sys.executable, "-c", ""], text=True, **options)
 
     monkeypatch.setattr(bench, "start", start)
@@ -162,13 +162,49 @@ def test_only_the_last_round_sweeps(monkeypatch, tmp_path):
     assert asked == [[*peers.SHAPES], [*peers.SHAPES], every]
 
 
+def test_what_takes_long_is_measured_once():
+    """Unless it was asked for: flex is compiled for each shape, full attention stands there for scale."""
+    once = {"flex", "flex no gate", "cudnn full", "fa2 full"}
+    every = {peer.name for peer in peers.PEERS}
+    windows = {peer.name for shape, peer in bench.plan([], []) if shape in peers.WINDOWS}
+    assert {peer.name for _, peer in bench.plan([], [], last=False)} == every - once
+    assert {peer.name for shape, peer in bench.plan([], []) if shape in peers.SHAPES} == every
+    assert {peer.name for shape, peer in bench.plan([], []) if shape in peers.WINDOWS} == every - {
+        "cudnn full",
+        "fa2 full",
+    }
+    assert {peer.name for _, peer in bench.plan(["flex"], [], last=False)} == {"flex"}
+
+
 def test_each_kind_of_call_is_compiled_once(monkeypatch):
-    """Documents and shared key heads are kernels of their own; windows and lengths are not."""
+    """Documents and shared key heads are kernels of their own; windows and lengths are not, but of flex."""
+    parts = {alike[0].head_dim: alike for _, alike in bench.compiled_alike(["zoo"], [])}
+    assert set(parts) == {64, 128}
+    assert {(x.heads, x.kv_heads, x.document) for x in parts[128]} == {(4, 0, 0), (16, 0, 0), (16, 4, 0), (16, 0, 6000)}
+    assert len(parts[128]) == 4
+    flex = [alike for _, alike in bench.compiled_alike(["flex"], [])]
+    assert {*map(len, flex)} == {1}
+    assert {shape for (shape,) in flex} == {shape for shape, _ in bench.plan(["flex"], [])}
     made = []
     monkeypatch.setattr(peers.Inputs, "random", lambda shape: made.append(shape) or 1 / 0)
-    assert list(bench.warm("zoo", 128, [])) == []
-    assert {(x.heads, x.kv_heads, x.document) for x in made} == {(4, 0, 0), (16, 0, 0), (16, 4, 0), (16, 0, 6000)}
-    assert len(made) == 4
+    assert list(bench.warm("zoo", [[1, 2, 64, 64, 8, 0, 0], [1, 2, 64, 128, 8, 0, 0]])) == []
+    assert made == [peers.Shape(1, 2, 64, 64, 8), peers.Shape(1, 2, 64, 128, 8)]
+
+
+def test_all_is_compiled_ahead_in_processes_of_their_own(monkeypatch):
+    asked = []
+
+    def start(function, peer, shapes):
+        asked.append((function, peer, json.loads(json.dumps(shapes))))
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(bench, "start", start)
+    bench.compile_ahead(["flex", "zoo"], ["1,2,64,64,8", "1,2,96,64,16"], workers=2)
+    assert sorted(asked) == [
+        ("warm", "flex", [[1, 2, 64, 64, 8, 0, 0]]),
+        ("warm", "flex", [[1, 2, 96, 64, 16, 0, 0]]),
+        ("warm", "zoo", [[1, 2, 4096, 64, 512, 0, 0]]),
+    ]
 
 
 def test_our_own_failure_is_no_gap_in_the_table(monkeypatch, capsys):

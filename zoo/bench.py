@@ -1,12 +1,13 @@
 """`zoo bench kernels`: our attention beside its peers, on the same inputs in the same process, forward and backward.
 
-A speed is printed only after the kernels' own tests passed in the same call. Every round is a process of its own, since
-a kernel's speed differs between starts; what is printed is the median over rounds with their spread. Windows, lengths,
-shared key heads and documents are measured in the last round alone. A time is the device's: calls wait behind a kernel
-that only waits, until all of them are queued (`queued_ms`), or are replayed as a CUDA graph where they are short
-(`graph_ms`), ours and the peers' alike; what the host takes to start one stands beside it. Speeds count exact visible
-pairs (4 D FLOPs each forward, 2.5 times that backward) and, beside it, the pairs of the 64 x 64 tiles computed; TB/s,
-the bytes that must be moved at least.
+A speed is printed only after the kernels' own tests passed in the same call. All is compiled ahead, in as many processes
+as there are cores. Every round is a process of its own, since a kernel's speed differs between starts; what is printed
+is the median over rounds with their spread. In the last round alone are windows, lengths, shared key heads and documents
+measured, and, of the peers, full attention and those that are compiled for each shape. A time is the device's: calls
+wait behind a kernel that only waits, until all of them are queued (`queued_ms`), or are replayed as a CUDA graph where
+they are short (`graph_ms`), ours and the peers' alike; what the host takes to start one stands beside it. Speeds count
+exact visible pairs (4 D FLOPs each forward, 2.5 times that backward) and, beside it, the pairs of the 64 x 64 tiles
+computed; TB/s, the bytes that must be moved at least.
 Peers that cannot be imported, or do not do a shape, are left out by name; where ours fails, the bench does.
 """
 
@@ -20,7 +21,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +41,7 @@ from zoo.train import git_commit, versions
 
 MILLISECONDS = 50  # of repeats behind each median
 CYCLES = 2e9  # a second of the device's clock, at least
+WORKERS = 15  # processes at most that test or compile: each takes memory of the device
 CALM = 0.3  # seconds of work before the first figure of a process: it has been up to 60% high without
 
 
@@ -121,7 +124,7 @@ def graph_ms(calls: Sequence[Call], least: int = 16, replays: int = 20) -> float
 def measure_attention(shape: Shape, peer: Peer) -> Iterable[dict[str, Any]]:
     """Rows for forward and backward of one peer on one shape."""
     call, leaves, dout = peer.make(Inputs.random(shape))
-    flops = shape.flops(None if peer.name.endswith("full") else shape.window)
+    flops = shape.flops(shape.window if peer.windowed else None)
     with torch.no_grad():
         forward = queued_ms(call)
     out = call()
@@ -131,7 +134,7 @@ def measure_attention(shape: Shape, peer: Peer) -> Iterable[dict[str, Any]]:
         yield {
             **{"peer": peer.name, "gated": peer.gated, "what": what, "ms": ms, "host_ms": host, **asdict(shape)},
             "tflops_exact": times * flops / ms / 1e9,
-            "tflops_tiles": times * shape.tiled / ms / 1e9 if not peer.name.endswith("full") else None,
+            "tflops_tiles": times * shape.tiled / ms / 1e9 if peer.windowed else None,
             "tb_per_s": moves * shape.bytes / ms / 1e9,
         }
 
@@ -237,20 +240,23 @@ def parse_shape(text: str) -> Shape:
     return shape
 
 
-def plan(peers: list[str], shapes: list[str], sweeps: bool = True) -> list[tuple[Shape, Peer]]:
-    """What a round measures: without shapes SHAPES and, where it `sweeps`, OTHERS, WINDOWS, and LENGTHS of the first
-    peer alone."""
+def plan(peers: list[str], shapes: list[str], last: bool = True) -> list[tuple[Shape, Peer]]:
+    """What a round measures: without shapes SHAPES and, in the last one, OTHERS, WINDOWS, and LENGTHS of the first peer
+    alone. Peers that nobody named are measured in each only where they are windowed and not compiled by shape."""
     chosen = choose_peers(peers)
     if shapes:
         return [(parse_shape(text), peer) for text in shapes for peer in chosen]
-    some = [*SHAPES, *OTHERS, *WINDOWS] if sweeps else SHAPES
-    return [(shape, peer) for shape in some for peer in chosen] + [(shape, chosen[0]) for shape in LENGTHS if sweeps]
+    if not last:
+        steady = [peer for peer in chosen if peers or (peer.windowed and not peer.by_shape)]
+        return [(shape, peer) for shape in SHAPES for peer in steady]
+    swept = [(shape, peer) for shape in (*OTHERS, *WINDOWS) for peer in chosen if peer.windowed]
+    return [*((shape, peer) for shape in SHAPES for peer in chosen), *swept, *((shape, chosen[0]) for shape in LENGTHS)]
 
 
-def one_round(peers: list[str], shapes: list[str], sweeps: bool = True) -> Iterable[dict[str, Any]]:
+def one_round(peers: list[str], shapes: list[str], last: bool = True) -> Iterable[dict[str, Any]]:
     """Everything once, in this process; what a peer cannot do is said on stderr."""
     calm()
-    for shape, peer in plan(peers, shapes, sweeps):
+    for shape, peer in plan(peers, shapes, last):
         try:
             yield from measure_attention(shape, peer)
         except Exception as error:
@@ -273,17 +279,32 @@ def calm() -> None:
         torch.cuda.synchronize()
 
 
-def warm(peer: str, head_dim: int, shapes: list[str]) -> Iterable[dict[str, Any]]:
-    """Compiles what a round will need of one peer at one head dim, into the caches on disk. No rows."""
-    alike = {(x.heads, x.kv_heads, x.document) for x, _ in plan([peer], shapes) if x.head_dim == head_dim}
-    for heads, kv_heads, document in sorted(alike):
+def compiled_alike(peers: list[str], shapes: list[str]) -> list[tuple[str, list[Shape]]]:
+    """What compiles all that the rounds will need: for each process a peer, and one of the shapes that it is compiled
+    for, or all of one head dim that differ in heads or documents."""
+    found: dict[tuple[str, Any], set[Shape]] = {}
+    for shape, peer in plan(peers, shapes):
+        kind = shape if peer.by_shape else replace(shape, batch=1, tokens=4096, window=512)
+        found.setdefault((peer.name, shape if peer.by_shape else shape.head_dim), set()).add(kind)
+    return [(name, sorted(kinds, key=str)) for (name, _), kinds in found.items()]
+
+
+def warm(peer: str, shapes: list[list[int]]) -> Iterable[dict[str, Any]]:
+    """Compiles what one peer needs for these, into the caches on disk. No rows."""
+    for numbers in shapes:
         try:
-            x = Inputs.random(Shape(1, heads, 4096, head_dim, 512, kv_heads, document))
-            call, leaves, dout = choose_peers([peer])[0].make(x)
+            call, leaves, dout = choose_peers([peer])[0].make(Inputs.random(Shape(*numbers)))
             torch.autograd.grad(call(), leaves, dout)
         except Exception as error:  # the round says it again, and whether it matters
             sys.stderr.write(f"{peer}: {error}\n")
     return ()
+
+
+def compile_ahead(peers: list[str], shapes: list[str], workers: int) -> None:
+    parts = [(peer, [astuple(shape) for shape in alike]) for peer, alike in compiled_alike(peers, shapes)]
+    with ThreadPoolExecutor(workers) as pool:
+        done = pool.map(lambda part: start("warm", *part).wait(), parts)
+        list(tqdm(done, desc="compiling", total=len(parts), disable=not sys.stderr.isatty()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,18 +319,14 @@ def run(out: Path, rounds: int = 3, peers: list[str] | None = None, shapes: list
     tests are not there or do not pass.
     """
     peers, shapes = peers or [], shapes or []
-    parts = {(peer.name, shape.head_dim) for shape, peer in plan(peers, shapes)}
+    plan(peers, shapes)
     if rounds < 1:
         raise BenchError(f"rounds = {rounds}; it takes 1 or more")
     if not torch.cuda.is_available():
         raise BenchError("zoo bench kernels measures a GPU, and torch finds none here")
-    warming = [start("warm", *part, shapes) for part in sorted(parts)]
-    try:
-        workers = max(2, min(12, (os.cpu_count() or 1) - len(warming))) if installed("xdist") else 0
-        check_kernels(workers=workers)
-    finally:
-        for process in warming:
-            process.wait()
+    workers = min(WORKERS, os.cpu_count() or 1)
+    check_kernels(workers=workers if installed("xdist") else 0)
+    compile_ahead(peers, shapes, workers)
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench.json").write_text(json.dumps(provenance(), indent=1) + "\n", encoding="utf-8")
     rows = measure(out / "bench.csv", rounds, peers, shapes)
@@ -318,14 +335,14 @@ def run(out: Path, rounds: int = 3, peers: list[str] | None = None, shapes: list
 
 
 def measure(path: Path, rounds: int, peers: list[str], shapes: list[str]) -> list[dict[str, Any]]:
-    """The figures of all rounds; the last one sweeps over windows and lengths, too. Each figure is in `path` once it is
+    """The figures of all rounds; the last one has more (`plan`). Each figure is in `path` once it is
     there, whatever becomes of the rest."""
     rows: list[dict[str, Any]] = []
     with tqdm(desc="zoo bench kernels", unit=" figures", disable=not sys.stderr.isatty()) as bar:
         for number in range(rounds):
             bar.set_postfix_str(f"round {number + 1} of {rounds}")
-            sweeps = number == rounds - 1
-            with start("one_round", peers, shapes, sweeps, stdout=subprocess.PIPE, stderr=None) as process:
+            last = number == rounds - 1
+            with start("one_round", peers, shapes, last, stdout=subprocess.PIPE, stderr=None) as process:
                 for line in process.stdout or ():
                     if line.startswith("{"):
                         rows.append({"round": number, **json.loads(line)})

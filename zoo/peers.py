@@ -130,11 +130,17 @@ class Inputs:
 @dataclass(frozen=True)
 class Peer:
     """`make(inputs)` gives (a forward call, the tensors to differentiate, dout in the peer's layout). It may raise
-    ImportError, or Skip for a shape that the peer does not do."""
+    ImportError, or Skip for a shape that the peer does not do.
+
+    windowed   False: full attention, for scale
+    by_shape   compiled for each shape, which takes long
+    """
 
     name: str
     gated: bool
     make: Callable[[Inputs], tuple[Call, list[Tensor], Tensor]]
+    windowed: bool = True
+    by_shape: bool = False
 
 
 class Skip(Exception):
@@ -251,8 +257,8 @@ PEERS = (
     Peer("zoo from z, u", True, from_pre_activations),
     Peer("flash-attention-4", False, flash_attention_4),
     Peer("fla forgetting", True, fla_forgetting),
-    Peer("flex", True, flex(True)),
-    Peer("flex no gate", False, flex(False)),
-    Peer("cudnn full", False, sdpa("CUDNN_ATTENTION")),
-    Peer("fa2 full", False, sdpa("FLASH_ATTENTION")),
+    Peer("flex", True, flex(True), by_shape=True),
+    Peer("flex no gate", False, flex(False), by_shape=True),
+    Peer("cudnn full", False, sdpa("CUDNN_ATTENTION"), windowed=False),
+    Peer("fa2 full", False, sdpa("FLASH_ATTENTION"), windowed=False),
 )
