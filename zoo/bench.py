@@ -1,13 +1,13 @@
 """`zoo bench kernels`: our attention beside its peers, on the same inputs in the same process, forward and backward.
 
-A speed is printed only after the kernels' own tests passed in the same call. All is compiled ahead, in as many processes
-as there are cores. Every round is a process of its own, since a kernel's speed differs between starts; what is printed
-is the median over rounds with their spread. In the last round alone are windows, lengths, shared key heads and documents
-measured, and, of the peers, full attention and those that are compiled for each shape. A time is the device's: calls
-wait behind a kernel that only waits, until all of them are queued (`queued_ms`), or are replayed as a CUDA graph where
-they are short (`graph_ms`), ours and the peers' alike; what the host takes to start one stands beside it. Speeds count
-exact visible pairs (4 D FLOPs each forward, 2.5 times that backward) and, beside it, the pairs of the 64 x 64 tiles
-computed; TB/s, the bytes that must be moved at least.
+A speed is printed only after the kernels' own tests passed in the same call. All is compiled ahead, in as many
+processes as there are cores. Every round is a process of its own, since a kernel's speed differs between starts; what
+is printed is the median over rounds with their spread. In the last round alone are windows, lengths, shared key heads
+and documents measured, and, of the peers, full attention and those that are compiled for each shape. A time is the
+device's: calls wait behind a kernel that only waits, until all of them are queued (`queued_ms`), or are replayed as a
+CUDA graph where they are short (`graph_ms`), ours and the peers' alike; what the host takes to start one stands beside
+it. Speeds count exact visible pairs (4 D FLOPs each forward, 2.5 times that backward) and, beside it, the pairs of the
+64 x 64 tiles computed; TB/s, the bytes that must be moved at least.
 Peers that cannot be imported, or do not do a shape, are left out by name; where ours fails, the bench does.
 """
 
