@@ -5,8 +5,10 @@
     python scripts/bench_train.py --arms gatedfwa+narrow --tokens 1048576 --budget 1048576 --micro 1 --steps 4
     python scripts/bench_train.py --arms gatedfwa --tokens 4096 --profile    where a step's time goes, kernel by kernel
     python scripts/bench_train.py --arms gatedfwa+sync     an error if a step waits for the device
-    python scripts/bench_train.py --curves gatedfwa+narrow gatedfwa+narrow+reference+eager --tokens 1024 --budget 16384
-                                                           losses over 200 steps: kernels, and plain torch uncompiled
+    python scripts/bench_train.py --tokens 1024 --budget 16384 --curves \
+        gatedfwa+narrow gatedfwa+narrow+reference+eager gatedfwa+reference+eager+fp32
+                                                           losses over 200 steps: kernels, plain torch uncompiled in
+                                                           bfloat16, and in float32, which both should be near
 
 12 layers, 768 wide, 12 heads of 64, vocabulary 50304 tied, window 512, bfloat16 autocast, fused AdamW, compiled. Our
 arms run zoo.train.train on random tokens, reading, logging and all; peers run the least loop that trains. Every arm is
@@ -15,6 +17,7 @@ warm-up), peak GiB. `arm+variant+variant` times an arm with something changed: s
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -175,6 +178,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
 
 CHANGES: dict[str, dict[str, Any]] = {  # of the recipe
     "eager": {"train": {"compile": False}},  # with `reference`: plain torch and nothing else
+    "fp32": {"train": {"precision": "fp32"}},
     "graph": {"train": {"graph": True}},
     "narrow": {"model": {"backbone": {"residual": "autocast"}}},  # the residual stream in bfloat16
 }
@@ -436,24 +440,27 @@ def say(found: dict[str, Any]) -> None:
 
 
 def compare_curves(options: argparse.Namespace) -> None:
-    """The two losses of each step beside each other: their largest and mean difference, and every 20th. Both arms run
-    at once: their speed means nothing."""
+    """Losses of each step beside each other: of any two arms their largest and mean difference, and how much higher the
+    first is on average; every 20th loss. All arms run at once: their speed means nothing."""
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda arm: in_a_process(options, arm, options.tokens[0]), options.curves))
-    curves = [one.get("losses", []) for one in found]
+    curves = {arm: one["losses"] for arm, one in zip(options.curves, found, strict=True) if "losses" in one}
     for one in found:
         say(one)
-    if all(curves):
-        apart = [abs(a - b) for a, b in zip(*curves, strict=True)]
-        row = {"largest": round(max(apart), 4), "mean": round(statistics.mean(apart), 5), "steps": len(apart)}
-        say({"curves": options.curves, **row, "every_20th": [curve[::20] for curve in curves]})
+    for arm, losses in curves.items():
+        say({"arm": arm, "steps": len(losses), "every_20th": losses[::20]})
+    for (arm, losses), (other, others) in itertools.combinations(curves.items(), 2):
+        higher = [a - b for a, b in zip(losses, others, strict=True)]
+        apart = [abs(x) for x in higher]
+        row = {"largest": max(apart), "mean": statistics.mean(apart), "higher": statistics.mean(higher)}
+        say({"arms": [arm, other], **{name: round(value, 5) for name, value in row.items()}})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arms = ["gatedfwa", "sdpa", "flex", "gatedfwa_nsa", "gatedfwa_nsa-wide", "fla_nsa"]
     parser.add_argument("--arms", nargs="*", default=arms, help=f"variants of ours: {', '.join([*VARIANTS, *CHANGES])}")
-    parser.add_argument("--curves", nargs=2, help="two arms whose losses to compare over 200 steps, instead of speed")
+    parser.add_argument("--curves", nargs="+", help="arms whose losses to compare over 200 steps, instead of speed")
     parser.add_argument("--limit", type=float, default=180, help="seconds an arm may take")
     parser.add_argument("--tokens", type=int, nargs="*", default=[4096, 16384])
     parser.add_argument("--budget", type=int, default=65536, help="tokens a step")
