@@ -165,3 +165,19 @@ def test_causal(name):
     after, _ = backbone(h, Context())
     torch.testing.assert_close(after[:, :25], before[:, :25], rtol=0, atol=1e-12)
     assert (after[:, 25:] - before[:, 25:]).abs().amax() > 1e-3
+
+
+@torch.no_grad()
+def test_reach_is_how_far_a_layer_looks_back(name):
+    """Context parallelism brings a rank so many tokens of the one before: fewer would be wrong without a word."""
+    mixer = small_backbone(name).blocks[0].mixer
+    x = torch.randn(1, 60, 32, dtype=torch.float64)
+
+    def last_without(count: int) -> torch.Tensor:
+        """The last output where the first tokens are others."""
+        return mixer(torch.cat((torch.randn_like(x[:, :count]), x[:, count:]), 1), Context(), None)[0][:, -1]
+
+    reach = WINDOW + 1 if mixer.reach is None else mixer.reach  # None: farther than a window with its token shift
+    assert (last_without(60 - reach) - last_without(0)).abs().amax() > 1e-9
+    if mixer.reach is not None:
+        torch.testing.assert_close(last_without(59 - reach), last_without(0), rtol=0, atol=1e-12)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from tests.test_mixers import random_splits, run_chunks
 from zoo import config, state
 from zoo.backbone import Backbone, BackboneConfig
-from zoo.mixers import nsa
+from zoo.mixers import nsa_blocks
 from zoo.mixers.base import Context
 from zoo.registry import mixers
 
@@ -100,10 +101,10 @@ def test_pairs_are_counted_exactly(tokens):
             t + 1 if t // block < top else (top - 1) * block + t % block + 1
             for t in range(tokens)
         )  # fmt: skip
-        assert nsa.selected_pairs(tokens, block, top) == seen
+        assert nsa_blocks.selected_pairs(tokens, block, top) == seen
     for block, stride in ((4, 4), (4, 2), (6, 3), (5, 1)):
         seen = sum(1 for t in range(tokens) for c in range(tokens) if c * stride + block <= t + 1)
-        assert nsa.compressed_pairs(tokens, block, stride) == seen
+        assert nsa_blocks.compressed_pairs(tokens, block, stride) == seen
 
 
 def test_default_form_and_gates():
@@ -118,3 +119,27 @@ def test_default_form_and_gates():
 def test_wrong_configs(fields):
     with pytest.raises(ValueError, match="top|window|block"):
         mixers.get("nsa").Config(**fields)
+
+
+@torch.no_grad()
+def step_bytes(mixer: dict[str, object], tokens: int) -> int:
+    """What a decoding step after so many tokens allocates, all temporaries counted."""
+    node = {"width": 32, "depth": 1, "heads": 2, "kv_heads": 1, "mixer": mixer}
+    model = Backbone(config.build(BackboneConfig, node)).eval()
+    cache = model.init_cache(1, tokens + 2)
+    for chunk in torch.randn(1, tokens + 1, 32).split([tokens, 1], 1):
+        _, cache = model(chunk, Context(), cache)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
+        model(torch.randn(1, 1, 32), Context(), cache)
+    events = profiled.events() or []
+    return sum(max(0, event.self_cpu_memory_usage) for event in events if event.name != "[memory]")
+
+
+def test_a_step_grows_with_the_blocks_not_with_the_tokens():
+    """O(T / block + top * block + window): a few numbers for each compressed block. Full attention shows what would be
+    seen of a step that touched every token."""
+    sparse = {"name": "gatedfwa_nsa", "window": 16, "block": 16, "top": 4, "token_shift": True}
+    grown, full = (step_bytes(mixer, 4096) - step_bytes(mixer, 1024) for mixer in (sparse, {"name": "softmax"}))
+    blocks = (4096 - 1024) // 16
+    assert 0 < grown <= 120 * blocks
+    assert full > 100 * 16 * blocks

@@ -1,4 +1,4 @@
-"""A needle 16 windows back: two layers of gatedfwa_nsa retrieve it, gatedfwa and swa of that size cannot."""
+"""A needle 16 windows back and more: two layers of gatedfwa_nsa retrieve it, gatedfwa and swa of that size cannot."""
 
 import pytest
 import torch
@@ -11,14 +11,16 @@ from zoo.mixers.base import Context
 
 WINDOW, WIDTH, VALUES, NOISE = 4, 32, 4, 4
 MARK = NOISE + VALUES
-TOKENS = 17 * WINDOW + 4
+TOKENS = 24 * WINDOW
+PLACES = TOKENS - 1 - 16 * WINDOW - WINDOW  # of the mark: from the second block on, 16 windows before the end at least
 
 
 def batch(rows: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise; in the second or third block a mark and a value; the mark again at the end, 16 windows later."""
+    """Noise; somewhere in seven blocks a mark and a value; the mark again at the end, 16 to 22 windows later. The first
+    block, the own and the previous one are always chosen, and one more by what is in it."""
     x = torch.randint(NOISE, (rows, TOKENS), generator=generator)
     value = torch.randint(VALUES, (rows,), generator=generator)
-    row, at = torch.arange(rows), 4 + torch.randint(3, (rows,), generator=generator)
+    row, at = torch.arange(rows), WINDOW + torch.randint(PLACES, (rows,), generator=generator)
     x[row, at], x[row, at + 1] = MARK, NOISE + value
     x[:, -1] = MARK
     return x, value
@@ -74,12 +76,12 @@ def test_what_the_last_output_owes_to_the_needle(mixer):
     x, _ = batch(8, torch.Generator().manual_seed(1))
     embedded = nn.Embedding(MARK + 1, WIDTH)(x).detach().double().requires_grad_()
     others = embedded.detach().clone()
-    others[:, 4:8] = torch.randn_like(others[:, 4:8])
+    others[:, WINDOW : WINDOW + PLACES + 1] = torch.randn_like(others[:, WINDOW : WINDOW + PLACES + 1])
     model = backbone(mixer).double()
     last, other = (model(h, Context())[0][:, -1] for h in (embedded, others))
     (grad,) = torch.autograd.grad(last, embedded, torch.randn_like(last))
     sizes = grad.abs().amax((0, 2))
-    needle = float(sizes[4:8].max() / sizes.max())
+    needle = float(sizes[WINDOW : WINDOW + PLACES + 1].max() / sizes.max())
     if mixer == "gatedfwa_nsa":
         assert needle > 1e-6
         assert not torch.equal(last, other)

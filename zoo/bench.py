@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from zoo import ops
+from zoo import ops, recording
 from zoo.bench_report import plot, summarise, table, write_csv
 from zoo.ops import backend
 from zoo.peers import LENGTHS, OTHERS, PEERS, SHAPES, WINDOWS, Call, Inputs, Peer, Shape, ours
@@ -96,25 +96,23 @@ def queued_ms(call: Call, least: float = MILLISECONDS, tries: int = 4) -> tuple[
 def graph_ms(calls: Sequence[Call], least: int = 16, replays: int = 20) -> float:
     """Median milliseconds of one of `calls`, which follow each other in one CUDA graph: as in a decoding model, nobody
     waits for Python. Calls on inputs of their own, larger in all than the L2 cache, find none of it there."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph, rounds = torch.cuda.CUDAGraph(), -(-least // len(calls))
-    with torch.cuda.graph(graph):
+
+    def all_of_them(rounds: int = 1) -> None:
         for _ in range(rounds):
             for call in calls:
                 call()
+
+    aside, rounds = torch.cuda.Stream(), -(-least // len(calls))
+    recording.on_stream(all_of_them, aside)
+    _, replay = recording.record(partial(all_of_them, rounds), aside)
     begin = time.perf_counter()
-    graph.replay()
+    replay()
     torch.cuda.synchronize()
     replays = max(3, min(replays, round(MILLISECONDS / 1e3 / (time.perf_counter() - begin))))
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     marks[0].record()
     for mark in marks[1:]:
-        graph.replay()
+        replay()
         mark.record()
     torch.cuda.synchronize()
     spans = [one.elapsed_time(other) for one, other in pairwise(marks)]

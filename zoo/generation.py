@@ -286,13 +286,9 @@ def _recorded(step: Callable[[Any], Any], state: Any, generator: torch.Generator
     returns what it drew. Steps are of fixed shapes and never look at a value, so all of them are the same graph."""
     before = generator.get_state()
     with torch.cuda.device(generator.device):
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):  # kernels compile and choose their tiles before the recording, on copies
-            trial = clone(state)
-            for _ in range(2):
-                _step_in_place(step, trial)
-        here.wait_stream(aside)
+        aside, trial = torch.cuda.Stream(), clone(state)
+        for _ in range(2):
+            recording.on_stream(partial(_step_in_place, step, trial), aside)
         generator.set_state(before)
         _, replay = recording.record(partial(_step_in_place, step, state), aside, generator=generator)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from zoo import config as configs
+from zoo import recording
 from zoo.evaluate.measure import Number, elements
 from zoo.evaluate.suite import Cell
 from zoo.generation import prefill
@@ -126,15 +127,9 @@ def decode_seconds(model: Model, batch: Batch, length: int, rows: int, recipe: R
 def captured(step: Callable[[], None]) -> Callable[[], None]:
     """The step as a CUDA graph."""
     side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    for _ in range(WARM):
+        recording.on_stream(step, side)
+    return recording.record(step, side)[1]
 
 
 def median_seconds(call: Callable[[], Any], device: torch.device) -> float:

@@ -69,6 +69,16 @@ def put_token(cache: Cache, k: Tensor | None, v: Tensor | None, log_decay: Tenso
     return (start + 1).clamp(max=slots).to(torch.int32)
 
 
+def put(
+    cache: Cache, k: Tensor | None, v: Tensor | None, log_decay: Tensor | None, start: Tensor, lengths: Tensor | None
+) -> None:
+    """`put_token` or `put_chunk`."""
+    if lengths is None and all(x is None or x.shape[1] == 1 for x in (k, v, log_decay)):
+        put_token(cache, k, v, log_decay, start)
+    else:
+        put_chunk(cache, k, v, log_decay, start, lengths)
+
+
 def past_in_order(cache: Cache, start: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """The last `count` tokens before `start`, oldest first: k, v (B, count, G, D), log_decay (B, count, H) or None, and
     key_start (B,) int32, how many leading places hold no token."""

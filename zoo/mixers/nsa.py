@@ -17,30 +17,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo import ops
 from zoo.layers import init_normal
 from zoo.mixers.attention import Attention, AttentionConfig, Gate, check_window
 from zoo.mixers.base import Context, Dims, visible_pairs
-from zoo.mixers.cache import check_room, past_in_order, put_chunk, put_token, start_of, take
+from zoo.mixers.cache import check_room, past_in_order, put, start_of, take
+from zoo.mixers.nsa_blocks import BlockMLP, compressed_pairs, mean_of_blocks, put_blocks, selected_pairs
 from zoo.registry import mixers
 from zoo.state import State
-
-
-class BlockMLP(nn.Module):
-    """A block's mean plus an MLP of all of it, in-block positions added; (B, M, block, G, D) -> (B, M, G, D)."""
-
-    def __init__(self, block: int, head_dim: int):
-        super().__init__()
-        self.positions = nn.Parameter(0.02 * torch.randn(block, 1, head_dim))
-        self.up = nn.Linear(block * head_dim, head_dim, bias=False)
-        self.down = nn.Linear(head_dim, head_dim, bias=False)
-
-    def forward(self, blocks: Tensor) -> Tensor:
-        placed = (blocks + self.positions.to(blocks.dtype)).transpose(2, 3).flatten(3)
-        return blocks.mean(2) + self.down(F.gelu(self.up(placed)))
 
 
 @mixers.register("nsa")
@@ -95,6 +81,7 @@ class NSA(Attention):
 
     def __init__(self, config: Config, dims: Dims, gate: Gate | None = None):
         super().__init__(config, dims, window=config.window, gate=gate, kv_sets=3 if config.separate_kv else 1)
+        self.reach = None  # blocks of all the past are chosen
         self.branch_gates = nn.Linear(dims.width, 3 * dims.heads)
         nn.init.zeros_(self.branch_gates.bias)
         learned = config.compression == "mlp"
@@ -135,11 +122,14 @@ class NSA(Attention):
         check_room(state["selected"]["k"].shape[1], start, x.shape[1] if ctx.lengths is None else ctx.lengths)
         log_decay = None if self.gate is None else ops.log_decay(*self.gate(x))
         k_sets, v_sets = self._sets(k), self._sets(v)
-        self._put_blocks(state, k_sets[0], v_sets[0], start, ctx.lengths)
-        near = self._near(q, k_sets[2], v_sets[2], log_decay, start, ctx.lengths, state)
+        block, step = self.config.compressed_length, self.config.compressed_step
+        past_k, past_v, _, _ = past_in_order(state.get("raw", state["selected"]), start, block - 1)
+        new = (k_sets[0], v_sets[0])
+        put_blocks(state["blocks"], (past_k, past_v), new, start, ctx.lengths, step, self._compress)
         for cache, i in ((state["selected"], 1), (state.get("raw"), 0)):
             if cache is not None:
                 put(cache, k_sets[i], v_sets[i], None, start, ctx.lengths)
+        near = self._near(q, k_sets[2], v_sets[2], log_decay, start, ctx.lengths, state)
         where: dict[str, Any] = {"query_start": start.to(torch.int32)}
         selected, blocks = state["selected"], state["blocks"]
         query = q.to(selected["k"].dtype)  # the cache may be kept in another dtype than the call computes in
@@ -167,7 +157,7 @@ class NSA(Attention):
             near = ops.window_attention(q, k, v, decay, window=self.window, key_start=key_start)
             put(own, k[:, -tokens:], v[:, -tokens:], log_decay, start, lengths)
             return near
-        put_token(cache, k, v, log_decay, start)
+        put(own, k, v, log_decay, start, lengths)
         slots = min(self.window, state["selected"]["k"].shape[1])
         newest = start.unsqueeze(1)
         place = (newest - (newest - torch.arange(slots, device=q.device)) % slots).clamp(min=0)
@@ -193,8 +183,7 @@ class NSA(Attention):
         """Blocks of keys and values (B, M, block, G, D) to one each (B, M, G, D)."""
         if self.compress_k is not None and self.compress_v is not None:
             return self.compress_k(k).to(v.dtype), self.compress_v(v).to(v.dtype)
-        wide = torch.promote_types(k.dtype, torch.float32)
-        return k.mean(2, dtype=wide).to(k.dtype), v.mean(2, dtype=wide).to(v.dtype)
+        return mean_of_blocks(k), mean_of_blocks(v)
 
     def _gist(self, q: Tensor, k: Tensor, v: Tensor, top: int, **where: Any) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -205,29 +194,6 @@ class NSA(Attention):
         return out, chosen
 
     # -- state and cost ------------------------------------------------------------------------------------------------
-
-    def _put_blocks(self, state: Any, k: Tensor, v: Tensor, start: Tensor, lengths: Tensor | None) -> None:
-        """Write the compressed blocks that this call's tokens complete: at most one per stride."""
-        config, (batch, tokens) = self.config, k.shape[:2]
-        length, step, slots = config.compressed_length, config.compressed_step, state["blocks"]["k"].shape[1]
-        count = min(-(-tokens // step), slots)
-        if count == 0:
-            return
-        past_k, past_v, _, _ = past_in_order(state.get("raw", state["selected"]), start, length - 1)
-        end = start + (tokens if lengths is None else lengths)
-        complete = (torch.div(start - length, step, rounding_mode="floor") + 1).clamp(min=0)  # before this call
-        block = complete.unsqueeze(1) + torch.arange(count, device=k.device)  # (B, count)
-        first = block * step - start.unsqueeze(1) + length - 1  # in past and chunk together
-        place = (first.unsqueeze(-1) + torch.arange(length, device=k.device)).clamp(0, length + tokens - 2).flatten(1)
-        gathered = (
-            take(torch.cat((past.to(new.dtype), new), dim=1), place).unflatten(1, (count, length))
-            for past, new in ((past_k, k), (past_v, v))
-        )
-        fresh = (block * step + length <= end.unsqueeze(1))[..., None, None]
-        rows, slot = torch.arange(batch, device=k.device).unsqueeze(1), block % slots
-        for name, new in zip(("k", "v"), self._compress(*gathered), strict=True):
-            cache = state["blocks"][name]
-            cache.index_put_((rows, slot), torch.where(fresh, new.to(cache.dtype), take(cache, slot)))
 
     def init_state(self, batch: int, max_len: int, *, device: Any, dtype: Any) -> State:
         config, dims = self.config, self.dims
@@ -266,26 +232,3 @@ class NSA(Attention):
         pairs = visible_pairs(tokens, self.window) + selected_pairs(tokens, config.block, config.top)
         pairs += compressed_pairs(tokens, config.compressed_length, config.compressed_step)
         return 2 * tokens * weights + compress + 4 * dims.heads * dims.head_dim * pairs
-
-
-def put(cache: Any, k: Tensor, v: Tensor, log_decay: Tensor | None, start: Tensor, lengths: Tensor | None) -> None:
-    """Write a token or a chunk, what the cache holds of it."""
-    if k.shape[1] == 1 and lengths is None:
-        put_token(cache, k, v, log_decay, start)
-    else:
-        put_chunk(cache, k, v, log_decay, start, lengths)
-
-
-def selected_pairs(tokens: int, block: int, top: int) -> int:
-    """Query-key pairs of the selected branch: all earlier tokens while every block is chosen, then top - 1 blocks and
-    the own one up to the query."""
-    dense = min(tokens, top * block)
-    whole, rest = divmod(tokens - dense, block)
-    own = whole * block * (block + 1) // 2 + rest * (rest + 1) // 2
-    return dense * (dense + 1) // 2 + (tokens - dense) * (top - 1) * block + own
-
-
-def compressed_pairs(tokens: int, block: int, stride: int) -> int:
-    """Query-block pairs of the compressed branch: token t sees (t + 1 - block) // stride + 1 blocks."""
-    whole, rest = divmod(max(0, tokens - block + 1), stride)
-    return stride * whole * (whole + 1) // 2 + rest * (whole + 1)

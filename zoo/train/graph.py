@@ -83,14 +83,8 @@ class Recorder:
 
     def _aside(self, shape: "Shape") -> Any:
         """The step without a graph, on the stream of the recordings."""
-        if self._stream is None:
-            return self.step(*shape.inputs)
-        here = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):
-            outputs = self.step(*shape.inputs)
-        here.wait_stream(self._stream)
-        return outputs
+        call = partial(self.step, *shape.inputs)
+        return call() if self._stream is None else recording.on_stream(call, self._stream)
 
 
 @dataclass
