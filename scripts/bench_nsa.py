@@ -14,6 +14,7 @@ top 16, window 512, bfloat16. Tiles are tried by tune_nsa.py.
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +221,7 @@ def stages(x: dict[str, Tensor]) -> Row:
     def compressed(*y: Tensor) -> Tensor:
         return ops.compressed_attention(*y, block=BLOCK, top=0)[0]
 
-    row.time("pool", lambda: partial(nsa_blocks.pool_each, [k, v], BLOCK, None))
+    row.time("pool", lambda: partial(nsa_blocks.pool_each, [k, v], BLOCK))
     row.forward_and_backward("compressed", compressed, [q, *means], [], dout)
     row.time("with choice", lambda: partial(ops.compressed_attention, q, *means, block=BLOCK, top=TOP))
     row.forward_and_backward("selected", partial(ops.selected_attention, block=BLOCK), [q, k, v], [index], dout)
@@ -262,6 +264,30 @@ def crossover(report: Report, tokens: int, group: int) -> None:
         f"{'   '.join(row.text(name) for name in [*calls, 'nsa host'])}"
     )
     row.reasons()
+
+
+def crossings(report: Report, group: int) -> None:
+    """Where nsa takes as long as each of the others."""
+    rows = sorted((row for row in report.rows if row["kind"] == "crossover" and row["group"] == group), key=tokens_of)
+    for what, suffix in (("forward", ""), ("both", " backward")):
+        peers = ("dense", "sdpa", "flash-attention-4")
+        found = {peer: equal_at(rows, f"nsa{suffix}", f"{peer}{suffix}") for peer in peers}
+        text = "   ".join(f"{peer} {'-' if tokens is None else f'{tokens:,.0f}'}" for peer, tokens in found.items())
+        say(f"as fast at T, {group} query heads a kv head, {what}: {text}")
+
+
+def tokens_of(row: dict[str, Any]) -> int:
+    return row["tokens"]
+
+
+def equal_at(rows: list[dict[str, Any]], name: str, other: str) -> float | None:
+    """The length from which on `name` is the faster one, between those of neighbouring rows: the logarithm of the ratio
+    is taken as a line over that of the length. None where they do not cross."""
+    ratios = [(math.log(row["tokens"]), math.log(row[name] / row[other])) for row in rows if row[name] and row[other]]
+    for (shorter, above), (longer, below) in pairwise(ratios):
+        if above > 0 >= below:
+            return math.exp(shorter + (longer - shorter) * above / (above - below))
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------- decode
@@ -384,6 +410,7 @@ def main() -> int:
         todo += [partial(decode, report, group, batch) for batch in ((1, 16) if group == 16 else (1,))]
     for group in options.groups if "crossover" in options.only else ():
         todo += [partial(crossover, report, tokens, group) for tokens in CROSSOVER_TOKENS]
+        todo.append(partial(crossings, report, group))
     return finish(todo)
 
 

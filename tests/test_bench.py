@@ -174,11 +174,12 @@ def test_what_takes_long_is_measured_once():
 
 
 def test_each_kind_of_call_is_compiled_once(monkeypatch):
-    """Documents and shared key heads are kernels of their own; windows and lengths are not, but of flex."""
+    """Documents, shared key heads and windows may take kernels of their own; lengths don't, but of flex."""
     parts = {alike[0].head_dim: alike for _, alike in bench.compiled_alike(["zoo"], [])}
     assert set(parts) == {64, 128}
     assert {(x.heads, x.kv_heads, x.document) for x in parts[128]} == {(4, 0, 0), (16, 0, 0), (16, 4, 0), (16, 0, 6000)}
-    assert len(parts[128]) == 4
+    assert {x.window for x in parts[128]} == {128, 256, 512, 1024, 2048, 4096}
+    assert {(x.batch, x.tokens) for x in parts[128]} == {(1, 4096)}
     flex = [alike for _, alike in bench.compiled_alike(["flex"], [])]
     assert {*map(len, flex)} == {1}
     assert {shape for (shape,) in flex} == {shape for shape, _ in bench.plan(["flex"], [])}
@@ -200,7 +201,7 @@ def test_all_is_compiled_ahead_in_processes_of_their_own(monkeypatch):
     assert sorted(asked) == [
         ("warm", "flex", [[1, 2, 64, 64, 8, 0, 0]]),
         ("warm", "flex", [[1, 2, 96, 64, 16, 0, 0]]),
-        ("warm", "zoo", [[1, 2, 4096, 64, 512, 0, 0]]),
+        ("warm", "zoo", [[1, 2, 4096, 64, 16, 0, 0], [1, 2, 4096, 64, 8, 0, 0]]),
     ]
 
 

@@ -1,9 +1,9 @@
 """`zoo bench kernels`: our attention beside its peers, on the same inputs in the same process, forward and backward.
 
-A speed is printed only after the kernels' own tests passed in the same call. All is compiled ahead, in as many
-processes as there are cores. Every round is a process of its own, since a kernel's speed differs between starts; what
-is printed is the median over rounds with their spread. In the last round alone are windows, lengths, shared key heads
-and documents measured, and, of the peers, full attention and those that are compiled for each shape. A time is the
+A speed is printed only after the kernels' own tests passed in the same call. What attention needs is compiled ahead, in
+many processes at once. Every round is a process of its own, since a kernel's speed differs between starts; what is
+printed is the median over rounds with their spread. In the last round alone are windows, lengths, shared key heads and
+documents measured, and, of the peers, full attention and those that are compiled for each shape. A time is the
 device's: calls wait behind a kernel that only waits, until all of them are queued (`queued_ms`), or are replayed as a
 CUDA graph where they are short (`graph_ms`), ours and the peers' alike; what the host takes to start one stands beside
 it. Speeds count exact visible pairs (4 D FLOPs each forward, 2.5 times that backward) and, beside it, the pairs of the
@@ -279,10 +279,10 @@ def calm() -> None:
 
 def compiled_alike(peers: list[str], shapes: list[str]) -> list[tuple[str, list[Shape]]]:
     """What compiles all that the rounds will need: for each process a peer, and one of the shapes that it is compiled
-    for, or all of one head dim that differ in heads or documents."""
+    for, or all of one head dim that differ in heads, windows or documents."""
     found: dict[tuple[str, Any], set[Shape]] = {}
     for shape, peer in plan(peers, shapes):
-        kind = shape if peer.by_shape else replace(shape, batch=1, tokens=4096, window=512)
+        kind = shape if peer.by_shape else replace(shape, batch=1, tokens=4096)
         found.setdefault((peer.name, shape if peer.by_shape else shape.head_dim), set()).add(kind)
     return [(name, sorted(kinds, key=str)) for (name, _), kinds in found.items()]
 
@@ -300,9 +300,12 @@ def warm(peer: str, shapes: list[list[int]]) -> Iterable[dict[str, Any]]:
 
 def compile_ahead(peers: list[str], shapes: list[str], workers: int) -> None:
     parts = [(peer, [astuple(shape) for shape in alike]) for peer, alike in compiled_alike(peers, shapes)]
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         done = pool.map(lambda part: start("warm", *part).wait(), parts)
         list(tqdm(done, desc="compiling", total=len(parts), disable=not sys.stderr.isatty()))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C ends those that run, and none begins any more
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,7 +320,7 @@ def run(out: Path, rounds: int = 3, peers: list[str] | None = None, shapes: list
     tests are not there or do not pass.
     """
     peers, shapes = peers or [], shapes or []
-    plan(peers, shapes)
+    plan(peers, shapes)  # names what is none
     if rounds < 1:
         raise BenchError(f"rounds = {rounds}; it takes 1 or more")
     if not torch.cuda.is_available():

@@ -109,7 +109,7 @@ def test_means_of_two_are_those_of_each(alike):
     k, v = (
         x.detach().requires_grad_() for x in (wide[:, :, 0], wide[:, :, 1] if alike else wide[:, :, 1].contiguous())
     )
-    pair, each = nsa_blocks.pool_each([k, v], 64, None), (ops.pool_blocks(k, 64), ops.pool_blocks(v, 64))
+    pair, each = nsa_blocks.pool_each([k, v], 64), (ops.pool_blocks(k, 64), ops.pool_blocks(v, 64))
     douts = [torch.randn_like(each[0]) for _ in range(2)]
     grads, truth = (torch.autograd.grad(means, (k, v), douts) for means in (pair, each))
     assert all(torch.equal(a, b) for a, b in zip((*pair, *grads), (*each, *truth), strict=True))

@@ -3,8 +3,8 @@
     inverse  a piece's pairs sorted by block (nsa_count.py, or torch's stable radix sort of the keys that _keys writes),
              cut into items by _list; nsa_runs.py cuts them in another way
 
-An item is at most so many pairs of one
-block, of tokens of one chunk: items run chunk by chunk, so that the query rows that they gather are still in L2.
+An item is at most so many pairs of one block, of tokens of one chunk: items run chunk by chunk, so that the query rows
+that they gather are still in L2.
 """
 
 from dataclasses import dataclass

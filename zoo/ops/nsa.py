@@ -63,7 +63,7 @@ def nsa_attention(
     offset = k.shape[1] - q.shape[1]
     start = torch.full(q.shape[:1], offset, dtype=torch.int32, device=q.device) if offset else None
     options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens}
-    compressed_k, compressed_v = pool_each([k, v], block, cu_seqlens)
+    compressed_k, compressed_v = pool_each([k, v], block, cu_seqlens=cu_seqlens)
     dense = runs_dense(k.shape[1], block, top)
     compressed, _, block_index = compressed_attention(
         q, compressed_k, compressed_v, block=block, top=0 if dense else top, query_start=start, **options

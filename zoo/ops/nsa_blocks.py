@@ -22,10 +22,10 @@ def runs_dense(keys: int, block: int, top: int) -> bool:
 def pool_blocks(x: Tensor, block: int, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """Means over the blocks of `gather_blocks`, (B,N,G,D) to (B,M,G,D), summed in float32 at least. Differentiable once
     (packed documents: as often as wanted)."""
-    return pool_each([x], block, cu_seqlens)[0]
+    return pool_each([x], block, cu_seqlens=cu_seqlens)[0]
 
 
-def pool_each(tensors: list[Tensor], block: int, cu_seqlens: Tensor | None) -> list[Tensor]:
+def pool_each(tensors: list[Tensor], block: int, *, cu_seqlens: Tensor | None = None) -> list[Tensor]:
     """`pool_blocks` of one or two of one shape and dtype, in one launch where there are no documents."""
     if cu_seqlens is None:
         return _pool(tensors, block)
