@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,16 +15,15 @@ from torch import Tensor, nn
 
 from tasks.series import baselines, plots
 from tasks.series.calendar import WIDTH, calendar
-from tasks.series.conformal import fit, pairs, spread
-from tasks.series.data import Panel, Part, overlap, scaler
-from tasks.series.intervals import ROWS, followed, scored
+from tasks.series.conformal import spread
+from tasks.series.data import Panel, Part, scaler
+from tasks.series.intervals import ROWS, Intervals
 from tasks.series.metrics import ForecastErrors, seasonal_error
 from tasks.series.outputs import check_levels, nine
 from tasks.series.rolling import Forecast, roll
 from tasks.series.tables import Columns, TableError, panels_of, read_frame
 from tasks.series.windows import EvaluationWindows, Layout, TrainingWindows, cut, cut_known, prompt
 from zoo import config as configs
-from zoo import weights
 from zoo.config import Choice
 from zoo.data import Shuffled, SourceStream
 from zoo.model import Batch, Model, ModelConfig
@@ -33,8 +32,6 @@ from zoo.task import Media, Metric, Request, Task
 from zoo.weights import replace_file
 
 log = logging.getLogger(__name__)
-
-FOLLOWED = 256  # patches of a table's past that its intervals follow at the most
 
 
 class SeriesTask(Task):
@@ -98,11 +95,7 @@ class SeriesTask(Task):
         self.layout = Layout(config.patch, config.predict, config.context, config.ahead, config.channels == "mixed")
         self._assets = assets
         self._prepared: dict[str, list[Part]] = {}
-        self._model: Model | None = None
-        self._kept: Path | None = None
-        self._sealed = False
-        self._fitted = False  # _factors are those of _model, None where there can be none
-        self._factors: Tensor | None = None
+        self.intervals: Intervals | None = None  # of the trained model that the task came with
 
     # -- what the data decides -----------------------------------------------------------------------------------------
 
@@ -211,7 +204,8 @@ class SeriesTask(Task):
     def metrics(self, split: str) -> dict[str, Metric]:
         rows = 1 if self.layout.mixed else len(self.card["names"])
         config = self.config
-        factors = self._spread_by() if split == "test" else None  # of what they are fitted to they would say nothing
+        tried = self.intervals if split == "test" else None  # of what they are fitted to they would say nothing
+        factors = None if tried is None else tried.of_test()
         errors = ForecastErrors(
             config.horizons, config.levels, rows, mode=config.roll, samples=config.samples, factors=factors
         )
@@ -232,9 +226,8 @@ class SeriesTask(Task):
         config = self.config
         every = "every window" if config.stride == 1 else f"every {config.stride}th window"
         units = "standardised" if self.source.scaled else "original"
-        calibrated = (
-            ", intervals spread on the validation split" if split == "test" and self._factors is not None else ""
-        )
+        tried = split == "test" and self.intervals is not None and self.intervals.fitted
+        calibrated = ", intervals spread on the validation split" if tried else ""
         calibrated += f" and following at rate {config.follow}" if calibrated and config.follow else ""
         return (
             f"{every} of the split, look-back {config.context}, {config.predict} steps at a time rolled to "
@@ -250,8 +243,9 @@ class SeriesTask(Task):
         chosen = torch.linspace(0, len(windows) - 1, count).long()
         history, future, _ = windows.raw(chosen)
         device = next(model.parameters()).device
-        factors = self.factors() if model is self._model else None
-        forecast = spread(self._roll(model, windows.collate(chosen).to(device), windows.horizon), factors)
+        intervals = self._intervals_of(model)
+        factors = None if intervals is None else intervals.factors
+        forecast = spread(self.roll(model, windows.collate(chosen).to(device), windows.horizon), factors)
         images = {}
         for number in range(count):
             row = number if self.layout.mixed else number * len(self.card["names"])
@@ -282,89 +276,21 @@ class SeriesTask(Task):
         figure = plots.draw(history, first["mean"].to_numpy(), quantiles, levels, title=title)
         return Media(images={"forecast": plots.as_image(figure)})
 
-    def _roll(self, model: Model, batch: Batch, horizon: int) -> Forecast:
+    def roll(self, model: Model, batch: Batch, horizon: int) -> Forecast:
         config = self.config
         return roll(model, batch, horizon, levels=config.levels, mode=config.roll, samples=config.samples)
-
-    def factors(self) -> Tensor | None:
-        """What the attached model's intervals are spread by, (horizon, pairs): fitted to the validation split when
-        first asked for, then read from where it is kept. None where there is nothing to spread, where the validation
-        split was trained on, or without the data."""
-        model, config = self._model, self.config
-        if self._fitted or model is None or not config.calibrate or not pairs(config.levels):
-            return self._factors
-        self._fitted = True
-        rolled = ("dataset", "patch", "context", "channels", "calendar", "horizons", "roll", "samples", "levels")
-        name = configs.fingerprint({field: getattr(config, field) for field in (*rolled, "predict", "calibrate")})
-        kept = None if self._kept is None else self._kept / f"intervals-{name}.safetensors"
-        if kept is not None and kept.is_file():
-            self._factors = weights.read(kept)["factors"]
-            return self._factors
-        try:
-            if overlap(self.source.parts("train"), self.source.parts("valid")):
-                log.warning("intervals stay as they were predicted: the validation split was trained on")
-            else:
-                self._factors = self._fit(model)
-        except OSError as error:
-            log.warning("intervals stay as they were predicted: the validation split cannot be read (%s)", error)
-        if kept is not None and self._factors is not None and not self._sealed:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            weights.save({"factors": self._factors}, kept)
-        return self._factors
-
-    def _fit(self, model: Model) -> Tensor | None:
-        windows = self.windows("valid")
-        count = min(self.config.calibrate, len(windows))
-        found = scored(model, windows, torch.linspace(0, len(windows) - 1, count).long(), self._roll) if count else None
-        return None if found is None else fit(found, self.config.levels).cpu()
-
-    def _followed(self, model: Model, parts: Sequence[Part], factors: Tensor, horizon: int) -> list[Tensor]:
-        levels, rate = self.config.levels, self.config.follow
-        return followed(model, parts, factors, horizon, layout=self.layout, roll=self._roll, levels=levels, rate=rate)
-
-    def _spread_by(self) -> Callable[[Batch], Tensor | None] | None:
-        """What rows of windows of the test split are spread by; where factors follow, from the validation split on."""
-        factors, model = self.factors(), self._model
-        if factors is None or model is None:
-            return None
-        if not self.config.follow:
-            return lambda batch: factors
-        parts, patch = self.parts("test"), self.layout.patch
-        first = {part.panel.id: part.begin for part in self.parts("valid")}
-        whole = [replace(part, begin=min(part.begin, first.get(part.panel.id, part.begin))) for part in parts]
-        tables = self._followed(model, whole, factors, max(self.config.horizons))
-        lengths = torch.tensor([0] + [len(table) for table in tables[:-1]]).cumsum(0)
-        before = torch.tensor([part.begin - longer.begin for part, longer in zip(parts, whole, strict=True)])
-        joined = torch.cat(tables)
-
-        def of(batch: Batch) -> Tensor:
-            part, since = batch.condition["part"].cpu(), batch.condition["since"].cpu()
-            return joined[lengths[part] + (before[part] + since) // patch]
-
-        return of
-
-    def _spread_at_end(self, model: Model, panels: Sequence[Panel], horizon: int) -> Tensor | None:
-        """What forecasts from the panels' ends are spread by: (H, P), or where factors follow (R, H, P) of each row."""
-        factors = self.factors() if model is self._model else None
-        if factors is None or not self.config.follow:
-            return factors
-        patch, parts = self.layout.patch, []
-        for panel in panels:
-            steps = len(panel.values)
-            origins = min(FOLLOWED, max(0, steps - self.layout.context) // patch)
-            parts.append(Part(replace(panel, known=self._known(panel, 0)), steps - origins * patch, steps))
-        tables = self._followed(model, parts, factors, horizon)
-        each = [1 if self.layout.mixed else len(panel.names) for panel in panels]
-        return torch.cat([table[-1:].expand(rows, -1, -1) for table, rows in zip(tables, each, strict=True)])
 
     # -- a user's own table --------------------------------------------------------------------------------------------
 
     def attach(self, model: nn.Module, kept: Path | None = None, *, sealed: bool = False) -> None:
         """The model that `forecast` takes, whose intervals are spread; whoever opens a run does this."""
         assert isinstance(model, Model)
-        if model is not self._model or kept is not None:
-            self._model, self._kept, self._sealed = model, kept, sealed
-            self._factors, self._fitted = None, False
+        if self._intervals_of(model) is None or kept is not None:
+            self.intervals = Intervals(self, model, kept, sealed=sealed)
+
+    def _intervals_of(self, model: nn.Module) -> Intervals | None:
+        """Of other models than the attached one nothing is known."""
+        return self.intervals if self.intervals is not None and self.intervals.model is model else None
 
     def prompt(self, obj: pd.DataFrame | Sequence[Panel], horizon: int = 1) -> Batch:
         """A table, or series, as histories to forecast `horizon` steps from."""
@@ -411,19 +337,21 @@ class SeriesTask(Task):
     def _forecast(
         self, frame: pd.DataFrame, horizon: int, columns: Columns | None, model: nn.Module | None
     ) -> tuple[pd.DataFrame, list[Panel]]:
-        model = model or self._model
+        if model is None and self.intervals is not None:
+            model = self.intervals.model
         if not isinstance(model, Model):
             raise ValueError("a task alone cannot forecast: pass model=, or take the task of zoo.pipeline(…)")
         if horizon < 1:
             raise ValueError(f"horizon = {horizon}; it takes 1 or more steps")
         read = panels_of(frame, columns or self._columns(), "the table")
-        device = next(model.parameters()).device
+        device, intervals = next(model.parameters()).device, self._intervals_of(model)
         tables = []
         each = max(1, ROWS // max(len(panel.names) for panel in read.panels))
         for begin in range(0, len(read.panels), each):
             panels = read.panels[begin : begin + each]
-            forecast = self._roll(model, self.prompt(panels, horizon).to(device), horizon)
-            forecast = spread(forecast, self._spread_at_end(model, panels, horizon))
+            forecast = self.roll(model, self.prompt(panels, horizon).to(device), horizon)
+            ready = [replace(panel, known=self._known(panel, 0)) for panel in panels]
+            forecast = spread(forecast, None if intervals is None else intervals.at_end(ready, horizon))
             row = 0
             for panel in panels:
                 assert panel.times is not None

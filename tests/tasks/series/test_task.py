@@ -115,7 +115,7 @@ def test_errors_do_not_depend_on_batches_and_are_right(run, channels):
     squares = []
     for origin in range(630, 700 - 24 + 1):
         one = [origin - 630]
-        guess = task._roll(model, task.windows("test").collate(one), 36).mean.reshape(2, 36)[:, :24].numpy()
+        guess = task.roll(model, task.windows("test").collate(one), 36).mean.reshape(2, 36)[:, :24].numpy()
         squares.append((panel[origin : origin + 24].T - guess) ** 2)
     assert found[0]["mse_24"] == pytest.approx(np.mean(squares), rel=1e-4)
 
