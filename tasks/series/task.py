@@ -152,6 +152,18 @@ class SeriesTask(Task):
             self._prepared[split] = [replace(part, panel=done[id(part.panel)]) for part in parts]
         return self._prepared[split]
 
+    def _units(self, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
+        """What the values of a user's panel are standardised by before a forecast, and forecasts back, (V,) each: what
+        the training data's were, by name, and the panel's own mean and deviation for columns that it did not have."""
+        mean, deviation = np.zeros(len(panel.names)), np.ones(len(panel.names))
+        if not self.source.scaled:
+            return mean, deviation
+        mean, deviation = scaler([Part(panel, 0, len(panel.values))])
+        learnt = dict(zip(self.card["names"], zip(self.card["mean"], self.card["deviation"], strict=True), strict=True))
+        for place, name in enumerate(panel.names):
+            mean[place], deviation[place] = learnt.get(name, (mean[place], deviation[place]))
+        return mean, deviation
+
     def _known(self, panel: Panel, ahead: int) -> np.ndarray | None:
         """Covariates of the panel's steps and `ahead` more, (T + ahead, K) float32."""
         steps, found = len(panel.values) + ahead, []
@@ -293,27 +305,43 @@ class SeriesTask(Task):
         return self.intervals if self.intervals is not None and self.intervals.model is model else None
 
     def prompt(self, obj: pd.DataFrame | Sequence[Panel], horizon: int = 1) -> Batch:
-        """A table, or series, as histories to forecast `horizon` steps from."""
+        """A table, or series, as histories to forecast `horizon` steps from, in the units of the training data; in the
+        condition, too, the "mean" and "deviation" (R, C) that they were standardised by."""
         panels = panels_of(obj, self._columns(), "the table").panels if isinstance(obj, pd.DataFrame) else obj
+        batch = self._histories([self._standard(panel, horizon) for panel in panels], horizon)
+        units = np.array([self._units(panel) for panel in panels])  # (B, 2, V)
+        mean, deviation = (torch.from_numpy(x).reshape(len(batch.inputs), -1) for x in units.swapaxes(0, 1))
+        batch.condition |= {"mean": mean, "deviation": deviation}
+        return batch
+
+    def _standard(self, panel: Panel, horizon: int) -> Panel:
+        """A user's panel as `parts` has those of the data set, with covariates for `horizon` more steps."""
+        names = self.card["names"]
+        if self.layout.mixed and len(panel.names) != len(names):
+            raise TableError(
+                f"this model takes {len(names)} values a step together ({', '.join(names)}); series {panel.id!r} has "
+                f"{len(panel.names)}: {', '.join(panel.names)}"
+            )
+        mean, deviation = self._units(panel)
+        return replace(panel, values=(panel.values - mean) / deviation, known=self._known(panel, horizon))
+
+    def _histories(self, panels: Sequence[Panel], horizon: int) -> Batch:
+        """The ends of standardised panels, as rows to forecast from."""
         context, later = self.layout.context, self.layout.rolled(horizon)
-        history, known = [], []
-        for panel in panels:
-            if self.layout.mixed and len(panel.names) != len(self.card["names"]):
-                raise TableError(
-                    f"this model takes {len(self.card['names'])} values a step together "
-                    f"({', '.join(self.card['names'])}); series {panel.id!r} has {len(panel.names)}: "
-                    f"{', '.join(panel.names)}"
-                )
-            steps = len(panel.values)
-            history.append(cut(panel.values, steps - context, steps))
-            known.append(cut_known(self._known(panel, horizon), steps - context, steps + later))
-        values = torch.from_numpy(np.stack(history))
-        missing = values.new_full((*values.shape[:2], horizon), torch.nan)
-        nothing = torch.zeros(len(values), dtype=torch.int64), torch.zeros(values.shape[:2])
-        return prompt(values, missing, torch.from_numpy(np.stack(known)), *nothing, self.layout)
+        history = torch.from_numpy(np.stack([cut(p.values, len(p.values) - context, len(p.values)) for p in panels]))
+        known = [cut_known(p.known, len(p.values) - context, len(p.values) + later) for p in panels]
+        missing = history.new_full((*history.shape[:2], horizon), torch.nan)
+        nothing = torch.zeros(len(history), dtype=torch.int64), torch.zeros(history.shape[:2])
+        return prompt(history, missing, torch.from_numpy(np.stack(known)), *nothing, self.layout)
 
     def ask(self, request: Request) -> Any:
         raise ValueError("a forecast needs --csv FILE --horizon N, the table and the number of steps")
+
+    def artefacts(self, prompt: Batch, drawn: Tensor) -> list[pd.DataFrame]:
+        """drawn (R, N, C + K m, P), back in the units of the table that `prompt` was made of."""
+        mean, deviation = (prompt.condition[name].cpu() for name in ("mean", "deviation"))
+        values = drawn[:, :, : mean.shape[1]] * deviation[:, None, :, None] + mean[:, None, :, None]
+        return [self.artefact(row) for row in values]
 
     def artefact(self, inputs: Tensor) -> pd.DataFrame:
         """Generated tokens (N, C + K m, P) of one row -> their values, one column a channel."""
@@ -349,21 +377,23 @@ class SeriesTask(Task):
         each = max(1, ROWS // max(len(panel.names) for panel in read.panels))
         for begin in range(0, len(read.panels), each):
             panels = read.panels[begin : begin + each]
-            forecast = self.roll(model, self.prompt(panels, horizon).to(device), horizon)
-            ready = [replace(panel, known=self._known(panel, 0)) for panel in panels]
+            ready = [self._standard(panel, horizon) for panel in panels]
+            forecast = self.roll(model, self._histories(ready, horizon).to(device), horizon)
             forecast = spread(forecast, None if intervals is None else intervals.at_end(ready, horizon))
             row = 0
             for panel in panels:
                 assert panel.times is not None
+                mean, deviation = self._units(panel)
                 times = pd.date_range(panel.times[-1], periods=horizon + 1, freq=read.offset)[-horizon:]
                 for channel, name in enumerate(panel.names):
                     place = (row, channel) if self.layout.mixed else (row + channel, 0)
                     point, quantiles = _one(forecast, *place)
-                    table = pd.DataFrame({"id": panel.id, "target": name, "time": times, "mean": point})
+                    values = {"mean": point}
                     if quantiles is not None:
-                        for level, values in zip(forecast.levels, quantiles.T, strict=True):
-                            table[f"{level:g}"] = values
-                    tables.append(table)
+                        values |= {f"{level:g}": q for level, q in zip(forecast.levels, quantiles.T, strict=True)}
+                    table = pd.DataFrame(values) * deviation[channel] + mean[channel]
+                    stands = pd.DataFrame({"id": panel.id, "target": name, "time": times})
+                    tables.append(pd.concat((stands, table), axis=1))
                 row += 1 if self.layout.mixed else len(panel.names)
         whole = pd.concat(tables, ignore_index=True)
         return (whole if any(panel.id for panel in read.panels) else whole.drop(columns="id")), read.panels
@@ -408,7 +438,7 @@ class SeriesTask(Task):
 
 def _one(forecast: Forecast, row: int, channel: int) -> tuple[np.ndarray, np.ndarray | None]:
     """Point (H,) and quantiles (H, Q) of one series."""
-    point = forecast.mean[row, channel].float().cpu().numpy()
+    point = forecast.mean[row, channel].cpu().double().numpy()
     if forecast.quantiles is None:
         return point, None
-    return point, forecast.quantiles[row, channel].float().cpu().numpy()
+    return point, forecast.quantiles[row, channel].cpu().double().numpy()

@@ -36,17 +36,19 @@ def waves(steps=700, sites=("",), seed=0):
     return pd.concat(tables, ignore_index=True)
 
 
-def recipe_of(path: Path, **layers) -> Recipe:
+def recipe_of(path: Path, head="series", **layers) -> Recipe:
+    tokens = {"patch": 1, "predict": 1, "horizons": [12, 24]}
     small = {
         "task": {
             "name": "series",
             "dataset": {"name": "series/csv", "path": str(path)},
             **{"patch": 12, "predict": 24, "context": 96, "horizons": [24, 36], "plots": 1},
+            **(tokens if head == "series_tokens" else {}),
         },
         "model": {
             "name": "series_gatedfwa_100k",
             "backbone": {"width": 16, "depth": 1, "heads": 2},
-            "head": {"name": "series", "highway": 96},
+            "head": {"name": "series", "highway": 96} if head == "series" else {"name": head},
         },
         "train": {"steps": 30, "batch_size": 16, "sample_every": 30, "save_every": 30, "optimizer": {"lr": 0.01}},
     }
@@ -180,6 +182,48 @@ def test_forecast_of_a_long_table_and_of_short_histories(run):
     both = table[table["id"] == "b"].reset_index(drop=True)
     np.testing.assert_allclose(alone["mean"], both["mean"], rtol=1e-4)
     assert np.isfinite(table["mean"]).all()
+
+
+@pytest.mark.parametrize(
+    ("head", "channels"), [("series", "independent"), ("series", "mixed"), ("series_tokens", "independent")]
+)
+def test_a_forecast_is_what_evaluation_scores(run, head, channels):
+    """Of the same window: a table comes in its own units, the test split standardised with the training part."""
+    recipe = recipe_of(run / "mine.csv", head, task={"channels": channels})
+    task = make_task(recipe)
+    model = make_model(recipe, task).eval()
+    scored = task.roll(model, task.windows("test").collate([7]), 24)
+    table = task.forecast(pd.read_csv(run / "mine.csv")[: 630 + 7], 24, model=model)
+    for column, name in enumerate(("load", "wind")):
+        own, mean, deviation = table[table["target"] == name], task.card["mean"][column], task.card["deviation"][column]
+        expected = scored.quantiles.reshape(2, 24, 9)[column].double() * deviation + mean
+        np.testing.assert_allclose(own[[f"{q / 10:g}" for q in range(1, 10)]], expected, atol=1e-4 * deviation)
+        expected = scored.mean.reshape(2, 24)[column].double() * deviation + mean
+        np.testing.assert_allclose(own["mean"], expected, atol=1e-4 * deviation)
+
+
+@pytest.mark.parametrize("head", ["series", "series_tokens"])
+def test_units_of_columns_that_training_did_not_have_are_their_own(run, head):
+    """Kelvin or degrees: the forecast is the same, in other units."""
+    recipe = recipe_of(run / "mine.csv", head)
+    task = make_task(recipe)
+    model = make_model(recipe, task).eval()
+    degrees = waves(300, seed=4)[["time", "wind"]].set_axis(["time", "heat"], axis=1)
+    kelvin = degrees.assign(heat=1.8 * degrees["heat"] + 1000)
+    first, second = (task.forecast(table, 12, model=model)[["mean", "0.1", "0.9"]] for table in (degrees, kelvin))
+    np.testing.assert_allclose(second, 1.8 * first + 1000, atol=1e-3)
+
+
+def test_samples_come_in_the_units_of_the_table(run):
+    recipe = recipe_of(run / "mine.csv", "series_tokens")
+    task = make_task(recipe)
+    pipe = zoo.Pipeline(make_model(recipe, task).eval(), task)
+    drawn = pipe.sample(waves(300, seed=3), max_new=5, seed=0)
+    given = task.prompt(waves(300, seed=3))
+    standard = zoo.generate(pipe.model, given, max_new=5, seed=0)[0, :, 0, 0]
+    assert drawn["value"].tolist() == pytest.approx(
+        (standard * task.card["deviation"][0] + task.card["mean"][0]).tolist(), rel=1e-5
+    )
 
 
 def test_a_forecast_does_not_see_the_future(run):
