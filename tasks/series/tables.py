@@ -189,14 +189,14 @@ def _numbers(column: pd.Series, where: str) -> np.ndarray:
 def _ordered(
     times: pd.DatetimeIndex, table: pd.DataFrame, where: str, columns: Columns, notes: list[str]
 ) -> tuple[pd.DatetimeIndex, pd.DataFrame]:
-    """Sorted, each time once."""
+    """Sorted, each time once; the table's index becomes its rows, counted from 1."""
     rows = table.index.to_numpy() + 1
-    table = table.reset_index(drop=True)
+    table = table.set_axis(rows)
     if not times.is_monotonic_increasing:
         order = np.argsort(times.to_numpy(), kind="stable")
         late = rows[1:][times.to_numpy()[1:] < times.to_numpy()[:-1]][0]
         notes.append(f"{where}: rows are not in the order of {columns.time!r} (first at row {late}): sorted")
-        times, table, rows = times[order], table.iloc[order].reset_index(drop=True), rows[order]
+        times, table, rows = times[order], table.iloc[order], rows[order]
     twice = times.duplicated()
     if twice.any():
         for place in np.flatnonzero(twice):
@@ -209,7 +209,7 @@ def _ordered(
                     f"value in column {differing[0]!r}{hint}"
                 )
         notes.append(f"{where}: {int(twice.sum())} rows stand twice (first: row {rows[np.argmax(twice)]}): dropped")
-        times, table = times[~twice], table[~twice].reset_index(drop=True)
+        times, table = times[~twice], table[~twice]
     return times, table
 
 
@@ -256,13 +256,18 @@ def _panel(
     if off.any():
         place = int(np.argmax(off))
         raise TableError(
-            f"{where}: column {columns.time!r}: {times[place]} does not fit a frequency of {offset.freqstr} from "
-            f"{times[0]}. Give another frequency ({FREQUENCIES}), or bring the table to one"
+            f"{where}: column {columns.time!r}, row {table.index[place]}: {times[place]} does not fit a frequency of "
+            f"{offset.freqstr} from {times[0]} (row {table.index[0]}). Give another frequency ({FREQUENCIES}), "
+            "or bring the table to one"
         )
     if len(grid) > len(times):
-        first = grid[~grid.isin(times)][0]
-        notes.append(f"{where}: {len(grid) - len(times)} of {len(grid)} steps are missing (first: {first}): left empty")
-    table = table.set_index(times).reindex(grid)
+        first = int(np.argmax(~grid.isin(times)))
+        notes.append(
+            f"{where}: {len(grid) - len(times)} of {len(grid)} steps are missing (first: {grid[first]}, after row "
+            f"{table.index[first - 1]}): left empty"
+        )
+    rows = pd.Series(table.index, times).reindex(grid)  # NaN where a step has none
+    table = table.set_axis(times).reindex(grid)
     targets, known = table[columns.targets].to_numpy(np.float64), table[columns.known].to_numpy(np.float32)
     there = ~np.isnan(targets).all(axis=1)
     for column, values in zip(columns.targets, targets.T, strict=True):
@@ -274,9 +279,12 @@ def _panel(
     if columns.known:  # rows at the end with covariates alone are the steps to come
         steps = int(np.flatnonzero(there)[-1]) + 1
         if np.isnan(known).any():
-            row = int(np.argmax(np.isnan(known).any(axis=1)))
-            column = columns.known[int(np.argmax(np.isnan(known[row])))]
-            raise TableError(f"{where}: covariate {column!r} is missing at {grid[row]}; what is known has no gaps")
+            step = int(np.argmax(np.isnan(known).any(axis=1)))
+            column = columns.known[int(np.argmax(np.isnan(known[step])))]
+            row = f"row {rows.iloc[step]:.0f}" if rows.notna().iloc[step] else f"after row {rows.iloc[step - 1]:.0f}"
+            raise TableError(
+                f"{where}: column {column!r}, {row}: missing at {grid[step]}; covariates that are known have no gaps"
+            )
     return Panel(name, targets[:steps], tuple(columns.targets), grid[:steps], known if columns.known else None)
 
 

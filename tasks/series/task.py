@@ -21,8 +21,8 @@ from tasks.series.intervals import ROWS, Intervals
 from tasks.series.metrics import ForecastErrors, seasonal_error
 from tasks.series.outputs import check_levels, nine
 from tasks.series.rolling import Forecast, roll
-from tasks.series.tables import Columns, TableError, panels_of, read_frame
-from tasks.series.windows import EvaluationWindows, Layout, TrainingWindows, cut, cut_known, prompt
+from tasks.series.tables import Columns, Read, TableError, panels_of, read_frame
+from tasks.series.windows import EvaluationWindows, Layout, TrainingWindows, cut, cut_known, prompt, too_short
 from zoo import config as configs
 from zoo.config import Choice
 from zoo.data import Shuffled, SourceStream
@@ -192,6 +192,8 @@ class SeriesTask(Task):
         if training:
             windows: Any = TrainingWindows(self.parts(split), self.layout)
             source = Shuffled(windows, windows.collate, seed=seed)
+            if windows.short is not None and not rank:
+                log.warning("%s", windows.short)
         else:
             windows = self.windows(split)
             source = Shuffled(windows, windows.collate, seed=None)
@@ -307,12 +309,19 @@ class SeriesTask(Task):
     def prompt(self, obj: pd.DataFrame | Sequence[Panel], horizon: int = 1) -> Batch:
         """A table, or series, as histories to forecast `horizon` steps from, in the units of the training data; in the
         condition, too, the "mean" and "deviation" (R, C) that they were standardised by."""
-        panels = panels_of(obj, self._columns(), "the table").panels if isinstance(obj, pd.DataFrame) else obj
+        panels = self._read(obj, self._columns()).panels if isinstance(obj, pd.DataFrame) else obj
         batch = self._histories([self._standard(panel, horizon) for panel in panels], horizon)
         units = np.array([self._units(panel) for panel in panels])  # (B, 2, V)
         mean, deviation = (torch.from_numpy(x).reshape(len(batch.inputs), -1) for x in units.swapaxes(0, 1))
         batch.condition |= {"mean": mean, "deviation": deviation}
         return batch
+
+    def _read(self, frame: pd.DataFrame, columns: Columns) -> Read:
+        read = panels_of(frame, columns, "the table")
+        short = too_short("history", {panel.id: len(panel.values) for panel in read.panels}, self.layout.context)
+        if short is not None:
+            log.warning("the table: %s", short)
+        return read
 
     def _standard(self, panel: Panel, horizon: int) -> Panel:
         """A user's panel as `parts` has those of the data set, with covariates for `horizon` more steps."""
@@ -371,7 +380,7 @@ class SeriesTask(Task):
             raise ValueError("a task alone cannot forecast: pass model=, or take the task of zoo.pipeline(…)")
         if horizon < 1:
             raise ValueError(f"horizon = {horizon}; it takes 1 or more steps")
-        read = panels_of(frame, columns or self._columns(), "the table")
+        read = self._read(frame, columns or self._columns())
         device, intervals = next(model.parameters()).device, self._intervals_of(model)
         tables = []
         each = max(1, ROWS // max(len(panel.names) for panel in read.panels))

@@ -40,7 +40,7 @@ def test_unsorted_doubled_and_missing_rows_are_repaired_and_said(caplog):
     text = caplog.text
     assert "t.csv: rows are not in the order of 'date' (first at row 2): sorted" in text
     assert "1 rows stand twice (first: row 5): dropped" in text
-    assert "3 of 60 steps are missing (first: 2024-01-01 20:00:00): left empty" in text
+    assert "3 of 60 steps are missing (first: 2024-01-01 20:00:00, after row 21): left empty" in text
 
 
 def stamped(stamps, **extra):
@@ -89,7 +89,11 @@ REFUSED = {
     "unnamed time": (frame().rename(columns={"date": "when"}).astype({"when": str}), {}, r"no column is named time"),
     "numbers as time": (frame().assign(date=range(60)), {}, r"column 'date' holds numbers"),
     "unknown frequency": (frame(), {"frequency": "hourly-ish"}, r"frequency 'hourly-ish' is unknown; it takes one of"),
-    "wrong frequency": (frame(), {"frequency": "D"}, r"2024-01-01 01:00:00 does not fit a frequency of D"),
+    "wrong frequency": (
+        frame(),
+        {"frequency": "D"},
+        r"column 'date', row 2: 2024-01-01 01:00:00 does not fit a frequency of D from 2024-01-01 00:00:00 \(row 1\)",
+    ),
     "no frequency": (
         frame().assign(date=pd.Timestamp("2024-01-01") + pd.to_timedelta(np.arange(60) ** 2, unit="h")),
         {},
@@ -98,7 +102,17 @@ REFUSED = {
     "off the grid": (
         frame().assign(date=lambda t: t["date"].where(t.index != 30, t["date"] + pd.Timedelta("7min"))),
         {},
-        r"2024-01-02 06:07:00 does not fit a frequency of h",
+        r"column 'date', row 31: 2024-01-02 06:07:00 does not fit a frequency of h from 2024-01-01 00:00:00 \(row 1\)",
+    ),
+    "off the grid, in a table upside down, with a row twice": (
+        pd.concat(
+            [
+                frame().assign(date=lambda t: t["date"].where(t.index != 40, t["date"] + pd.Timedelta("7min"))),
+                frame()[:1],
+            ]
+        )[::-1],
+        {},
+        r"column 'date', row 21: 2024-01-02 16:07:00 does not fit a frequency of h from 2024-01-01 00:00:00 \(row 1\)",
     ),
     "too short": (frame(2), {}, r"has 2 time steps, too few to tell their frequency"),
     "empty": (frame(0), {}, r"has no rows"),
@@ -106,7 +120,17 @@ REFUSED = {
     "covariate with a gap": (
         frame(hot=[1.0] * 30 + [np.nan] + [1.0] * 29),
         {"known": ["hot"]},
-        r"covariate 'hot' is missing at 2024-01-02 06:00:00",
+        r"column 'hot', row 31: missing at 2024-01-02 06:00:00",
+    ),
+    "covariate without a row": (
+        frame(hot=1.0).drop(index=30),
+        {"known": ["hot"]},
+        r"column 'hot', after row 30: missing at 2024-01-02 06:00:00",
+    ),
+    "covariate with a gap in a long table": (
+        pd.concat([frame(40, hot=1.0).assign(site="a"), frame(40, hot=[1.0] * 9 + [np.nan] * 31).assign(site="b")]),
+        {"id": "site", "known": ["hot"]},
+        r"series 'b': column 'hot', row 50: missing at 2024-01-01 09:00:00",
     ),
 }
 

@@ -13,6 +13,7 @@ import zoo
 from tasks.series import baselines
 from tasks.series.metrics import Errors
 from tasks.series.rolling import Forecast
+from tasks.series.tables import Columns
 from tasks.series.task import SeriesTask
 from zoo import cli, registry
 from zoo.config import build, list_recipes, recipe_layers
@@ -174,14 +175,41 @@ def test_forecast_of_a_frame(run):
 def test_forecast_of_a_long_table_and_of_short_histories(run):
     pipe = zoo.pipeline(run / "run", device="cpu")
     long = pd.concat([waves(300, ("a", "b")), waves(20, ("c",))], ignore_index=True)
-    from tasks.series.tables import Columns
-
     table = pipe.task.forecast(long, 10, columns=Columns(id="site", targets=["load"]))
     assert table.groupby("id").size().to_dict() == {"a": 10, "b": 10, "c": 10}
     alone = pipe.task.forecast(waves(300, ("a", "b"))[300:], 10, columns=Columns(id="site", targets=["load"]))
     both = table[table["id"] == "b"].reset_index(drop=True)
     np.testing.assert_allclose(alone["mean"], both["mean"], rtol=1e-4)
     assert np.isfinite(table["mean"]).all()
+
+
+def test_a_history_shorter_than_the_look_back_is_said_once(run, caplog):
+    pipe = zoo.pipeline(run / "run", device="cpu")
+    pipe.task.forecast(waves(96), 10)
+    assert "history" not in caplog.text
+    pipe.task.forecast(waves(20), 10)
+    assert caplog.messages == ["the table: history has 20 of 96 steps: the others count as missing"]
+    caplog.clear()
+    long = pd.concat([waves(300, ("a", "b")), waves(20, ("c",)), waves(30, ("d",))], ignore_index=True)
+    pipe.task.forecast(long, 10, columns=Columns(id="site", targets=["load"]))
+    assert caplog.messages == [
+        "the table: history of series 'c', the shortest of 2 such, has 20 of 96 steps: the others count as missing"
+    ]
+    caplog.clear()
+    pipe.task.prompt(waves(95))
+    assert caplog.messages == ["the table: history has 95 of 96 steps: the others count as missing"]
+
+
+def test_a_training_part_too_short_for_a_row_is_said_once(tmp_path, caplog):
+    """80 per cent of 148 steps are a look-back and a prediction, of 147 not."""
+    for steps, said in ((148, []), (147, ["training part has 119 of 120 steps: the others count as missing"])):
+        waves(steps).to_csv(tmp_path / "mine.csv", index=False)
+        task = make_task(recipe_of(tmp_path / "mine.csv", task={"horizons": [12]}))
+        caplog.clear()
+        next(iter(task.stream("train", batch_size=4)))
+        next(iter(task.stream("train", batch_size=4, rank=1, world=2)))
+        task.baselines("valid")
+        assert caplog.messages == said
 
 
 @pytest.mark.parametrize(
@@ -286,8 +314,6 @@ def test_mixed_channels_want_the_same_columns(run, tmp_path):
     task = make_task(recipe)
     task.attach(make_model(recipe, task).eval())
     assert len(task.forecast(waves(300), 30)) == 60
-    from tasks.series.tables import Columns
-
     with pytest.raises(ValueError, match=r"takes 2 values a step together \(load, wind\); series '' has 1: load"):
         task.forecast(waves(300), 30, columns=Columns(targets=["load"]))
 
