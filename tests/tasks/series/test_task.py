@@ -2,15 +2,17 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 import zoo
-from tasks.series import baselines
+from tasks.series import baselines, plots
 from tasks.series.metrics import Errors
 from tasks.series.rolling import Forecast
 from tasks.series.tables import Columns
@@ -72,7 +74,15 @@ def test_smoke_beats_seasonal_naive(data_root, tmp_path):
         assert scores.values[f"mse_{horizon}"] < scores.baselines[f"seasonal_naive/mse_{horizon}"]
         assert scores.values[f"mae_{horizon}"] < scores.baselines[f"seasonal_naive/mae_{horizon}"]
     assert scores.baselines["linear/mse_96"] < scores.baselines["seasonal_naive/mse_96"]
-    assert list((tmp_path / "run/tensorboard").iterdir())
+    board = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    board.Reload()
+    pictures = {tag: board.Tensors(tag) for tag in board.Tags()["tensors"] if tag.startswith("forecast/")}
+    assert sorted(pictures) == ["forecast/0", "forecast/1"]  # task.plots: 2
+    for events in pictures.values():
+        assert [event.step for event in events] == [120]
+        width, height, png = events[0].tensor_proto.string_val
+        assert int(width) > int(height) > 100
+        assert png.startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith("series/")])
@@ -121,6 +131,35 @@ def test_errors_do_not_depend_on_batches_and_are_right(run, channels):
         guess = task.roll(model, task.windows("test").collate(one), 36).mean.reshape(2, 36)[:, :24].numpy()
         squares.append((panel[origin : origin + 24].T - guess) ** 2)
     assert found[0]["mse_24"] == pytest.approx(np.mean(squares), rel=1e-4)
+
+
+@pytest.mark.parametrize("channels", ["independent", "mixed"])
+def test_media_shows_the_same_windows_each_time(run, monkeypatch, channels):
+    """Evenly over the validation split: the first and the last among them, whatever the batch and the weights."""
+    drawn = []
+    draw = plots.draw
+    monkeypatch.setattr(plots, "draw", lambda *args, **words: drawn.append((args, words)) or draw(*args, **words))
+    recipe = recipe_of(run / "mine.csv", task={"plots": 3, "channels": channels})
+    task = make_task(recipe)
+    shown = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = make_model(recipe, task).eval()
+        shown.append(task.media(model, list(task.stream("valid", batch_size=2))[seed]).images)
+    assert [list(images) for images in shown] == [["forecast/0", "forecast/1", "forecast/2"]] * 2
+    for images in shown:
+        for image in images.values():
+            assert image.shape[0] == 3
+            assert image.std() > 0.01  # something is drawn
+    values = task.parts("valid")[0].panel.values[:, 0]
+    ends = (560, 583, 630 - 24)  # of 70 steps the first 24 can be forecast from 47 origins
+    for (before, after), origin in zip(zip(drawn[:3], drawn[3:], strict=True), ends, strict=True):
+        for args, words in (before, after):
+            np.testing.assert_allclose(args[0], values[origin - 96 : origin], rtol=1e-6)
+            there = min(36, 630 - origin)
+            np.testing.assert_allclose(words["truth"][:there], values[origin : origin + there], rtol=1e-6)
+            assert np.isnan(words["truth"][there:]).all()
+        assert not np.allclose(before[0][1], after[0][1])  # other weights forecast something else
 
 
 def test_errors_by_their_definitions():
@@ -254,13 +293,48 @@ def test_samples_come_in_the_units_of_the_table(run):
     )
 
 
-def test_a_forecast_does_not_see_the_future(run):
-    """Rows after the history change nothing, and neither does asking for more of them."""
+def test_asking_for_more_steps_changes_none(run):
     pipe = zoo.pipeline(run / "run", device="cpu")
-    whole = waves(400, seed=5)
-    first, longer = (pipe.task.forecast(whole[:300], horizon) for horizon in (20, 48))
+    first, longer = (pipe.task.forecast(waves(300, seed=5), horizon) for horizon in (20, 48))
     load = longer[longer["target"] == "load"]["mean"].to_numpy()[:20]
     np.testing.assert_allclose(first[first["target"] == "load"]["mean"], load, rtol=1e-5)
+
+
+def test_a_forecast_does_not_see_later_rows(run):
+    """Series "b" goes on for 100 hours after the end of "a": what it does then is nothing to "a"."""
+    pipe = zoo.pipeline(run / "run", device="cpu")
+    table = waves(400, ("a", "b"), seed=5).drop(range(300, 400)).reset_index(drop=True)
+    later = (table["site"] == "b") & (table["time"] > table["time"][299])
+    assert later.sum() == 100
+    other = table.copy()
+    other.loc[later, ["load", "wind"]] *= -7
+    first, second = (pipe.task.forecast(rows, 48, columns=Columns(id="site")) for rows in (table, other))
+    is_a = first["id"] == "a"
+    pd.testing.assert_frame_equal(first[is_a], second[is_a])
+    assert not np.isclose(first[~is_a]["mean"], second[~is_a]["mean"]).any()
+
+
+@pytest.mark.parametrize(
+    ("head", "channels"), [("series", "independent"), ("series", "mixed"), ("series_tokens", "independent")]
+)
+def test_an_evaluated_forecast_does_not_see_its_truth(run, head, channels):
+    """A window of the test split holds what comes; with it and all after it altered the forecast is the same."""
+    recipe = recipe_of(run / "mine.csv", head, task={"channels": channels})
+    model = make_model(recipe, make_task(recipe)).eval()
+    found, truths = [], []
+    for begin in (700, 630 + 7, 630 + 7 - 1):
+        task = make_task(recipe)
+        (part,) = task.parts("test")
+        values = part.panel.values.copy()
+        values[begin:] = 3 - 7 * values[begin:]
+        task._prepared["test"] = [replace(part, panel=replace(part.panel, values=values))]
+        batch = task.windows("test").collate([7])
+        found.append(task.roll(model, batch, 24))
+        truths.append(batch.targets)
+    assert not torch.isclose(truths[0], truths[1]).any()
+    assert torch.equal(found[0].mean, found[1].mean)
+    assert torch.equal(found[0].quantiles, found[1].quantiles)
+    assert not torch.equal(found[0].mean, found[2].mean)  # the last step before it counts
 
 
 def test_known_covariates_and_calendar(tmp_path):
@@ -283,6 +357,14 @@ def test_known_covariates_and_calendar(tmp_path):
     found = pipe.task.forecast(asked, 24)["mean"].to_numpy()
     truth = table["load"].to_numpy()[576:]
     assert np.corrcoef(found, truth)[0, 1] > 0.7
+    # Covariates of the steps to come count, those after them do not.
+    longer = table.copy()
+    longer.loc[560:, "load"] = np.nan
+    found = pipe.task.forecast(longer, 24)["mean"].to_numpy()
+    for steps, same in ((slice(560, 583), False), (slice(584, 599), True)):
+        other = longer.copy()
+        other.loc[steps, "promotion"] = 1 - other.loc[steps, "promotion"]
+        assert np.array_equal(pipe.task.forecast(other, 24)["mean"], found) == same
 
 
 def test_zoo_sample_writes_table_and_plot(run, capsys):
