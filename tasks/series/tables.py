@@ -1,8 +1,8 @@
 """A user's own table: .csv, .parquet or a DataFrame, wide (a column for each target) or long (an id column as well).
 
 What is safe is repaired and said in a warning: rows out of order are sorted, rows that stand twice are dropped, gaps
-become missing values. Everything else is a TableError that names the column and the row, counted from 1 after the
-header.
+become missing values, and dates such as 13/01/2024 are read in the one way that they can be. Everything else is a
+TableError that names the column and the row, counted from 1 after the header.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from tasks.series.data import SPLITS, Panel, Part, check_split
+from tasks.series.dates import readings
 from zoo.files import check_sha256
 from zoo.registry import nearest
 
@@ -85,13 +86,12 @@ def panels_of(frame: pd.DataFrame, columns: Columns, where: str = "the table") -
         raise TableError(f"{where} has two columns named {twice!r}")
     columns = _found(frame, columns, where)
     notes: list[str] = []
-    times = _times(frame[columns.time], where)
-    numbers = {name: _numbers(frame[name], where) for name in (*columns.targets, *columns.known)}
-    table = pd.DataFrame(numbers)
     groups = frame[columns.id].astype(str) if columns.id else pd.Series([""] * len(frame))
     if columns.id and frame[columns.id].isna().any():
         raise TableError(f"{where}: column {columns.id!r}, row {_first(frame[columns.id].isna())} names no series")
-
+    times = _times(frame[columns.time], groups, columns.frequency, where, notes)
+    numbers = {name: _numbers(frame[name], where) for name in (*columns.targets, *columns.known)}
+    table = pd.DataFrame(numbers)
     prepared = []
     for name in groups.unique():
         inside = (groups == name).to_numpy()
@@ -135,22 +135,42 @@ def _found(frame: pd.DataFrame, columns: Columns, where: str) -> Columns:
     return replace(columns, time=time, targets=targets)
 
 
-def _times(column: pd.Series, where: str) -> pd.DatetimeIndex:
+def _times(column: pd.Series, groups: pd.Series, frequency: str, where: str, notes: list[str]) -> pd.DatetimeIndex:
+    """Of several readings of dates the one that makes times of all stamps, or the one that makes even steps of them."""
     if pd.api.types.is_numeric_dtype(column):
         raise TableError(f"{where}: column {column.name!r} holds numbers, no time stamps")
-    times = pd.to_datetime(column, errors="coerce", utc=_has_zone(column))
-    if times.isna().any():
-        row = _first(times.isna())
+    found = readings(column)
+    whole = {how: times for how, times in found.items() if not times.isna().any()}
+    if not whole:
+        row = _first(min(found.values(), key=lambda times: times.isna().sum()).isna())
         raise TableError(f"{where}: column {column.name!r}, row {row}: {column.iloc[row - 1]!r} is no time stamp")
-    found = pd.DatetimeIndex(times)
-    return found.tz_convert(None) if found.tz is not None else found
+    how, times = next(iter(whole.items()))
+    differ = np.any([times != other for other in found.values()], axis=0)
+    if not differ.any():
+        return times
+    row = _first(differ)
+    if len(whole) > 1:
+        even = [name for name in whole if _even(whole[name], groups, frequency)]
+        if len(even) != 1:
+            may_be = " or ".join(str(other[row - 1]) for other in whole.values())
+            raise TableError(
+                f"{where}: column {column.name!r}, row {row}: {column.iloc[row - 1]!r} is {may_be}, and "
+                f"{'both make' if even else 'neither makes'} even steps of the column; write time stamps as ISO 8601, "
+                "year first: 2024-01-31 or 2024-01-31 13:00"
+            )
+        how, times = even[0], whole[even[0]]
+    notes.append(f"{where}: {column.name!r} is read {how}: {column.iloc[row - 1]!r} (row {row}) is {times[row - 1]}")
+    return times
 
 
-def _has_zone(column: pd.Series) -> bool:
-    """Stamps with a zone are taken to UTC, where no hour is missing and none stands twice."""
-    if isinstance(column.dtype, pd.DatetimeTZDtype):
-        return True
-    return bool(column.astype(str).str.contains(r"\d(?:Z|[+-]\d\d:?\d\d)$", regex=True).any())
+def _even(times: pd.DatetimeIndex, groups: pd.Series, frequency: str) -> bool:
+    """Whether the steps of each series of three or more are even, none missing, and of the frequency where one is
+    given."""
+    series = [times[(groups == name).to_numpy()].unique().sort_values() for name in groups.unique()]
+    tellable = [stamps for stamps in series if len(stamps) >= 3]
+    if frequency:
+        return all(pd.date_range(s[0], s[-1], freq=_offset(frequency)).equals(s) for s in series)
+    return bool(tellable) and all(pd.DatetimeIndex(s, freq="infer").freq is not None for s in tellable)
 
 
 def _numbers(column: pd.Series, where: str) -> np.ndarray:
@@ -169,14 +189,14 @@ def _numbers(column: pd.Series, where: str) -> np.ndarray:
 def _ordered(
     times: pd.DatetimeIndex, table: pd.DataFrame, where: str, columns: Columns, notes: list[str]
 ) -> tuple[pd.DatetimeIndex, pd.DataFrame]:
-    """Sorted, each time once."""
+    """Sorted, each time once; the table's index becomes its rows, counted from 1."""
     rows = table.index.to_numpy() + 1
-    table = table.reset_index(drop=True)
+    table = table.set_axis(rows)
     if not times.is_monotonic_increasing:
         order = np.argsort(times.to_numpy(), kind="stable")
         late = rows[1:][times.to_numpy()[1:] < times.to_numpy()[:-1]][0]
         notes.append(f"{where}: rows are not in the order of {columns.time!r} (first at row {late}): sorted")
-        times, table, rows = times[order], table.iloc[order].reset_index(drop=True), rows[order]
+        times, table, rows = times[order], table.iloc[order], rows[order]
     twice = times.duplicated()
     if twice.any():
         for place in np.flatnonzero(twice):
@@ -189,7 +209,7 @@ def _ordered(
                     f"value in column {differing[0]!r}{hint}"
                 )
         notes.append(f"{where}: {int(twice.sum())} rows stand twice (first: row {rows[np.argmax(twice)]}): dropped")
-        times, table = times[~twice], table[~twice].reset_index(drop=True)
+        times, table = times[~twice], table[~twice]
     return times, table
 
 
@@ -197,12 +217,16 @@ def _equal(a: float, b: float) -> bool:
     return a == b or (np.isnan(a) and np.isnan(b))
 
 
+def _offset(given: str) -> pd.offsets.BaseOffset:
+    try:
+        return pd.tseries.frequencies.to_offset(given)
+    except ValueError as error:
+        raise TableError(f"frequency {given!r} is unknown; it takes one of pandas': {FREQUENCIES}") from error
+
+
 def _frequency(all_times: Sequence[pd.DatetimeIndex], given: str, where: str) -> pd.offsets.BaseOffset:
     if given:
-        try:
-            return pd.tseries.frequencies.to_offset(given)
-        except ValueError as error:
-            raise TableError(f"frequency {given!r} is unknown; it takes one of pandas': {FREQUENCIES}") from error
+        return _offset(given)
     longest = max(all_times, key=len)
     if len(longest) < 3:
         raise TableError(f"{where} has {len(longest)} time steps, too few to tell their frequency: give it")
@@ -232,13 +256,18 @@ def _panel(
     if off.any():
         place = int(np.argmax(off))
         raise TableError(
-            f"{where}: column {columns.time!r}: {times[place]} does not fit a frequency of {offset.freqstr} from "
-            f"{times[0]}. Give another frequency ({FREQUENCIES}), or bring the table to one"
+            f"{where}: column {columns.time!r}, row {table.index[place]}: {times[place]} does not fit a frequency of "
+            f"{offset.freqstr} from {times[0]} (row {table.index[0]}). Give another frequency ({FREQUENCIES}), "
+            "or bring the table to one"
         )
     if len(grid) > len(times):
-        first = grid[~grid.isin(times)][0]
-        notes.append(f"{where}: {len(grid) - len(times)} of {len(grid)} steps are missing (first: {first}): left empty")
-    table = table.set_index(times).reindex(grid)
+        first = int(np.argmax(~grid.isin(times)))
+        notes.append(
+            f"{where}: {len(grid) - len(times)} of {len(grid)} steps are missing (first: {grid[first]}, after row "
+            f"{table.index[first - 1]}): left empty"
+        )
+    rows = pd.Series(table.index, times).reindex(grid)  # NaN where a step has none
+    table = table.set_axis(times).reindex(grid)
     targets, known = table[columns.targets].to_numpy(np.float64), table[columns.known].to_numpy(np.float32)
     there = ~np.isnan(targets).all(axis=1)
     for column, values in zip(columns.targets, targets.T, strict=True):
@@ -250,9 +279,12 @@ def _panel(
     if columns.known:  # rows at the end with covariates alone are the steps to come
         steps = int(np.flatnonzero(there)[-1]) + 1
         if np.isnan(known).any():
-            row = int(np.argmax(np.isnan(known).any(axis=1)))
-            column = columns.known[int(np.argmax(np.isnan(known[row])))]
-            raise TableError(f"{where}: covariate {column!r} is missing at {grid[row]}; what is known has no gaps")
+            step = int(np.argmax(np.isnan(known).any(axis=1)))
+            column = columns.known[int(np.argmax(np.isnan(known[step])))]
+            row = f"row {rows.iloc[step]:.0f}" if rows.notna().iloc[step] else f"after row {rows.iloc[step - 1]:.0f}"
+            raise TableError(
+                f"{where}: column {column!r}, {row}: missing at {grid[step]}; covariates that are known have no gaps"
+            )
     return Panel(name, targets[:steps], tuple(columns.targets), grid[:steps], known if columns.known else None)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,16 +15,15 @@ from torch import Tensor, nn
 
 from tasks.series import baselines, plots
 from tasks.series.calendar import WIDTH, calendar
-from tasks.series.conformal import fit, pairs, spread
-from tasks.series.data import Panel, Part, overlap, scaler
-from tasks.series.intervals import ROWS, followed, scored
+from tasks.series.conformal import spread
+from tasks.series.data import Panel, Part, scaler
+from tasks.series.intervals import ROWS, Intervals
 from tasks.series.metrics import ForecastErrors, seasonal_error
 from tasks.series.outputs import check_levels, nine
 from tasks.series.rolling import Forecast, roll
-from tasks.series.tables import Columns, TableError, panels_of, read_frame
-from tasks.series.windows import EvaluationWindows, Layout, TrainingWindows, cut, cut_known, prompt
+from tasks.series.tables import Columns, Read, TableError, panels_of, read_frame
+from tasks.series.windows import EvaluationWindows, Layout, TrainingWindows, cut, cut_known, prompt, too_short
 from zoo import config as configs
-from zoo import weights
 from zoo.config import Choice
 from zoo.data import Shuffled, SourceStream
 from zoo.model import Batch, Model, ModelConfig
@@ -33,8 +32,6 @@ from zoo.task import Media, Metric, Request, Task
 from zoo.weights import replace_file
 
 log = logging.getLogger(__name__)
-
-FOLLOWED = 256  # patches of a table's past that its intervals follow at the most
 
 
 class SeriesTask(Task):
@@ -98,11 +95,7 @@ class SeriesTask(Task):
         self.layout = Layout(config.patch, config.predict, config.context, config.ahead, config.channels == "mixed")
         self._assets = assets
         self._prepared: dict[str, list[Part]] = {}
-        self._model: Model | None = None
-        self._kept: Path | None = None
-        self._sealed = False
-        self._fitted = False  # _factors are those of _model, None where there can be none
-        self._factors: Tensor | None = None
+        self.intervals: Intervals | None = None  # of the trained model that the task came with
 
     # -- what the data decides -----------------------------------------------------------------------------------------
 
@@ -159,6 +152,18 @@ class SeriesTask(Task):
             self._prepared[split] = [replace(part, panel=done[id(part.panel)]) for part in parts]
         return self._prepared[split]
 
+    def _units(self, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
+        """What the values of a user's panel are standardised by before a forecast, and forecasts back, (V,) each: what
+        the training data's were, by name, and the panel's own mean and deviation for columns that it did not have."""
+        mean, deviation = np.zeros(len(panel.names)), np.ones(len(panel.names))
+        if not self.source.scaled:
+            return mean, deviation
+        mean, deviation = scaler([Part(panel, 0, len(panel.values))])
+        learnt = dict(zip(self.card["names"], zip(self.card["mean"], self.card["deviation"], strict=True), strict=True))
+        for place, name in enumerate(panel.names):
+            mean[place], deviation[place] = learnt.get(name, (mean[place], deviation[place]))
+        return mean, deviation
+
     def _known(self, panel: Panel, ahead: int) -> np.ndarray | None:
         """Covariates of the panel's steps and `ahead` more, (T + ahead, K) float32."""
         steps, found = len(panel.values) + ahead, []
@@ -187,6 +192,8 @@ class SeriesTask(Task):
         if training:
             windows: Any = TrainingWindows(self.parts(split), self.layout)
             source = Shuffled(windows, windows.collate, seed=seed)
+            if windows.short is not None and not rank:
+                log.warning("%s", windows.short)
         else:
             windows = self.windows(split)
             source = Shuffled(windows, windows.collate, seed=None)
@@ -211,7 +218,8 @@ class SeriesTask(Task):
     def metrics(self, split: str) -> dict[str, Metric]:
         rows = 1 if self.layout.mixed else len(self.card["names"])
         config = self.config
-        factors = self._spread_by() if split == "test" else None  # of what they are fitted to they would say nothing
+        tried = self.intervals if split == "test" else None  # of what they are fitted to they would say nothing
+        factors = None if tried is None else tried.of_test()
         errors = ForecastErrors(
             config.horizons, config.levels, rows, mode=config.roll, samples=config.samples, factors=factors
         )
@@ -232,9 +240,8 @@ class SeriesTask(Task):
         config = self.config
         every = "every window" if config.stride == 1 else f"every {config.stride}th window"
         units = "standardised" if self.source.scaled else "original"
-        calibrated = (
-            ", intervals spread on the validation split" if split == "test" and self._factors is not None else ""
-        )
+        tried = split == "test" and self.intervals is not None and self.intervals.fitted
+        calibrated = ", intervals spread on the validation split" if tried else ""
         calibrated += f" and following at rate {config.follow}" if calibrated and config.follow else ""
         return (
             f"{every} of the split, look-back {config.context}, {config.predict} steps at a time rolled to "
@@ -250,8 +257,9 @@ class SeriesTask(Task):
         chosen = torch.linspace(0, len(windows) - 1, count).long()
         history, future, _ = windows.raw(chosen)
         device = next(model.parameters()).device
-        factors = self.factors() if model is self._model else None
-        forecast = spread(self._roll(model, windows.collate(chosen).to(device), windows.horizon), factors)
+        intervals = self._intervals_of(model)
+        factors = None if intervals is None else intervals.factors
+        forecast = spread(self.roll(model, windows.collate(chosen).to(device), windows.horizon), factors)
         images = {}
         for number in range(count):
             row = number if self.layout.mixed else number * len(self.card["names"])
@@ -282,112 +290,67 @@ class SeriesTask(Task):
         figure = plots.draw(history, first["mean"].to_numpy(), quantiles, levels, title=title)
         return Media(images={"forecast": plots.as_image(figure)})
 
-    def _roll(self, model: Model, batch: Batch, horizon: int) -> Forecast:
+    def roll(self, model: Model, batch: Batch, horizon: int) -> Forecast:
         config = self.config
         return roll(model, batch, horizon, levels=config.levels, mode=config.roll, samples=config.samples)
-
-    def factors(self) -> Tensor | None:
-        """What the attached model's intervals are spread by, (horizon, pairs): fitted to the validation split when
-        first asked for, then read from where it is kept. None where there is nothing to spread, where the validation
-        split was trained on, or without the data."""
-        model, config = self._model, self.config
-        if self._fitted or model is None or not config.calibrate or not pairs(config.levels):
-            return self._factors
-        self._fitted = True
-        rolled = ("dataset", "patch", "context", "channels", "calendar", "horizons", "roll", "samples", "levels")
-        name = configs.fingerprint({field: getattr(config, field) for field in (*rolled, "predict", "calibrate")})
-        kept = None if self._kept is None else self._kept / f"intervals-{name}.safetensors"
-        if kept is not None and kept.is_file():
-            self._factors = weights.read(kept)["factors"]
-            return self._factors
-        try:
-            if overlap(self.source.parts("train"), self.source.parts("valid")):
-                log.warning("intervals stay as they were predicted: the validation split was trained on")
-            else:
-                self._factors = self._fit(model)
-        except OSError as error:
-            log.warning("intervals stay as they were predicted: the validation split cannot be read (%s)", error)
-        if kept is not None and self._factors is not None and not self._sealed:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            weights.save({"factors": self._factors}, kept)
-        return self._factors
-
-    def _fit(self, model: Model) -> Tensor | None:
-        windows = self.windows("valid")
-        count = min(self.config.calibrate, len(windows))
-        found = scored(model, windows, torch.linspace(0, len(windows) - 1, count).long(), self._roll) if count else None
-        return None if found is None else fit(found, self.config.levels).cpu()
-
-    def _followed(self, model: Model, parts: Sequence[Part], factors: Tensor, horizon: int) -> list[Tensor]:
-        levels, rate = self.config.levels, self.config.follow
-        return followed(model, parts, factors, horizon, layout=self.layout, roll=self._roll, levels=levels, rate=rate)
-
-    def _spread_by(self) -> Callable[[Batch], Tensor | None] | None:
-        """What rows of windows of the test split are spread by; where factors follow, from the validation split on."""
-        factors, model = self.factors(), self._model
-        if factors is None or model is None:
-            return None
-        if not self.config.follow:
-            return lambda batch: factors
-        parts, patch = self.parts("test"), self.layout.patch
-        first = {part.panel.id: part.begin for part in self.parts("valid")}
-        whole = [replace(part, begin=min(part.begin, first.get(part.panel.id, part.begin))) for part in parts]
-        tables = self._followed(model, whole, factors, max(self.config.horizons))
-        lengths = torch.tensor([0] + [len(table) for table in tables[:-1]]).cumsum(0)
-        before = torch.tensor([part.begin - longer.begin for part, longer in zip(parts, whole, strict=True)])
-        joined = torch.cat(tables)
-
-        def of(batch: Batch) -> Tensor:
-            part, since = batch.condition["part"].cpu(), batch.condition["since"].cpu()
-            return joined[lengths[part] + (before[part] + since) // patch]
-
-        return of
-
-    def _spread_at_end(self, model: Model, panels: Sequence[Panel], horizon: int) -> Tensor | None:
-        """What forecasts from the panels' ends are spread by: (H, P), or where factors follow (R, H, P) of each row."""
-        factors = self.factors() if model is self._model else None
-        if factors is None or not self.config.follow:
-            return factors
-        patch, parts = self.layout.patch, []
-        for panel in panels:
-            steps = len(panel.values)
-            origins = min(FOLLOWED, max(0, steps - self.layout.context) // patch)
-            parts.append(Part(replace(panel, known=self._known(panel, 0)), steps - origins * patch, steps))
-        tables = self._followed(model, parts, factors, horizon)
-        each = [1 if self.layout.mixed else len(panel.names) for panel in panels]
-        return torch.cat([table[-1:].expand(rows, -1, -1) for table, rows in zip(tables, each, strict=True)])
 
     # -- a user's own table --------------------------------------------------------------------------------------------
 
     def attach(self, model: nn.Module, kept: Path | None = None, *, sealed: bool = False) -> None:
         """The model that `forecast` takes, whose intervals are spread; whoever opens a run does this."""
         assert isinstance(model, Model)
-        if model is not self._model or kept is not None:
-            self._model, self._kept, self._sealed = model, kept, sealed
-            self._factors, self._fitted = None, False
+        if self._intervals_of(model) is None or kept is not None:
+            self.intervals = Intervals(self, model, kept, sealed=sealed)
+
+    def _intervals_of(self, model: nn.Module) -> Intervals | None:
+        """Of other models than the attached one nothing is known."""
+        return self.intervals if self.intervals is not None and self.intervals.model is model else None
 
     def prompt(self, obj: pd.DataFrame | Sequence[Panel], horizon: int = 1) -> Batch:
-        """A table, or series, as histories to forecast `horizon` steps from."""
-        panels = panels_of(obj, self._columns(), "the table").panels if isinstance(obj, pd.DataFrame) else obj
+        """A table, or series, as histories to forecast `horizon` steps from, in the units of the training data; in the
+        condition, too, the "mean" and "deviation" (R, C) that they were standardised by."""
+        panels = self._read(obj, self._columns()).panels if isinstance(obj, pd.DataFrame) else obj
+        batch = self._histories([self._standard(panel, horizon) for panel in panels], horizon)
+        units = np.array([self._units(panel) for panel in panels])  # (B, 2, V)
+        mean, deviation = (torch.from_numpy(x).reshape(len(batch.inputs), -1) for x in units.swapaxes(0, 1))
+        batch.condition |= {"mean": mean, "deviation": deviation}
+        return batch
+
+    def _read(self, frame: pd.DataFrame, columns: Columns) -> Read:
+        read = panels_of(frame, columns, "the table")
+        short = too_short("history", {panel.id: len(panel.values) for panel in read.panels}, self.layout.context)
+        if short is not None:
+            log.warning("the table: %s", short)
+        return read
+
+    def _standard(self, panel: Panel, horizon: int) -> Panel:
+        """A user's panel as `parts` has those of the data set, with covariates for `horizon` more steps."""
+        names = self.card["names"]
+        if self.layout.mixed and len(panel.names) != len(names):
+            raise TableError(
+                f"this model takes {len(names)} values a step together ({', '.join(names)}); series {panel.id!r} has "
+                f"{len(panel.names)}: {', '.join(panel.names)}"
+            )
+        mean, deviation = self._units(panel)
+        return replace(panel, values=(panel.values - mean) / deviation, known=self._known(panel, horizon))
+
+    def _histories(self, panels: Sequence[Panel], horizon: int) -> Batch:
+        """The ends of standardised panels, as rows to forecast from."""
         context, later = self.layout.context, self.layout.rolled(horizon)
-        history, known = [], []
-        for panel in panels:
-            if self.layout.mixed and len(panel.names) != len(self.card["names"]):
-                raise TableError(
-                    f"this model takes {len(self.card['names'])} values a step together "
-                    f"({', '.join(self.card['names'])}); series {panel.id!r} has {len(panel.names)}: "
-                    f"{', '.join(panel.names)}"
-                )
-            steps = len(panel.values)
-            history.append(cut(panel.values, steps - context, steps))
-            known.append(cut_known(self._known(panel, horizon), steps - context, steps + later))
-        values = torch.from_numpy(np.stack(history))
-        missing = values.new_full((*values.shape[:2], horizon), torch.nan)
-        nothing = torch.zeros(len(values), dtype=torch.int64), torch.zeros(values.shape[:2])
-        return prompt(values, missing, torch.from_numpy(np.stack(known)), *nothing, self.layout)
+        history = torch.from_numpy(np.stack([cut(p.values, len(p.values) - context, len(p.values)) for p in panels]))
+        known = [cut_known(p.known, len(p.values) - context, len(p.values) + later) for p in panels]
+        missing = history.new_full((*history.shape[:2], horizon), torch.nan)
+        nothing = torch.zeros(len(history), dtype=torch.int64), torch.zeros(history.shape[:2])
+        return prompt(history, missing, torch.from_numpy(np.stack(known)), *nothing, self.layout)
 
     def ask(self, request: Request) -> Any:
         raise ValueError("a forecast needs --csv FILE --horizon N, the table and the number of steps")
+
+    def artefacts(self, prompt: Batch, drawn: Tensor) -> list[pd.DataFrame]:
+        """drawn (R, N, C + K m, P), back in the units of the table that `prompt` was made of."""
+        mean, deviation = (prompt.condition[name].cpu() for name in ("mean", "deviation"))
+        values = drawn[:, :, : mean.shape[1]] * deviation[:, None, :, None] + mean[:, None, :, None]
+        return [self.artefact(row) for row in values]
 
     def artefact(self, inputs: Tensor) -> pd.DataFrame:
         """Generated tokens (N, C + K m, P) of one row -> their values, one column a channel."""
@@ -411,31 +374,35 @@ class SeriesTask(Task):
     def _forecast(
         self, frame: pd.DataFrame, horizon: int, columns: Columns | None, model: nn.Module | None
     ) -> tuple[pd.DataFrame, list[Panel]]:
-        model = model or self._model
+        if model is None and self.intervals is not None:
+            model = self.intervals.model
         if not isinstance(model, Model):
             raise ValueError("a task alone cannot forecast: pass model=, or take the task of zoo.pipeline(…)")
         if horizon < 1:
             raise ValueError(f"horizon = {horizon}; it takes 1 or more steps")
-        read = panels_of(frame, columns or self._columns(), "the table")
-        device = next(model.parameters()).device
+        read = self._read(frame, columns or self._columns())
+        device, intervals = next(model.parameters()).device, self._intervals_of(model)
         tables = []
         each = max(1, ROWS // max(len(panel.names) for panel in read.panels))
         for begin in range(0, len(read.panels), each):
             panels = read.panels[begin : begin + each]
-            forecast = self._roll(model, self.prompt(panels, horizon).to(device), horizon)
-            forecast = spread(forecast, self._spread_at_end(model, panels, horizon))
+            ready = [self._standard(panel, horizon) for panel in panels]
+            forecast = self.roll(model, self._histories(ready, horizon).to(device), horizon)
+            forecast = spread(forecast, None if intervals is None else intervals.at_end(ready, horizon))
             row = 0
             for panel in panels:
                 assert panel.times is not None
+                mean, deviation = self._units(panel)
                 times = pd.date_range(panel.times[-1], periods=horizon + 1, freq=read.offset)[-horizon:]
                 for channel, name in enumerate(panel.names):
                     place = (row, channel) if self.layout.mixed else (row + channel, 0)
                     point, quantiles = _one(forecast, *place)
-                    table = pd.DataFrame({"id": panel.id, "target": name, "time": times, "mean": point})
+                    values = {"mean": point}
                     if quantiles is not None:
-                        for level, values in zip(forecast.levels, quantiles.T, strict=True):
-                            table[f"{level:g}"] = values
-                    tables.append(table)
+                        values |= {f"{level:g}": q for level, q in zip(forecast.levels, quantiles.T, strict=True)}
+                    table = pd.DataFrame(values) * deviation[channel] + mean[channel]
+                    stands = pd.DataFrame({"id": panel.id, "target": name, "time": times})
+                    tables.append(pd.concat((stands, table), axis=1))
                 row += 1 if self.layout.mixed else len(panel.names)
         whole = pd.concat(tables, ignore_index=True)
         return (whole if any(panel.id for panel in read.panels) else whole.drop(columns="id")), read.panels
@@ -480,7 +447,7 @@ class SeriesTask(Task):
 
 def _one(forecast: Forecast, row: int, channel: int) -> tuple[np.ndarray, np.ndarray | None]:
     """Point (H,) and quantiles (H, Q) of one series."""
-    point = forecast.mean[row, channel].float().cpu().numpy()
+    point = forecast.mean[row, channel].cpu().double().numpy()
     if forecast.quantiles is None:
         return point, None
-    return point, forecast.quantiles[row, channel].float().cpu().numpy()
+    return point, forecast.quantiles[row, channel].cpu().double().numpy()

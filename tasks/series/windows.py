@@ -60,6 +60,16 @@ def cut_known(known: np.ndarray | None, begin: int, end: int) -> np.ndarray:
     return np.nan_to_num(cut(known, begin, end))
 
 
+def too_short(what: str, lengths: dict[str, int], wanted: int) -> str | None:
+    """A sentence on the series whose `what` has fewer steps than are wanted; None where none has."""
+    few = {name: steps for name, steps in lengths.items() if steps < wanted}
+    if not few:
+        return None
+    name = min(few, key=few.__getitem__)
+    which = f" of series {name!r}, the shortest of {len(few)} such," if name else ""
+    return f"{what}{which} has {few[name]} of {wanted} steps: the others count as missing"
+
+
 class Strip:
     """All parts one after another, float32, so that any windows are one gather: values (V, N) and known (K, N).
 
@@ -87,10 +97,15 @@ class Strip:
 
 class TrainingWindows:
     """Every window of the training parts that has a whole look-back and a whole prediction; of a part that is too
-    short for one, those with as much as there is. One example for each channel, or for all together."""
+    short for one, those with as much as there is. One example for each channel, or for all together.
+
+    short  in words, of which parts that is so; None: of none
+    """
 
     def __init__(self, parts: Sequence[Part], layout: Layout):
         self.layout = layout
+        lengths = {part.panel.id: part.end - part.begin for part in parts}
+        self.short = too_short("training part", lengths, layout.context + layout.predict)
         self.strip = Strip(parts, before=layout.context, after=layout.training_steps, whole=False)
         starts, channels, counts = [], [], []  # of a run of windows: column of the first, channel (-1: all), how many
         for part, shift in zip(parts, self.strip.shift, strict=True):

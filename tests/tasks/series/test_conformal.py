@@ -179,7 +179,7 @@ def test_a_run_keeps_what_was_fitted_and_every_way_uses_it(run, caplog):
     np.testing.assert_allclose(wide["0.5"], plain["0.5"])
     np.testing.assert_allclose(wide["0.9"] - wide["0.5"], 3 * (plain["0.9"] - plain["0.5"]), rtol=1e-4)
     raw_weights = load_run(run / "run", ema=False)[1]
-    assert raw_weights._kept != task._kept  # other weights, other intervals
+    assert raw_weights.intervals.kept != task.intervals.kept  # other weights, other intervals
     weights.save({"factors": factors}, kept)
 
 
@@ -188,7 +188,7 @@ def test_the_test_split_is_not_seen(run):
     found = []
     for split in (None, "test", "valid"):
         _, task, _ = load_run(run / "run")
-        task._kept = None
+        task.intervals.kept = None
         if split:
             part = task.parts(split)[0]
             values = part.panel.values.copy()
@@ -197,7 +197,7 @@ def test_the_test_split_is_not_seen(run):
                 task._prepared[name] = [
                     replace(own, panel=replace(own.panel, values=values)) for own in task.parts(name)
                 ]
-        found.append(task.factors())
+        found.append(task.intervals.factors)
     assert torch.equal(found[0], found[1])
     assert not torch.allclose(found[0], found[2])
 
@@ -221,7 +221,7 @@ def test_intervals_follow_what_came_before_each_window(run):
     assert not same[origins >= middle + 2 * 12].any()  # a patch's truths count when they are all known
     assert len(found[0].flatten(1).unique(dim=0)) > 10
     valid = task.parts("valid")[0]
-    at_end = task._followed(model, [valid], task.factors(), 72)[0][-1]
+    at_end = task.intervals.follow([valid], task.intervals.factors, 72)[0][-1]
     torch.testing.assert_close(found[0][0], at_end)
     values = evaluate_run(run / "run", device="cpu", overrides=["task.follow=0.3"])
     assert "following at rate 0.3" in values.title
@@ -253,11 +253,11 @@ def test_validation_is_scored_as_predicted(run):
 def test_weights_that_were_trained_on_validation_keep_their_intervals(run, caplog):
     """As M4's last run is, with hold_out = 0: what was learned by heart says nothing of what is to come."""
     _, task, _ = load_run(run / "run")
-    task._kept = None
+    task.intervals.kept = None
     source = task.source
     whole = [replace(part, end=part.end + 1) for part in source.parts("train")]
     task.source = SimpleNamespace(parts=lambda split: whole if split == "train" else source.parts(split))
-    assert task.factors() is None
+    assert task.intervals.factors is None
     assert "the validation split was trained on" in caplog.text
 
 
@@ -277,11 +277,11 @@ def test_published_weights_bring_their_intervals(run, tmp_path, monkeypatch):
     try:
         task = zoo.pipeline(folder.name, device="cpu").task
         assert len(task.forecast(table, 30)) == 30
-        assert torch.equal(task.factors(), weights.read(kept)["factors"])
+        assert torch.equal(task.intervals.factors, weights.read(kept)["factors"])
     finally:
         (tmp_path / "away.csv").rename(run / "mine.csv")
     _, task, _ = load_published(folder.name, overrides={"task": {"roll": "quantiles"}})
-    assert task.factors() is not None  # of other rolls they are fitted anew
+    assert task.intervals.factors is not None  # of other rolls they are fitted anew
     assert list((folder / "fitted").iterdir()) == [kept]
     kept.write_bytes(kept.read_bytes()[:-1] + b"x")
     with pytest.raises(weights.WeightsError, match="damaged"):
@@ -290,7 +290,7 @@ def test_published_weights_bring_their_intervals(run, tmp_path, monkeypatch):
 
 def test_without_the_data_forecasts_go_on(run, tmp_path, caplog):
     _, task, model = load_run(run / "run")
-    task._kept = None
+    task.intervals.kept = None
     table = pd.read_csv(run / "mine.csv")
     (run / "mine.csv").rename(tmp_path / "away.csv")
     try:

@@ -1,5 +1,5 @@
 """The published protocol: how many windows there are, what they are scaled by, and what a seasonal naive forecast makes
-of them; for ETTh1 test_naive_by_hand computes the same from the file alone."""
+of them; test_naive_by_hand computes the same from the files alone."""
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,21 @@ from zoo.registry import datasets
 WINDOWS = {
     "series/etth1": {96: 2785, 192: 2689, 336: 2545, 720: 2161},
     "series/ettm1": {96: 11425, 192: 11329, 336: 11185, 720: 10801},
+}
+HOUR = {"series/etth1": 1, "series/ettm1": 4}  # steps
+SCALER = {  # mean and deviation of the training part
+    "series/etth1": (
+        [7.937742, 2.021039, 5.079771, 0.746186, 2.781762, 0.788453, 17.128262],
+        [5.812749, 2.090105, 5.518794, 1.926379, 1.023523, 0.630237, 9.176491],
+    ),
+    "series/ettm1": (
+        [7.990013, 2.038748, 5.109928, 0.756224, 2.804702, 0.791186, 17.124950],
+        [5.833093, 2.089646, 5.519043, 1.924161, 1.040554, 0.632442, 9.173035],
+    ),
+}
+NAIVE = {  # MSE and MAE of the day before
+    "series/etth1": {96: (0.5122, 0.4333), 192: (0.5808, 0.4692), 336: (0.6499, 0.5008), 720: (0.6554, 0.5141)},
+    "series/ettm1": {96: (0.4227, 0.3865), 192: (0.4631, 0.4057), 336: (0.4961, 0.4258), 720: (0.5739, 0.4645)},
 }
 
 
@@ -32,18 +47,14 @@ def test_every_test_window_is_counted(data_root, name):
     windows = task.windows("test")
     fits = windows.fits.numpy()
     assert {h: int((fits >= h).sum()) for h in WINDOWS[name]} == WINDOWS[name]
-    sizes = (
-        [len(batch.targets) // 7 for batch in task.stream("test", batch_size=1000)] if name == "series/etth1" else []
-    )
-    assert sum(sizes) in (0, 2785)
+    sizes = [len(batch.targets) // 7 for batch in task.stream("test", batch_size=1000)]
+    assert sum(sizes) == WINDOWS[name][96]
 
 
-def test_the_scaler_is_that_of_the_training_part(data_root):
-    mean, deviation = scaler(datasets.get("series/etth1")(None).parts("train"))
-    np.testing.assert_allclose(mean, [7.937742, 2.021039, 5.079771, 0.746186, 2.781762, 0.788453, 17.128262], atol=1e-6)
-    np.testing.assert_allclose(
-        deviation, [5.812749, 2.090105, 5.518794, 1.926379, 1.023523, 0.630237, 9.176491], atol=1e-6
-    )
+@pytest.mark.parametrize("name", SCALER)
+def test_the_scaler_is_that_of_the_training_part(data_root, name):
+    for found, pinned in zip(scaler(datasets.get(name)(None).parts("train")), SCALER[name], strict=True):
+        np.testing.assert_allclose(found, pinned, atol=1e-6)
 
 
 def naive(task: SeriesTask, horizons, season):
@@ -51,26 +62,30 @@ def naive(task: SeriesTask, horizons, season):
     return baselines.errors_of(forecasts, task.windows("test"), horizons, task.config.levels)
 
 
-def test_seasonal_naive_of_etth1(data_root):
-    found = naive(make("series/etth1"), [96, 192, 336, 720], 24)
-    assert [round(found[f"naive/mse_{h}"], 4) for h in (96, 192, 336, 720)] == [0.5122, 0.5808, 0.6499, 0.6554]
-    assert round(found["naive/mae_96"], 4) == 0.4333
+@pytest.mark.parametrize("name", NAIVE)
+def test_seasonal_naive(data_root, name):
+    found = naive(make(name), list(NAIVE[name]), 24 * HOUR[name])
+    assert {h: (round(found[f"naive/mse_{h}"], 4), round(found[f"naive/mae_{h}"], 4)) for h in NAIVE[name]} == NAIVE[
+        name
+    ]
 
 
-@pytest.mark.parametrize(("horizon", "pinned"), [(96, 0.5122), (192, 0.5808), (336, 0.6499), (720, 0.6554)])
-def test_naive_by_hand(data_root, horizon, pinned):
+@pytest.mark.parametrize("name", NAIVE)
+def test_naive_by_hand(data_root, name):
     """The same numbers, and the scaler's, from the file, with nothing of ours in between."""
-    table = pd.read_csv(data_root / "ett/ETTh1.csv").drop(columns="date").to_numpy()
-    train = table[: 12 * 30 * 24]
-    mean, deviation = scaler(datasets.get("series/etth1")(None).parts("train"))
+    table = pd.read_csv(data_root / f"ett/{name[7:10].upper()}{name[10:]}.csv").drop(columns="date").to_numpy()
+    month, season = 30 * 24 * HOUR[name], 24 * HOUR[name]
+    train = table[: 12 * month]
+    mean, deviation = scaler(datasets.get(name)(None).parts("train"))
     np.testing.assert_allclose(mean, train.mean(0), rtol=1e-12)
     np.testing.assert_allclose(deviation, train.std(0), rtol=1e-12)
     scaled = (table - train.mean(0)) / train.std(0)
-    begin, end = 16 * 30 * 24, 20 * 30 * 24
-    again = np.arange(horizon) % 24 - 24
-    errors = [np.mean((scaled[t : t + horizon] - scaled[t + again]) ** 2) for t in range(begin, end - horizon + 1)]
-    assert len(errors) == WINDOWS["series/etth1"][horizon]
-    assert round(float(np.mean(errors)), 4) == pinned
+    for horizon, pinned in NAIVE[name].items():
+        origins = np.arange(16 * month, 20 * month - horizon + 1)
+        assert len(origins) == WINDOWS[name][horizon]
+        errors = [scaled[origins + k] - scaled[origins + k % season - season] for k in range(horizon)]
+        found = np.mean([np.mean(e**2) for e in errors]), np.mean([np.mean(np.abs(e)) for e in errors])
+        assert tuple(np.round(found, 4)) == pinned
 
 
 def test_m4_is_scored_as_in_the_competition(data_root):

@@ -40,7 +40,16 @@ def test_unsorted_doubled_and_missing_rows_are_repaired_and_said(caplog):
     text = caplog.text
     assert "t.csv: rows are not in the order of 'date' (first at row 2): sorted" in text
     assert "1 rows stand twice (first: row 5): dropped" in text
-    assert "3 of 60 steps are missing (first: 2024-01-01 20:00:00): left empty" in text
+    assert "3 of 60 steps are missing (first: 2024-01-01 20:00:00, after row 21): left empty" in text
+
+
+def stamped(stamps, **extra):
+    return pd.DataFrame({"date": stamps, "load": np.sin(np.arange(len(stamps))), **extra})
+
+
+def written(form, start="2024-01-01", steps=12, freq="D"):
+    """Stamps as text, days and months by strftime."""
+    return pd.date_range(start, periods=steps, freq=freq).strftime(form)
 
 
 def spoil(column, row, value):
@@ -53,6 +62,23 @@ REFUSED = {
     "text": (spoil("load", 6, "n/k"), {}, r"column 'load', row 7: 'n/k' is no number"),
     "infinite": (spoil("load", 6, np.inf), {}, r"column 'load', row 7 is infinite"),
     "no time": (spoil("date", 2, "soon"), {}, r"column 'date', row 3: 'soon' is no time stamp"),
+    "no date among dates": (
+        stamped(["13/01/2024", "14/01/2024", "soon"]),
+        {},
+        r"column 'date', row 3: 'soon' is no time stamp",
+    ),
+    "a date of another kind": (
+        stamped(["2024-01-01", "2024-01-02", "01/03/2024"]),
+        {},
+        r"column 'date', row 3: '01/03/2024' is no time stamp",
+    ),
+    "days and months that change places": (
+        stamped(["13/01/2024", "14/01/2024", "01/15/2024"]),
+        {},
+        r"column 'date', row 3: '01/15/2024' is no time stamp",
+    ),
+    "no stamp at all": (stamped(["2024-01-01", None, "2024-01-03"]), {}, r"column 'date', row 2: .* is no time stamp"),
+    "no stamps": (stamped(["soon", "later", "now and then"]), {}, r"column 'date', row 1: 'soon' is no time stamp"),
     "all missing": (frame().assign(load=np.nan), {}, r"column 'load' has no value in any of its 60 rows"),
     "two values": (
         pd.concat([frame(), frame().iloc[[5]].assign(load=9.0)]),
@@ -63,7 +89,11 @@ REFUSED = {
     "unnamed time": (frame().rename(columns={"date": "when"}).astype({"when": str}), {}, r"no column is named time"),
     "numbers as time": (frame().assign(date=range(60)), {}, r"column 'date' holds numbers"),
     "unknown frequency": (frame(), {"frequency": "hourly-ish"}, r"frequency 'hourly-ish' is unknown; it takes one of"),
-    "wrong frequency": (frame(), {"frequency": "D"}, r"2024-01-01 01:00:00 does not fit a frequency of D"),
+    "wrong frequency": (
+        frame(),
+        {"frequency": "D"},
+        r"column 'date', row 2: 2024-01-01 01:00:00 does not fit a frequency of D from 2024-01-01 00:00:00 \(row 1\)",
+    ),
     "no frequency": (
         frame().assign(date=pd.Timestamp("2024-01-01") + pd.to_timedelta(np.arange(60) ** 2, unit="h")),
         {},
@@ -72,7 +102,17 @@ REFUSED = {
     "off the grid": (
         frame().assign(date=lambda t: t["date"].where(t.index != 30, t["date"] + pd.Timedelta("7min"))),
         {},
-        r"2024-01-02 06:07:00 does not fit a frequency of h",
+        r"column 'date', row 31: 2024-01-02 06:07:00 does not fit a frequency of h from 2024-01-01 00:00:00 \(row 1\)",
+    ),
+    "off the grid, in a table upside down, with a row twice": (
+        pd.concat(
+            [
+                frame().assign(date=lambda t: t["date"].where(t.index != 40, t["date"] + pd.Timedelta("7min"))),
+                frame()[:1],
+            ]
+        )[::-1],
+        {},
+        r"column 'date', row 21: 2024-01-02 16:07:00 does not fit a frequency of h from 2024-01-01 00:00:00 \(row 1\)",
     ),
     "too short": (frame(2), {}, r"has 2 time steps, too few to tell their frequency"),
     "empty": (frame(0), {}, r"has no rows"),
@@ -80,7 +120,17 @@ REFUSED = {
     "covariate with a gap": (
         frame(hot=[1.0] * 30 + [np.nan] + [1.0] * 29),
         {"known": ["hot"]},
-        r"covariate 'hot' is missing at 2024-01-02 06:00:00",
+        r"column 'hot', row 31: missing at 2024-01-02 06:00:00",
+    ),
+    "covariate without a row": (
+        frame(hot=1.0).drop(index=30),
+        {"known": ["hot"]},
+        r"column 'hot', after row 30: missing at 2024-01-02 06:00:00",
+    ),
+    "covariate with a gap in a long table": (
+        pd.concat([frame(40, hot=1.0).assign(site="a"), frame(40, hot=[1.0] * 9 + [np.nan] * 31).assign(site="b")]),
+        {"id": "site", "known": ["hot"]},
+        r"series 'b': column 'hot', row 50: missing at 2024-01-01 09:00:00",
     ),
 }
 
@@ -95,6 +145,65 @@ def test_what_cannot_be_repaired_names_column_and_row(case):
 def test_a_constant_column_is_said():
     read = panels_of(frame().assign(load=3.5), Columns())
     assert read.notes == ["the table: column 'load' is constant at 3.5"]
+
+
+@pytest.mark.parametrize("form", ["%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M", "%Y-%m-%d %H:%M:%S.%f", "%Y/%m/%d %H:%M"])
+def test_midnight_may_be_a_date_alone(form):
+    """As spreadsheets and to_csv write it; wherever it stands."""
+    for first in (0, 7):
+        stamps = written(form, f"2024-01-01 {first:02}:00", 60, "h").to_series()
+        midnight = pd.date_range(f"2024-01-01 {first:02}:00", periods=60, freq="h").hour == 0
+        stamps[midnight] = stamps[midnight].str[:10]
+        (panel,) = panels_of(stamped(stamps.to_numpy()), Columns()).panels
+        assert panel.times.equals(pd.date_range(f"2024-01-01 {first:02}:00", periods=60, freq="h"))
+
+
+@pytest.mark.parametrize("sign", ["/", ".", "-"])
+@pytest.mark.parametrize(("how", "order"), [("day first", "%d/%m/%Y"), ("month first", "%m/%d/%Y")])
+def test_a_day_after_the_twelfth_says_how_dates_are_read(how, order, sign):
+    form = order.replace("/", sign)
+    table = stamped(written(form + " %H:%M", "2024-02-01", 24 * 20, "h"))
+    read = panels_of(table, Columns(), "t.csv")
+    assert read.panels[0].times.equals(pd.date_range("2024-02-01", periods=24 * 20, freq="h"))
+    assert read.notes == [
+        f"t.csv: 'date' is read {how}: '{table['date'][0]}' (row 1) is 2024-02-01 00:00:00",
+    ]
+
+
+def test_a_few_days_are_read_as_the_one_that_makes_even_steps():
+    """Hours of three days, none after the twelfth: the other reading jumps a month each day."""
+    for how, form in (("day first", "%d/%m/%Y %H:%M"), ("month first", "%m/%d/%y %I:%M %p")):
+        read = panels_of(stamped(written(form, "2024-03-01", 72, "h")), Columns())
+        assert read.panels[0].times.equals(pd.date_range("2024-03-01", periods=72, freq="h"))
+        assert f"is read {how}" in read.notes[0]
+    months = stamped(written("%d/%m/%Y", freq="MS"))
+    assert panels_of(months, Columns(frequency="MS")).panels[0].times[-1] == pd.Timestamp("2024-12-01")
+    assert panels_of(months, Columns(frequency="D")).panels[0].times[-1] == pd.Timestamp("2024-01-12")
+
+
+def test_dates_that_read_two_ways_are_refused():
+    """01/01/2024 to 01/12/2024 are months, or twelve days; with gaps hours are neither."""
+    message = (
+        r"t.csv: column 'date', row 2: '01/02/2024' is 2024-02-01 00:00:00 or 2024-01-02 00:00:00, and both make even "
+        r"steps of the column; write time stamps as ISO 8601, year first: 2024-01-31 or"
+    )
+    months = stamped(written("%d/%m/%Y", freq="MS"))
+    with pytest.raises(TableError, match=message):
+        panels_of(months, Columns(), "t.csv")
+    long = pd.concat([months.assign(site="a"), months[:5].assign(site="b")])
+    with pytest.raises(TableError, match="and both make even steps"):
+        panels_of(long, Columns(id="site"))
+    hours = stamped(written("%d/%m/%Y %H:%M", "2024-03-01", 72, "h")).drop(index=40)
+    with pytest.raises(TableError, match="row 1: '01/03/2024 00:00' is .*, and neither makes even steps"):
+        panels_of(hours, Columns())
+
+
+def test_dates_that_read_one_way_alone_need_no_word():
+    read = panels_of(stamped(written("%d/%m/%Y %H:%M", "2024-03-03", 24, "h")), Columns())
+    assert not read.notes
+    named = panels_of(stamped(written("%b %d, %Y")), Columns())
+    assert named.panels[0].times.equals(pd.date_range("2024-01-01", periods=12))
+    assert not named.notes
 
 
 def test_zones_are_taken_to_utc():
