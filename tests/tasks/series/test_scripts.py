@@ -112,15 +112,10 @@ def test_a_grid_from_end_to_end(tmp_path, monkeypatch, capsys):
     words = ["task.dataset.name=series/csv", f"task.dataset.path={tmp_path / 'mine.csv'}", "task.horizons=[24, 36]"]
     words += ["task.context=48", "model.head.highway=48", "task.stride=8", "train.steps=4", "train.eval_every=2"]
     words += ["--out", str(tmp_path / "grid.jsonl")]
-    command = [
-        sys.executable,
-        str(SCRIPTS / "series_grid.py"),
-        "series/smoke",
-        "--axis",
-        "train.optimizer.lr=1e-3,none",
-    ]
+    command = [sys.executable, str(SCRIPTS / "series_grid.py"), "series/smoke", *words]
+    command += ["--axis", "train.optimizer.lr=1e-3,none"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *words], env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert "\n3 runs in " in done.stdout
     rows = runs.read_rows(tmp_path / "grid.jsonl")
