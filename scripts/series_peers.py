@@ -5,9 +5,8 @@
     python scripts/series_peers.py series/etth1 --mixers gatedfwa --name wider --out peers.jsonl model.backbone.width=96
 
 Words such as task.stride=8 belong to the training, those after --evaluate to the scoring alone; all mixers share them.
-A worker process takes one run after another, so it imports and warms up once. A line of --out is a finished run: its
-numbers, and what `zoo evaluate` writes beside each of them. Runs that the file has are skipped; another --size, another
-word of the training or of the scoring makes another run.
+A line of --out is a finished run: its numbers, and what `zoo evaluate` writes beside each of them. Runs that the file
+has are skipped; another --size, another word of the training or of the scoring makes another run.
 """
 
 import argparse
