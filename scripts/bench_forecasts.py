@@ -4,8 +4,9 @@
     python scripts/bench_forecasts.py --rows 1 1024 --horizon 720  one JSON row a measurement
 
 A forecast is one series' mean and quantiles, history in, horizon out: prefill, and the roll on the state. Weights and
-data are random: speed does not depend on them. Every row is the median of `--rounds` whole batches after two that are
-not counted.
+data are random: speed does not depend on them. Calls are eager, so small ones wait for Python. A round is one whole
+batch of each mixer in turn, so that what else the machine does meets all alike; a row has the median of `--rounds` of
+them after two that are not counted, and the slowest and the fastest.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--patch", type=int, default=16)
     parser.add_argument("--predict", type=int, default=96)
     parser.add_argument("--rows", type=int, nargs="+", help="series at once (default: 1 and 1024 on a GPU, 1 and 64)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=20)
     return parser.parse_args()
 
 
@@ -55,11 +56,11 @@ def main() -> None:
     for context in args.contexts:
         if context % args.patch or context < 512:
             raise SystemExit(f"--contexts {context}: they take multiples of --patch = {args.patch}, 512 or more")
-        for mixer in args.mixers:
-            model = build(mixer, context, args, device)
-            for rows in args.rows or ([1, 1024] if device.type == "cuda" else [1, 64]):
-                values = torch.randn(rows, context // args.patch, 1, args.patch, device=device)
-                took = [seconds(model, Batch(values), args) for _ in range(2 + args.rounds)][2:]
+        models = {mixer: build(mixer, context, args, device) for mixer in args.mixers}
+        for rows in args.rows or ([1, 1024] if device.type == "cuda" else [1, 64]):
+            batch = Batch(torch.randn(rows, context // args.patch, 1, args.patch, device=device))
+            rounds = [[seconds(model, batch, args) for model in models.values()] for _ in range(2 + args.rounds)][2:]
+            for (mixer, model), took in zip(models.items(), zip(*rounds, strict=True), strict=True):
                 row = {
                     "mixer": mixer,
                     "parameters": model.parameter_count(),
@@ -67,6 +68,9 @@ def main() -> None:
                     "horizon": args.horizon,
                     "rows": rows,
                     "forecasts_per_second": round(rows / statistics.median(took), 1),
+                    "slowest": round(rows / max(took), 1),
+                    "fastest": round(rows / min(took), 1),
+                    "rounds": args.rounds,
                     "device": name,
                 }
                 print(json.dumps(row), flush=True)

@@ -5,26 +5,18 @@
     python scripts/series_peers.py series/etth1 --mixers gatedfwa --name wider --out peers.jsonl model.backbone.width=96
 
 Words such as task.stride=8 belong to the training, those after --evaluate to the scoring alone; all mixers share them.
-A worker process takes one run after another, so it imports and warms up once. A line of --out is a finished run: its
-numbers, and what `zoo evaluate` writes beside each of them. Runs that the file has are skipped; another --size, another
-word of the training or of the scoring makes another run.
+A line of --out is a finished run: its numbers, and what `zoo evaluate` writes beside each of them. Runs that the file
+has are skipped; another --size, another word of the training or of the scoring makes another run.
 """
 
 import argparse
-import contextlib
-import io
 import json
-import multiprocessing
-import signal
 import statistics
-import sys
-import tempfile
-import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from series_runs import Row, quiet_place, read_rows, rows_of, timed, trained
+
 SETTINGS = ("recipe", "settings", "mixer", "size", "words", "scoring")  # of a run, but for its seed
 
 
@@ -42,13 +34,9 @@ def main() -> None:
     args = parser.parse_intermixed_args()
 
     known = read_rows(args.out)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and leaves no workers behind
-    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        for row in pool.imap_unordered(run, missing(args, known), chunksize=1):
-            known.append(row)
-            print(line(row), flush=True)
-            with args.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+    for row in rows_of(run, missing(args, known), args.jobs, args.out):
+        known.append(row)
+        print(line(row), flush=True)
     print(table([row for row in known if row["recipe"] == args.recipe and "error" not in row]))
 
 
@@ -70,40 +58,23 @@ def run(job: Row) -> Row:
     recipe, scoring = job["recipe"], job["scoring"]
     words = [f"model=series_{job['mixer']}_{job['size']}", f"train.seed={job['seed']}", *job["words"]]
     commands = [f"zoo train {recipe} {' '.join(words)}", f"zoo evaluate RUN {' '.join(scoring)}".strip()]
-    row = job | {"commands": commands}
-    began = time.perf_counter()
-    try:
-        row |= train_and_score(recipe, words, scoring)
-    except Exception as error:  # one bad run ends no comparison
-        row["error"] = f"{type(error).__name__}: {error}"
-    return row | {"seconds": round(time.perf_counter() - began, 1)}
+    return timed(job | {"commands": commands}, lambda: train_and_score(recipe, words, scoring))
 
 
 def train_and_score(recipe: str, words: list[str], scoring: list[str]) -> Row:
-    from zoo.config import build, recipe_layers
     from zoo.evaluate import evaluate_run
-    from zoo.train import Recipe, load_run, train
+    from zoo.train import load_run
 
-    silence = io.StringIO()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.redirect_stderr(silence),
-        contextlib.redirect_stdout(silence),
-    ):
-        place = Path(folder) / "run"
-        train(build(Recipe, *recipe_layers(recipe, words)), place)
+    with quiet_place() as place:
+        trained(recipe, words, place)
         evaluate_run(place, overrides=scoring)
-        rows = [json.loads(text) for text in (place / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = read_rows(place / "results.jsonl")
         parameters = sum(parameter.numel() for parameter in load_run(place)[2].parameters())
     facts = {name: value for name, value in rows[0].items() if name not in ("name", "value", "kind", "command", "run")}
     numbers: dict[str, dict[str, float]] = {"metric": {}, "baseline": {}}
     for row in rows:
         numbers[row["kind"]][row["name"]] = row["value"]
     return {"parameters": parameters, "values": numbers["metric"], "baselines": numbers["baseline"], "facts": facts}
-
-
-def read_rows(path: Path) -> list[Row]:
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def headline(values: dict[str, float]) -> dict[str, float]:
