@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text("utf-8")
@@ -93,9 +94,10 @@ def test_training_commands_fit_their_recipes():
 
 
 def test_it_says_which_weights_are_published():
-    from zoo import weights
-
-    assert all(f"`{name}`" in TEXT for name in weights.weights.names())
+    tables = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in (ROOT / "tasks").glob("*/weights.yaml")]
+    names = [f"{row['model']}.{row['tag']}" for table in tables for row in table["rows"]]
+    assert names
+    assert all(f"`{name}`" in TEXT for name in names)
     domains = sorted(file.parent for file in (ROOT / "tasks").glob("*/task.py"))
     without = [folder.name for folder in domains if not (folder / "weights.yaml").is_file()]
     assert not without or f"None is published yet of: {', '.join(without)}." in TEXT
