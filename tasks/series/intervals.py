@@ -150,10 +150,11 @@ def followed(
     """Of each part the factors (N, horizon, P), on the CPU, of forecasts from the beginning of each of its patches, and
     the last ones of those from its end, where a patch ends there. At the beginning they are `factors` (H', P)."""
     nothing = [np.zeros(len(part.panel.names)) for part in parts]
-    windows = EvaluationWindows(parts, nothing, layout, sorted({layout.patch, horizon}), layout.patch)
+    steps = -(-horizon // layout.patch) * layout.patch  # whole patches: a shorter horizon is their beginning
+    windows = EvaluationWindows(parts, nothing, layout, sorted({layout.patch, steps}), layout.patch)
     found = scored(model, windows, torch.arange(len(windows)), roll) if len(windows) else None
     if found is None:
         return [extended(factors, horizon).unsqueeze(0) for _ in parts]
-    found = found[:, :, :horizon].cpu()
+    found = found[:, :, :steps].cpu()
     each = [found[windows.which == number] for number in range(len(parts))]
-    return [follow(factors, own, levels, layout.patch, rate) for own in each]
+    return [follow(factors, own, levels, layout.patch, rate)[:, :horizon] for own in each]

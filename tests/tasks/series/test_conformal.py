@@ -223,6 +223,9 @@ def test_intervals_follow_what_came_before_each_window(run):
     valid = task.parts("valid")[0]
     at_end = task.intervals.follow([valid], task.intervals.factors, 72)[0][-1]
     torch.testing.assert_close(found[0][0], at_end)
+    for horizon in (1, task.layout.patch + 1):  # less than a patch, and no whole number of them: the same first steps
+        shorter = task.intervals.follow([valid], task.intervals.factors, horizon)[0][-1]
+        torch.testing.assert_close(shorter, at_end[:horizon])
     values = evaluate_run(run / "run", device="cpu", overrides=["task.follow=0.3"])
     assert "following at rate 0.3" in values.title
     assert values.values["mse_72"] == evaluate_run(run / "run", device="cpu").values["mse_72"]
