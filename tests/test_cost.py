@@ -41,7 +41,7 @@ def test_training_step_is_linear_in_length(mixer):
         model(h, Context())[0].square().mean().backward()
 
     short, long = torch.randn(1, 2048, 128), torch.randn(1, 8192, 128)
-    assert cost_ratio(lambda: step(short), lambda: step(long), limit=4.6, repeats=60) <= 4.6
+    assert cost_ratio(lambda: step(short), lambda: step(long), limit=4.6, repeats=20) <= 4.6
 
 
 @torch.no_grad()

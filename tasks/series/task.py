@@ -190,6 +190,7 @@ class SeriesTask(Task):
         """train: a row of patches is an example. valid, test: a window is, with all its channels."""
         training = split == "train"
         if training:
+            self._check_horizons()
             windows: Any = TrainingWindows(self.parts(split), self.layout)
             source = Shuffled(windows, windows.collate, seed=seed)
             if windows.short is not None and not rank:
@@ -204,6 +205,16 @@ class SeriesTask(Task):
                 + ("two" if training else f"the shortest of task.horizons = {self.config.horizons}")
             )
         return SourceStream(source, batch_size=batch_size, rank=rank, world=world, endless=training)
+
+    def _check_horizons(self) -> None:
+        """Before a step is taken: the mean over horizons, which recipes choose weights by, needs windows of each."""
+        longest = max(part.end - part.begin for part in self.parts("valid"))
+        if unfit := [horizon for horizon in self.config.horizons if horizon > longest]:
+            raise ValueError(
+                f"task.horizons = {self.config.horizons}: the longest series of the validation split has {longest} "
+                f"steps, so no window of {', '.join(map(str, unfit))} fits; name shorter ones, or hold out more of a "
+                "table (task.dataset.share)"
+            )
 
     def windows(self, split: str) -> EvaluationWindows:
         parts = self.parts(split)

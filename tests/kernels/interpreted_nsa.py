@@ -298,7 +298,7 @@ RUNS = [  # batch, tokens, keys, documents
 ]
 
 
-@pytest.mark.parametrize("programs", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5)), 300])
+@pytest.mark.parametrize("programs", [1, pytest.param(5, marks=pytest.mark.slow), 300])
 @pytest.mark.parametrize("sizes", RUNS, ids=str)
 def test_the_runs_of_partial_leave_what_each_pair_must(sizes, programs, monkeypatch):
     """What zoo/kernels/hopper_partial.py does with nsa_runs' tables, in place of a device that runs it: each consumer's
@@ -434,11 +434,11 @@ def test_the_sum_where_the_selected_branch_is_merged_equals_the_sum_of_branches(
     monkeypatch.setattr(nsa_selected, "FEW_PAIRS", few)
     poison_new_tensors(monkeypatch)
     generator = torch.Generator().manual_seed(0)
-    x = NSACase("mix", 29, group=2, kv_heads=2, dim=12).tensors(torch.float16)
-    index = torch.rand(1, 29, 2, 8, generator=generator).argsort(-1)[..., :4].int()
-    gates = torch.rand(1, 29, 4, 3, generator=generator)
+    x = NSACase("mix", 37, group=2, kv_heads=3, dim=12).tensors(torch.float16)
+    index = torch.rand(1, 37, 3, 10, generator=generator).argsort(-1)[..., :4].int()
+    gates = torch.rand(1, 37, 6, 3, generator=generator)
     compressed, window = (torch.randn(x["q"].shape, generator=generator).half() for _ in range(2))
-    places = nsa._places(x["q"], 4, 29, None, None)
+    places = nsa._places(x["q"], 4, 37, None, None)
     selected, lse = kernels.selected_forward(x["q"], x["k"], x["v"], index, places, 4, 0.3)
     expected = nsa_mix.mix_forward(gates, (compressed, selected, window))
     for keep in (True, False):

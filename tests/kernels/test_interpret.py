@@ -26,7 +26,6 @@ GROUPS = [  # (family, -k, -m): several processes, several names in the report, 
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.timeout(900)  # a machine that others use as well takes four times as long
 @pytest.mark.parametrize(("family", "keyword", "marker"), GROUPS)
 def test_interpreted_kernels(family, keyword, marker):
     environment = os.environ | {
