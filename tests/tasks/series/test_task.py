@@ -251,6 +251,14 @@ def test_a_training_part_too_short_for_a_row_is_said_once(tmp_path, caplog):
         assert caplog.messages == said
 
 
+def test_a_table_too_short_for_a_horizon_is_refused_before_the_first_step(tmp_path):
+    waves(400).to_csv(tmp_path / "mine.csv", index=False)
+    task = make_task(recipe_of(tmp_path / "mine.csv", task={"horizons": [12, 41]}))
+    with pytest.raises(ValueError, match=r"validation split has 40 steps, so no window of 41 fits"):
+        task.stream("train", batch_size=4)
+    make_task(recipe_of(tmp_path / "mine.csv", task={"horizons": [12, 40]})).stream("train", batch_size=4)
+
+
 @pytest.mark.parametrize(
     ("head", "channels"), [("series", "independent"), ("series", "mixed"), ("series_tokens", "independent")]
 )
