@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import asdict
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,7 +170,9 @@ def test_what_takes_long_is_measured_once():
     windows = {peer.name for shape, peer in bench.plan([], []) if shape in peers.WINDOWS}
     assert {peer.name for _, peer in bench.plan([], [], last=False)} == every - once
     assert {peer.name for shape, peer in bench.plan([], []) if shape in peers.SHAPES} == every
-    assert windows == every - {"cudnn full", "fa2 full"}
+    assert windows == every - once
+    by_shape = [peer.by_shape for _, peer in bench.plan([], [])]
+    assert by_shape == sorted(by_shape)
     assert {peer.name for _, peer in bench.plan(["flex"], [], last=False)} == {"flex"}
 
 
@@ -187,6 +190,20 @@ def test_each_kind_of_call_is_compiled_once(monkeypatch):
     monkeypatch.setattr(peers.Inputs, "random", lambda shape: made.append(shape) or 1 / 0)
     assert list(bench.warm("zoo", [[1, 2, 64, 64, 8, 0, 0], [1, 2, 64, 128, 8, 0, 0]])) == []
     assert made == [peers.Shape(1, 2, 64, 64, 8), peers.Shape(1, 2, 64, 128, 8)]
+
+
+def test_of_kernels_that_tune_themselves_one_configuration_is_kept():
+    import triton
+
+    def kernel(x):
+        pass
+
+    configs = [triton.Config({}, num_warps=n) for n in (1, 2, 4)]
+    tuner = triton.autotune(configs=configs, key=[])(triton.jit(kernel))
+    few = triton.heuristics({})(triton.autotune(configs=configs[:2], key=[])(triton.jit(kernel)))
+    peers.keep_config(SimpleNamespace(tuner=tuner, few=few, plain=triton.jit(kernel), number=3), 2)
+    assert tuner.configs == configs[2:]
+    assert few.fn.configs == configs[1:2]
 
 
 def test_all_is_compiled_ahead_in_processes_of_their_own(monkeypatch):

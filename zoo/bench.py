@@ -3,11 +3,11 @@
 A speed is printed only after the kernels' own tests passed in the same call. What attention needs is compiled ahead, in
 many processes at once. Every round is a process of its own, since a kernel's speed differs between starts; what is
 printed is the median over rounds with their spread. In the last round alone are windows, lengths, shared key heads and
-documents measured, and, of the peers, full attention and those that are compiled for each shape. A time is the
-device's: calls wait behind a kernel that only waits, until all of them are queued (`queued_ms`), or are replayed as a
-CUDA graph where they are short (`graph_ms`), ours and the peers' alike; what the host takes to start one stands beside
-it. Speeds count exact visible pairs (4 D FLOPs each forward, 2.5 times that backward) and, beside it, the pairs of the
-64 x 64 tiles computed; TB/s, the bytes that must be moved at least.
+documents measured, and, of the peers, full attention and, last of all, those that are compiled for each shape. A time
+is the device's: calls wait behind a kernel that only waits, until all of them are queued (`queued_ms`), or are replayed
+as a CUDA graph where they are short (`graph_ms`), ours and the peers' alike; what the host takes to start one stands
+beside it. Speeds count exact visible pairs (4 D FLOPs each forward, 2.5 times that backward) and, beside it, the pairs
+of the 64 x 64 tiles computed; TB/s, the bytes that must be moved at least.
 Peers that cannot be imported, or do not do a shape, are left out by name; where ours fails, the bench does.
 """
 
@@ -240,15 +240,18 @@ def parse_shape(text: str) -> Shape:
 
 def plan(peers: list[str], shapes: list[str], last: bool = True) -> list[tuple[Shape, Peer]]:
     """What a round measures: without shapes SHAPES and, in the last one, OTHERS, WINDOWS, and LENGTHS of the first peer
-    alone. Peers that nobody named are measured in each only where they are windowed and not compiled by shape."""
+    alone. Full attention and peers that are compiled by shape are measured on SHAPES, and unless somebody named them
+    in the last round alone; those compiled by shape after all others."""
     chosen = choose_peers(peers)
     if shapes:
         return [(parse_shape(text), peer) for text in shapes for peer in chosen]
+    steady = [peer for peer in chosen if peer.windowed and not peer.by_shape]
     if not last:
-        steady = [peer for peer in chosen if peers or (peer.windowed and not peer.by_shape)]
-        return [(shape, peer) for shape in SHAPES for peer in steady]
-    swept = [(shape, peer) for shape in (*OTHERS, *WINDOWS) for peer in chosen if peer.windowed]
-    return [*((shape, peer) for shape in SHAPES for peer in chosen), *swept, *((shape, chosen[0]) for shape in LENGTHS)]
+        return [(shape, peer) for shape in SHAPES for peer in (chosen if peers else steady)]
+    everywhere = [(shape, peer) for shape in SHAPES for peer in chosen]
+    swept = [(shape, peer) for shape in (*OTHERS, *WINDOWS) for peer in steady]
+    swept += [(shape, chosen[0]) for shape in LENGTHS]
+    return sorted(everywhere + swept, key=lambda pair: pair[1].by_shape)
 
 
 def one_round(peers: list[str], shapes: list[str], last: bool = True) -> Iterable[dict[str, Any]]:
@@ -355,8 +358,9 @@ def measure(path: Path, rounds: int, peers: list[str], shapes: list[str]) -> lis
 
 
 def start(function: str, *arguments: Any, **options: Any) -> subprocess.Popen:
-    """One of this module's functions in a process of its own, with FlashAttention-4's cache of what it compiled."""
-    environment = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1", **os.environ}
+    """One of this module's functions in a process of its own, with FlashAttention-4's cache of what it compiled, and
+    without inductor's pool of processes in each."""
+    environment = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment, "text": True}
     command = [sys.executable, "-m", "zoo.bench", json.dumps([function, *arguments])]
     return subprocess.Popen(command, **{**quiet, **options})

@@ -1,11 +1,14 @@
 """Who `zoo bench kernels` measures, and on what: shapes, random inputs, and each peer's call on them.
 
 A peer is imported when it is made, so that one that is not installed is left out by name.
+
+    keep_config   of kernels that tune themselves when they first run: no tuning, one configuration
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -198,6 +201,18 @@ def fla_forgetting(x: Inputs) -> tuple[Call, list[Tensor], Tensor]:
         return parallel_forgetting_attn(x.q, x.k, x.v, x.log_decay, window_size=x.shape.window, cu_seqlens=starts)
 
     return call, [x.q, x.k, x.v, x.log_decay], x.dout
+
+
+def keep_config(module: ModuleType, number: int) -> None:
+    """Of each kernel of `module` that `triton.autotune` wraps its configuration `number` alone, the last one where it
+    has fewer: it is compiled and not timed. Processes side by side so compile them all; a test of results needs one."""
+    from triton.runtime import Autotuner
+
+    for kernel in vars(module).values():
+        while kernel is not None and not isinstance(kernel, Autotuner):
+            kernel = getattr(kernel, "fn", None)  # triton.heuristics stands around it
+        if kernel is not None:
+            kernel.configs = kernel.configs[: number + 1][-1:]
 
 
 def by_head(x: Tensor) -> Tensor:

@@ -50,18 +50,20 @@ def kernels_run():
     assert backend.explain("qkv", "cuda", torch.bfloat16, 64)[0] == "triton"
 
 
-def assert_no_further(ours, theirs, exact, name, allowed):
+def assert_no_further(ours, theirs, exact, name, allowed, record):
     """The error's root mean square is at most that of torch's steps, or `allowed`. The largest error is that of one
-    rounding out of thousands: where both ways round the same number of times, either may be half as large again."""
+    rounding out of thousands: where both ways round the same number of times, either may be half as large again.
+    `pytest --junitxml` tells both."""
     errors = [root_mean_square_error(x, exact) for x in (ours, theirs)]
-    assert errors[0] <= max(1.01 * errors[1], allowed), (name, errors)
     largest = [relative_error(x, exact) for x in (ours, theirs)]
+    record(name, {"numbers": exact.numel(), "root mean square": errors, "largest": largest, "allowed": allowed})
+    assert errors[0] <= max(1.01 * errors[1], allowed), (name, errors)
     assert largest[0] <= max(1.5 * largest[1], 2 * allowed), (name, largest)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
-def test_attention_inputs_are_no_further_from_float64_than_their_steps(case, dtype):
+def test_attention_inputs_are_no_further_from_float64_than_their_steps(case, dtype, record_property):
     """Narrow products are sums of pieces, and the gradients of their weights come from gradients that were rounded."""
     draws = [input_tensors(case, dtype, "cuda", seed) for seed in range(DRAWS if case.width < 100 else 1)]
     variants = ((attention_inputs, None), (plain_inputs, None), (plain_inputs, torch.float64))
@@ -74,7 +76,8 @@ def test_attention_inputs_are_no_further_from_float64_than_their_steps(case, dty
     allowed = {"pre": 2**-16, "gradient of gates": rounding}
     results = zip(*(zip(*draws, strict=True) for draws in found), strict=True)
     for name, (ours, theirs, exact) in zip(names, results, strict=True):
-        assert_no_further(torch.stack(ours), torch.stack(theirs), torch.stack(exact), name, allowed.get(name, 3e-6))
+        stacked = [torch.stack(results) for results in (ours, theirs, exact)]
+        assert_no_further(*stacked, name, allowed.get(name, 3e-6), record_property)
     again = input_results(attention_inputs, case, draws[0])
     assert all(torch.equal(a, b) for a, b in zip(found[0][0], again, strict=True))
 
@@ -92,7 +95,7 @@ def test_a_weights_gradient_is_not_rounded_under_autocast():
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
-def test_an_mlp_in_pieces_is_no_further_from_float64_than_in_one(gated, monkeypatch):
+def test_an_mlp_in_pieces_is_no_further_from_float64_than_in_one(gated, monkeypatch, record_property):
     """Under autocast; and never more of its inner activations than a piece's."""
     # a product of few rows is split along K, and torch lets cuBLAS round the partial sums to bfloat16
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
@@ -116,7 +119,7 @@ def test_an_mlp_in_pieces_is_no_further_from_float64_than_in_one(gated, monkeypa
         found.append([y.detach(), *torch.autograd.grad(y, own, dy.to(y.dtype))])
         peaks.append(torch.cuda.max_memory_allocated() - before)
     for name, *results in zip(("y", "dx", "dup", "ddown"), *found, strict=True):
-        assert_no_further(*results, name, 1e-6)
+        assert_no_further(*results, name, 1e-6, record_property)
     assert peaks[0] < peaks[1] / 2
 
 

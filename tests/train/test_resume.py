@@ -1,14 +1,16 @@
 """N steps = k + resume + (N - k), bitwise, whatever stopped the run."""
 
 import json
+import random
 import signal
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from toytask import Faults, FaultyModel, FaultyModelConfig, ToyConfig, recipe
 
-from zoo.train import checkpoint, chosen_checkpoint, load_run, train
+from zoo.train import checkpoint, chosen_checkpoint, load_run, loop, train
 from zoo.train.loop import Interrupted
 from zoo.train.recipe import ResumeError
 
@@ -298,3 +300,17 @@ def test_a_best_that_cannot_be_told_is_refused(words, told):
 def test_a_best_by_no_metric_is_named(tmp_path):
     with pytest.raises(ValueError, match="best = 'los <' names no metric of this evaluation; did you mean 'loss'"):
         train(recipe(steps=4, eval_every=2, best="los <"), tmp_path)
+
+
+def test_what_building_draws_for_the_first_time_reaches_no_checkpoint(tmp_path, monkeypatch):
+    """A package may draw from Python's and numpy's generators when a process imports it."""
+    train(recipe(), tmp_path / "known")
+    make = loop.make_model
+
+    def importing(*arguments):
+        random.random(), np.random.rand()
+        return make(*arguments)
+
+    monkeypatch.setattr(loop, "make_model", importing)
+    train(recipe(), tmp_path / "new")
+    assert_same_run(tmp_path / "known", tmp_path / "new")

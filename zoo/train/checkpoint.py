@@ -356,9 +356,14 @@ def set_rng_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> No
 
 
 def seed_everything(seed: int) -> None:
+    seed_python(seed)
+    torch.manual_seed(seed)
+
+
+def seed_python(seed: int) -> None:
+    """Python's and numpy's generators, from which a package may draw when it is first imported."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 @contextlib.contextmanager

@@ -94,8 +94,9 @@ class Run:
         self.signal = 0  # that a rank got, as all of them know
         self.skipped: list[tuple[int, str]] = []  # the last few steps left out, and their batches
         self.bad = 0  # samples that could not be read, as far as told
+        checkpoint.seed_python(config.seed + ranks.rank)  # again: what building imported may have drawn
         if ranks.rank > 0:
-            checkpoint.seed_everything(config.seed + ranks.rank)  # dropout of its own
+            torch.manual_seed(config.seed + ranks.rank)  # dropout of its own
         if found is not None:
             self._restore(found)
 
