@@ -168,17 +168,22 @@ class Block(nn.Module):
         is their inputs that travel, not their keys, values and gates: any mixer of finite reach works, and mixing
         these few tokens a second time costs reach / T of the layer."""
         assert ctx.halo is not None
+        reach = self.check_split_rows()
+        tables = () if ctx.rotary is None else ctx.rotary
+        assert ctx.positions is not None
+        longer, positions, *rotary = ctx.halo(reach, x, ctx.positions, *tables)
+        place = replace(ctx, positions=positions, rotary=(rotary[0], rotary[1]) if rotary else None, halo=None)
+        y, _ = self.mixer(longer, place, None)
+        return y[:, longer.shape[1] - x.shape[1] :]
+
+    def check_split_rows(self) -> int:
+        """The mixer's reach in tokens. Raises ValueError where it has none."""
         if self.mixer.reach is None:
             raise ValueError(
                 f"a {type(self.mixer).__name__} layer sees the whole past, so its rows cannot be split between ranks: "
                 "use windowed mixers (gatedfwa, swa), or train.parallel.context=1"
             )
-        tables = () if ctx.rotary is None else ctx.rotary
-        assert ctx.positions is not None
-        longer, positions, *rotary = ctx.halo(self.mixer.reach, x, ctx.positions, *tables)
-        place = replace(ctx, positions=positions, rotary=(rotary[0], rotary[1]) if rotary else None, halo=None)
-        y, _ = self.mixer(longer, place, None)
-        return y[:, longer.shape[1] - x.shape[1] :]
+        return self.mixer.reach
 
     def _feed_forward(self, stream: Stream) -> tuple[Tensor, Tensor]:
         """h with its branch, and the MLP's."""

@@ -154,7 +154,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     table = sample.add_argument_group("forecasts of a table")
     table.add_argument("--csv", type=Path, metavar="FILE", help="a .csv or .parquet table of series to forecast")
     table.add_argument("--horizon", type=int, help="steps to forecast")
-    table.add_argument("--target", action="append", default=[], help="a column to forecast (default: all numbers)")
+    table.add_argument("--target", action="append", default=[], help="a column to forecast (default: all others)")
     table.add_argument("--known", action="append", default=[], help="a covariate known ahead, with its rows to come")
     table.add_argument("--time", default="", help="the column of time stamps (default: found)")
     table.add_argument("--id", default="", help="the column that names the series of a long table")

@@ -1,8 +1,9 @@
 """A user's own table: .csv, .parquet or a DataFrame, wide (a column for each target) or long (an id column as well).
 
 What is safe is repaired and said in a warning: rows out of order are sorted, rows that stand twice are dropped, gaps
-become missing values, and dates such as 13/01/2024 are read in the one way that they can be. Everything else is a
-TableError that names the column and the row, counted from 1 after the header.
+and empty cells become missing values, dates such as 13/01/2024 are read in the one way that they can be, and so is a
+file with semicolons between its columns. Everything else is a TableError that names the column and the row, counted
+from 1 after the header, and the option to change.
 """
 
 import hashlib
@@ -25,6 +26,11 @@ log = logging.getLogger(__name__)
 
 FREQUENCIES = "h, 15min, D, B, W, MS, ME, QS, YS"
 TIME_NAMES = ("time", "date", "datetime", "timestamp", "ds")
+
+
+def option(name: str) -> str:
+    """How a column or the frequency is given: to a command, and in a recipe."""
+    return f"--{name.removesuffix('s')}, in a recipe task.dataset.{name}"
 
 
 class TableError(ValueError):
@@ -65,7 +71,7 @@ def read_frame(path: Path) -> pd.DataFrame:
         raise FileNotFoundError(f"the table {str(path)!r} does not exist")
     try:
         if path.suffix.lower() == ".csv":
-            frame = pd.read_csv(path, dtype=str, skipinitialspace=True)
+            frame = _read_csv(path)
         elif path.suffix.lower() in (".parquet", ".pq"):
             frame = pd.read_parquet(path)
         else:
@@ -73,6 +79,17 @@ def read_frame(path: Path) -> pd.DataFrame:
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise TableError(f"{path} cannot be read: {error}") from error
     return frame
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    """With semicolons between its columns, a comma in a number is its decimal point: so spreadsheets write both."""
+    with path.open(encoding="utf-8-sig") as file:
+        header = file.readline()
+    if ";" not in header or "," in header:
+        return pd.read_csv(path, dtype=str, skipinitialspace=True)
+    log.warning("%s: semicolons stand between its columns; a comma in a number is read as its decimal point", path)
+    frame = pd.read_csv(path, dtype=str, skipinitialspace=True, sep=";")
+    return frame.replace(r"^([+-]?\d+),(\d+)$", r"\1.\2", regex=True)
 
 
 def panels_of(frame: pd.DataFrame, columns: Columns, where: str = "the table") -> Read:
@@ -126,7 +143,7 @@ def _found(frame: pd.DataFrame, columns: Columns, where: str) -> Columns:
         if not likely:
             raise TableError(
                 f"{where}: no column is named {', '.join(TIME_NAMES)}; name the one with time stamps "
-                f"(time): {', '.join(frame.columns)}"
+                f"({option('time')}): {', '.join(frame.columns)}"
             )
         time = likely[0]
     targets = columns.targets or [n for n in frame.columns if n not in (time, columns.id, *columns.known)]
@@ -179,7 +196,10 @@ def _numbers(column: pd.Series, where: str) -> np.ndarray:
     wrong = values.isna() & ~empty
     if wrong.any():
         row = _first(wrong)
-        raise TableError(f"{where}: column {column.name!r}, row {row}: {column.iloc[row - 1]!r} is no number")
+        raise TableError(
+            f"{where}: column {column.name!r}, row {row}: {column.iloc[row - 1]!r} is no number; name the columns to "
+            f"forecast ({option('targets')}), or the one that names the series of a long table ({option('id')})"
+        )
     numbers = values.to_numpy(np.float64, na_value=np.nan)
     if np.isinf(numbers).any():
         raise TableError(f"{where}: column {column.name!r}, row {_first(np.isinf(numbers))} is infinite")
@@ -221,7 +241,9 @@ def _offset(given: str) -> pd.offsets.BaseOffset:
     try:
         return pd.tseries.frequencies.to_offset(given)
     except ValueError as error:
-        raise TableError(f"frequency {given!r} is unknown; it takes one of pandas': {FREQUENCIES}") from error
+        raise TableError(
+            f"frequency {given!r} is unknown; it takes one of pandas': {FREQUENCIES} ({option('frequency')})"
+        ) from error
 
 
 def _frequency(all_times: Sequence[pd.DatetimeIndex], given: str, where: str) -> pd.offsets.BaseOffset:
@@ -229,7 +251,9 @@ def _frequency(all_times: Sequence[pd.DatetimeIndex], given: str, where: str) ->
         return _offset(given)
     longest = max(all_times, key=len)
     if len(longest) < 3:
-        raise TableError(f"{where} has {len(longest)} time steps, too few to tell their frequency: give it")
+        raise TableError(
+            f"{where} has {len(longest)} time steps, too few to tell their frequency: give it ({option('frequency')})"
+        )
     inferred = pd.DatetimeIndex(longest, freq="infer").freq
     if inferred is not None:
         return inferred
@@ -237,7 +261,8 @@ def _frequency(all_times: Sequence[pd.DatetimeIndex], given: str, where: str) ->
     if counts.max() * 2 <= counts.sum():
         raise TableError(
             f"{where} has no frequency: its steps are most often {pd.Timedelta(apart[counts.argmax()])} apart, and "
-            f"that in {counts.max()} of {counts.sum()} cases only. Give the frequency: {FREQUENCIES}"
+            f"that in {counts.max()} of {counts.sum()} cases only. Give the frequency ({option('frequency')}): "
+            f"{FREQUENCIES}"
         )
     return pd.tseries.frequencies.to_offset(pd.Timedelta(apart[counts.argmax()]))
 
@@ -257,8 +282,8 @@ def _panel(
         place = int(np.argmax(off))
         raise TableError(
             f"{where}: column {columns.time!r}, row {table.index[place]}: {times[place]} does not fit a frequency of "
-            f"{offset.freqstr} from {times[0]} (row {table.index[0]}). Give another frequency ({FREQUENCIES}), "
-            "or bring the table to one"
+            f"{offset.freqstr} from {times[0]} (row {table.index[0]}). Give another frequency "
+            f"({option('frequency')}: {FREQUENCIES}), or bring the table to one"
         )
     if len(grid) > len(times):
         first = int(np.argmax(~grid.isin(times)))
@@ -273,6 +298,13 @@ def _panel(
     for column, values in zip(columns.targets, targets.T, strict=True):
         if np.isnan(values).all():
             raise TableError(f"{where}: column {column!r} has no value in any of its {len(values)} rows")
+        empty = np.isnan(values) & (there if columns.known else rows.notna().to_numpy())  # but steps to come
+        if empty.any():
+            place = int(np.argmax(empty))
+            notes.append(
+                f"{where}: column {column!r} has no value in {empty.sum()} of its {len(values)} steps (first: row "
+                f"{rows.iloc[place]:.0f}): left empty"
+            )
         if len(values) > 1 and np.nanmin(values) == np.nanmax(values):
             notes.append(f"{where}: column {column!r} is constant at {np.nanmin(values):g}")
     steps = len(targets)

@@ -21,7 +21,7 @@ from tasks.series.intervals import ROWS, Intervals
 from tasks.series.metrics import ForecastErrors, seasonal_error
 from tasks.series.outputs import check_levels, nine
 from tasks.series.rolling import Forecast, roll
-from tasks.series.tables import Columns, Read, TableError, panels_of, read_frame
+from tasks.series.tables import Columns, Read, TableError, panels_of, read_frame, season_of
 from tasks.series.windows import EvaluationWindows, Layout, TrainingWindows, cut, cut_known, prompt, too_short
 from zoo import config as configs
 from zoo.config import Choice
@@ -118,7 +118,14 @@ class SeriesTask(Task):
             "known": own,
             "known_mean": known[0].tolist(),
             "known_deviation": known[1].tolist(),
+            "season": self.source.season,
         }
+
+    @property
+    def season(self) -> int:
+        """Steps of a season of the training data. Weights from before it was kept are of data sets that know it."""
+        season = self.card.get("season")
+        return self.source.season if season is None else season
 
     def save_assets(self, folder: Path) -> None:
         replace_file(folder / "series.json", json.dumps(self.card, indent=1).encode())
@@ -286,13 +293,14 @@ class SeriesTask(Task):
         covariates, nothing."""
         if self.card["known"]:
             return Media()
-        steps, horizon, season = 2 * self.config.context, max(self.config.horizons), self.source.season
+        steps, horizon, season = 2 * self.config.context, max(self.config.horizons), self.season
         place = np.arange(steps) / season
         names = self.card["names"] if self.layout.mixed else ["made up"]
         noise = np.random.default_rng(0).normal(scale=0.15, size=(steps, len(names)))
         curve = np.sin(2 * np.pi * place) + 0.5 * np.sin(4 * np.pi * place + 1) + 0.3 * np.sin(2 * np.pi * place / 9)
         frame = pd.DataFrame(5 + curve[:, None] + noise, columns=names)
-        frame.insert(0, "time", pd.date_range("2024-01-01", periods=steps, freq="h"))
+        frequency = pd.Timedelta(days=1) / season if season > 12 else "D"
+        frame.insert(0, "time", pd.date_range("2024-01-01", periods=steps, freq=frequency))
         table = self.forecast(frame, horizon, columns=Columns(time="time"), model=model)
         first = table[table["target"] == names[0]]
         levels = [level for level in self.config.levels if f"{level:g}" in first]
@@ -320,7 +328,15 @@ class SeriesTask(Task):
     def prompt(self, obj: pd.DataFrame | Sequence[Panel], horizon: int = 1) -> Batch:
         """A table, or series, as histories to forecast `horizon` steps from, in the units of the training data; in the
         condition, too, the "mean" and "deviation" (R, C) that they were standardised by."""
-        panels = self._read(obj, self._columns()).panels if isinstance(obj, pd.DataFrame) else obj
+        if isinstance(obj, pd.DataFrame):
+            panels: Sequence[Panel] = self._read(obj, self._columns()).panels
+        elif isinstance(obj, Sequence) and obj and all(isinstance(one, Panel) for one in obj):
+            panels = obj
+        else:
+            raise ValueError(
+                "a forecast begins with a pandas DataFrame that has a column of time stamps, or with a list of Panel, "
+                f"not with {repr(obj)[:60]}; of a file: task.forecast(pandas.read_csv(…), horizon)"
+            )
         batch = self._histories([self._standard(panel, horizon) for panel in panels], horizon)
         units = np.array([self._units(panel) for panel in panels])  # (B, 2, V)
         mean, deviation = (torch.from_numpy(x).reshape(len(batch.inputs), -1) for x in units.swapaxes(0, 1))
@@ -332,6 +348,12 @@ class SeriesTask(Task):
         short = too_short("history", {panel.id: len(panel.values) for panel in read.panels}, self.layout.context)
         if short is not None:
             log.warning("the table: %s", short)
+        if season_of(read.offset) != self.season:
+            log.warning(
+                "the table has steps of %s, %d to a season; these weights have learnt from series of %d, and their "
+                "forecasts of others may be far off",
+                *(read.offset.freqstr, season_of(read.offset), self.season),
+            )
         return read
 
     def _standard(self, panel: Panel, horizon: int) -> Panel:

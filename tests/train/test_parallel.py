@@ -441,6 +441,12 @@ def test_readable_refusals():
     backbone = Backbone(BackboneConfig(width=8, heads=2, depth=1, mixer=Choice("softmax", Softmax.Config())))
     with pytest.raises(ValueError, match="Softmax layer sees the whole past.*windowed mixers"):
         backbone(torch.zeros(1, 4, 8), Context(halo=halo.exchange))
+    ranks = Ranks()
+    ranks.halo = halo
+    model = rank_worker.RowModelConfig().build()
+    model.backbone = backbone
+    with pytest.raises(ValueError, match="Softmax layer sees the whole past"):
+        ranks.trainer_of(model, compiled=False)  # before a step
     made = rows_recipe(batch_size=8, micro_batch_size=3 - 1)
     ranks = Ranks.__new__(Ranks)
     ranks.data_world = 3

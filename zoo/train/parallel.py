@@ -186,8 +186,11 @@ class Ranks:
 
         Several ranks compile each block by itself: the gradients of a model that is one graph would all arrive at its
         end, and could cross between ranks only then; so they cross while the blocks before are still at work."""
-        if self.halo is not None and not isinstance(model, Model):
-            raise ValueError(f"parallel.context splits rows for zoo's Model; {type(model).__name__} is none")
+        if self.halo is not None:
+            if not isinstance(model, Model):
+                raise ValueError(f"parallel.context splits rows for zoo's Model; {type(model).__name__} is none")
+            for block in blocks_of(model):
+                block.check_split_rows()
         if self.world == 1:
             return torch.compile(model) if compiled else model
         self.compiled = compiled

@@ -255,3 +255,48 @@ def test_files_that_are_none(tmp_path):
     frame(6).to_csv(tmp_path / "short.csv", index=False)
     with pytest.raises(TableError, match="has 6 steps, of which task.dataset.share = 0.1 is none"):
         Table(Table.Config(path=str(tmp_path / "short.csv"))).parts("test")
+
+
+def test_a_spreadsheets_semicolons_and_decimal_commas_are_read_and_said(tmp_path, caplog):
+    path = tmp_path / "t.csv"
+    frame(wind=np.arange(60) / 8).to_csv(path, index=False, sep=";", decimal=",")
+    read = panels_of(read_frame(path), Columns(), "t.csv")
+    np.testing.assert_allclose(read.panels[0].values, np.stack([np.sin(np.arange(60)), np.arange(60) / 8], axis=1))
+    assert "semicolons stand between its columns" in caplog.text
+
+
+def test_a_semicolon_in_a_name_parts_no_columns(tmp_path, caplog):
+    path = tmp_path / "t.csv"
+    frame().rename(columns={"load": "load; MW"}).to_csv(path, index=False)
+    assert panels_of(read_frame(path), Columns()).panels[0].names == ("load; MW",)
+    assert not caplog.text
+
+
+def test_empty_cells_are_said_apart_from_missing_steps():
+    table = frame(wind=np.arange(60.0)).drop(index=[30, 31])
+    table.loc[[5, 9], "wind"] = np.nan
+    read = panels_of(table, Columns(), "t.csv")
+    assert np.isnan(read.panels[0].values).sum() == 2 * 2 + 2
+    assert "t.csv: column 'wind' has no value in 2 of its 60 steps (first: row 6): left empty" in read.notes
+    assert any("2 of 60 steps are missing" in note for note in read.notes)
+    assert len(read.notes) == 2
+
+
+def test_steps_to_come_are_no_empty_cells():
+    table = frame(holiday=np.zeros(60))
+    table.loc[50:, "load"] = np.nan
+    assert not [note for note in panels_of(table, Columns(known=["holiday"])).notes if "no value" in note]
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (frame(city="Bonn"), r"'Bonn' is no number; .* \(--target, in a recipe task\.dataset\.targets\)"),
+        (frame(2), r"--frequency, in a recipe task\.dataset\.frequency"),
+        (frame().rename(columns={"date": "when?"}).astype({"when?": str}), r"--time, in a recipe task\.dataset\.time"),
+    ],
+    ids=["target", "frequency", "time"],
+)
+def test_what_can_be_given_is_named(table, said):
+    with pytest.raises(TableError, match=said):
+        panels_of(table, Columns())

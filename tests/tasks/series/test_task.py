@@ -345,6 +345,20 @@ def test_an_evaluated_forecast_does_not_see_its_truth(run, head, channels):
     assert not torch.equal(found[0].mean, found[2].mean)  # the last step before it counts
 
 
+@pytest.mark.parametrize(("freq", "said"), [("h", False), ("15min", True), ("D", True)])
+def test_steps_of_another_frequency_than_trained_on_are_said(run, caplog, freq, said):
+    table = waves(96).assign(time=pd.date_range("2024-01-01", periods=96, freq=freq))
+    zoo.pipeline(run / "run", device="cpu").task.forecast(table, 3)
+    assert ("these weights have learnt from series of 24" in caplog.text) == said
+
+
+def test_what_a_forecast_begins_with_is_said(run):
+    pipe = zoo.pipeline(run / "run", device="cpu")
+    for wrong in ("mine.csv", [], ["a"], 3):
+        with pytest.raises(ValueError, match="a forecast begins with a pandas DataFrame"):
+            pipe.sample(wrong)
+
+
 def test_known_covariates_and_calendar(tmp_path):
     table = waves(600).drop(columns="wind")
     table["promotion"] = (np.random.default_rng(0).random(600) < 0.3).astype(float)
