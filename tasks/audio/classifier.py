@@ -1,6 +1,7 @@
 """The judge of generated speech: a classifier of log-mel spectrograms, trained here; which word, and whose voice.
 
-Loudness is taken out first, so that it is no sign of the speaker.
+Loudness is taken out first, so that it is no sign of the speaker. In training sounds are disturbed, for a judge that
+has heard clean recordings alone takes a codec's faint noise for another word.
 """
 
 from dataclasses import dataclass
@@ -33,6 +34,11 @@ class ClassifierConfig:
     classes    values of each attribute: digits, speakers
     layers, widths  of the residual network's four stages; the last width is that of the features
     smoothing  of labels (arXiv 1512.00567)
+
+    Each of these befalls half of the training sounds, as much of it as is drawn evenly:
+    noise      white, up to this part of a sound's root mean square
+    grain      noise in proportion to each sample, up to this part of it (modulated noise, ITU-T P.810: 0.7 is 3 dB)
+    dull       fading of the highest tones: of up to this part of what the rate holds
     """
 
     rate: int = 8000
@@ -43,9 +49,17 @@ class ClassifierConfig:
     widths: tuple[int, ...] = (16, 32, 64, 128)
     dropout: float = 0.1
     smoothing: float = 0.1
+    noise: float = 0.5
+    grain: float = 0.7
+    dull: float = 0.6
 
     def __post_init__(self):
         check_stages(self.layers, self.widths)
+        if min(self.noise, self.grain) < 0 or not 0 <= self.dull < 1:
+            raise ValueError(
+                f"noise = {self.noise}, grain = {self.grain}, dull = {self.dull}; the first two take 0 or more, dull "
+                "0 to below 1"
+            )
         if not self.classes or min(self.classes) < 2:
             raise ValueError(f"classes = {self.classes}; each attribute takes 2 or more values")
         if self.seconds <= 0 or self.rate < 1 or self.bands < 8:
@@ -72,7 +86,8 @@ class Classifier(nn.Module):
 
     def forward(self, batch: Batch) -> Output:
         """Cross-entropies in nats a sound, and the share of right answers for each attribute."""
-        features = self.drop(self._features(batch.inputs))
+        sound = disturbed(batch.inputs, self.config) if self.training else batch.inputs
+        features = self.drop(self._features(sound))
         count = torch.full((), len(features), device=features.device)
         total, metrics = features.new_zeros((), dtype=torch.float32), {}
         for number, layer in enumerate(self.out):
@@ -94,7 +109,25 @@ class Classifier(nn.Module):
     def _features(self, sound: Tensor) -> Tensor:
         size = sound.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-4)
         mel = log_mel(0.1 * sound / size, self.config.rate, window=256, bands=self.config.bands, hop=80)
-        return self.net((mel.clamp(min=-9).unsqueeze(1) + 5) / 3)
+        return self.net((mel.unsqueeze(1) + 5) / 3)
+
+
+def disturbed(sound: Tensor, config: ClassifierConfig) -> Tensor:
+    """(B, T) float32 amplitudes, some of them with noise, grain, or without their highest tones."""
+
+    def drawn(most: float) -> Tensor:
+        """(B, 1): up to `most` for half of the sounds, 0 for the others."""
+        share, hit = torch.rand(2, len(sound), 1, device=sound.device)
+        return most * share * (hit < 0.5)
+
+    with torch.autocast(sound.device.type, enabled=False):
+        size = sound.square().mean(dim=1, keepdim=True).sqrt()
+        sound = sound + drawn(config.noise) * size * torch.randn_like(sound)
+        sound = sound * (1 + drawn(config.grain) * torch.randn_like(sound))
+        tones = torch.linspace(0, 1, sound.shape[1] // 2 + 1, device=sound.device)
+        cut = 1 - drawn(config.dull)
+        fading = torch.where(cut < 1, (1 + (tones / cut) ** 12).rsqrt(), 1.0)  # Butterworth, 36 dB an octave
+        return torch.fft.irfft(torch.fft.rfft(sound) * fading, n=sound.shape[1])
 
 
 def load_classifier(reference: str) -> Frozen | None:
@@ -117,10 +150,10 @@ def all_features(model: Classifier, sounds: list[np.ndarray], batch: int = 250) 
 
 
 class Varied:
-    """Training items: each epoch in an order of its own, each sound moved within its window, with a little noise."""
+    """Training items: each epoch in an order of its own, each sound moved within its window."""
 
-    def __init__(self, recordings: Recordings, length: int, *, noise: float, seed: int):
-        self.recordings, self.length, self.noise, self.seed = recordings, length, noise, seed
+    def __init__(self, recordings: Recordings, length: int, *, seed: int):
+        self.recordings, self.length, self.seed = recordings, length, seed
         self.order = Shuffled(range(len(recordings)), None, seed=seed)
 
     def __len__(self) -> int:
@@ -132,8 +165,7 @@ class Varied:
         sound = to_float(self.recordings.sounds[place])
         spare = max(0, self.length - len(sound))
         moved = fit(sound, self.length, int(rng.integers(min(spare, self.length // 4) + 1)))
-        level = float(np.sqrt(np.square(sound).mean())) * rng.uniform(0, self.noise)
-        return moved + level * rng.standard_normal(self.length, dtype=np.float32), self.recordings.labels[place]
+        return moved, self.recordings.labels[place]
 
     def collate(self, items: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
         return collate_labelled(items)
@@ -171,13 +203,10 @@ class ClassifierTask(Task):
 
     @dataclass
     class Config:
-        """seconds  that a sound is cut or filled up to: the model's
-        noise    white, in training, up to this part of a sound's root mean square
-        """
+        """seconds  that a sound is cut or filled up to: the model's"""
 
         dataset: Choice | None = configs.choice(datasets, "audio/spoken_digits")
         seconds: float = 1.024
-        noise: float = 0.1
 
     def __init__(self, config: Config, assets: Path | None = None):
         self.config = config = configs.build(self.Config, config)
@@ -192,7 +221,7 @@ class ClassifierTask(Task):
         place: dict[str, Any] = {"batch_size": batch_size, "rank": rank, "world": world}
         length = round(self.config.seconds * self.data.rate)
         if split == "train":
-            return SourceStream(Varied(recordings, length, noise=self.config.noise, seed=seed), **place)
+            return SourceStream(Varied(recordings, length, seed=seed), **place)
         sounds = [fit(to_float(sound), length) for sound in recordings.sounds]
         items = list(zip(sounds, recordings.labels, strict=True))
         return SourceStream(Shuffled(items, collate_labelled, seed=None), endless=False, **place)

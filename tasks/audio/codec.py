@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from tasks.audio.spectra import mel_distance
+from tasks.audio.spectra import LOSS_SCALES, mel_distance
 from zoo.model import Batch, Output
 from zoo.quantize import QuantizerConfig, ResidualQuantizer
 from zoo.state import State
@@ -39,9 +39,9 @@ class CodecConfig:
     widest: int = 256
     dilations: tuple[int, ...] = (1, 3, 9)
     stages: int = 6
-    dropout: float = 0.5
+    dropout: float = 0.25
     quantizer: QuantizerConfig = field(default_factory=lambda: QuantizerConfig(codes=256, dim=32))
-    time: float = 4.0
+    time: float = 0.2
     mel: float = 1.0
 
     def __post_init__(self):
@@ -182,15 +182,17 @@ class Codec(nn.Module):
         return self.config.quantizer.codes
 
     def forward(self, batch: Batch) -> Output:
-        """The sum over sounds of the weighted losses and the mean commitment of a code."""
+        """The sum over sounds of the weighted losses, and of the commitment over the number of codes that a sound has:
+        with quantiser dropout some have none, and it adds up to less."""
         sound = self._checked(batch.inputs)
         quantised = self.quantizer(self._encoded(sound))
         made = self._decoded(quantised.vectors)
         size = sound.square().mean(dim=1).sqrt() + 1e-2
         time = ((made - sound).abs().mean(dim=1) / size).sum()
-        mel = mel_distance(made, sound, self.config.rate).sum()
+        mel = mel_distance(made, sound, self.config.rate, LOSS_SCALES).sum()
         count = torch.full((), len(sound), device=sound.device)
-        loss = self.config.time * time + self.config.mel * mel + count * quantised.commitment_mean
+        codes = sound.shape[1] // self.config.hop * self.config.stages
+        loss = self.config.time * time + self.config.mel * mel + quantised.commitment / codes
         metrics = {
             "time": (time.detach(), count),
             "mel": (mel.detach(), count),

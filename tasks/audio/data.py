@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from tasks.audio.waves import at_loudness
 from zoo.files import ChecksumError, DataMissing, cache_folder
 
 SPLITS = ("train", "valid", "test")
@@ -81,13 +82,18 @@ class SpokenDigits:
         held_out  training recordings of each speaker and digit kept for validation; 0: none, and validation reads the
                   test split, so that nothing may be chosen by it
         limit     take only so many recordings of each split, spread evenly over it; 0: all
+        loudness  root mean square, of 1, that each recording is brought to; 0: as recorded, where the loudest speaker
+                  is nine times as loud as the quietest
         """
 
         root: str = ""
         held_out: int = 0
         limit: int = 0
+        loudness: float = 0.0
 
         def __post_init__(self):
+            if not 0 <= self.loudness <= 0.1:
+                raise ValueError(f"dataset.loudness = {self.loudness}; it takes 0 (as recorded) to 0.1 of full scale")
             if not 0 <= self.held_out < 45:
                 raise ValueError(f"dataset.held_out = {self.held_out}; it takes 0 to 44 of 45 training recordings")
             if self.limit < 0:
@@ -126,7 +132,9 @@ class SpokenDigits:
 
     def provenance(self) -> dict[str, Any]:
         self._whole()
-        return {"data": self.NAME, "sha256": self.SHA256, "held_out": self.config.held_out, "limit": self.config.limit}
+        config = self.config
+        taken = {"held_out": config.held_out, "limit": config.limit, "loudness": config.loudness}
+        return {"data": self.NAME, "sha256": self.SHA256, **taken}
 
     def _whole(self) -> Recordings:
         if self._all is None:
@@ -135,7 +143,10 @@ class SpokenDigits:
             names = [name.removesuffix(".wav") for name in files]
             parts = [name.split("_") for name in names]
             labels = np.array([[digits.index(digit), speakers.index(speaker)] for digit, speaker, _ in parts])
-            self._all = Recordings([read_pcm(data, name) for name, data in files.items()], labels, names)
+            sounds = [read_pcm(data, name) for name, data in files.items()]
+            if self.config.loudness:
+                sounds = [at_loudness(sound, self.config.loudness) for sound in sounds]
+            self._all = Recordings(sounds, labels, names)
         return self._all
 
     def _folder(self) -> Path:

@@ -64,6 +64,7 @@ class SpeechConfig:
     batch       made at once
     classifier  run folder or weights of an audio_classifier
     shown       of these, written as wav files with spectrograms
+    seed        of what is drawn: settings that were chosen on one are told on another
     temperature, top_k, top_p, guidance: as in sampling
     """
 
@@ -71,14 +72,15 @@ class SpeechConfig:
     batch: int = 100
     classifier: str = ""
     shown: int = 10
+    seed: int = 0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     guidance: float = 1.0
 
     def __post_init__(self):
-        if self.count < 0 or self.batch < 1 or self.shown < 0:
-            raise ValueError("samples.count and samples.shown take 0 or more, samples.batch 1 or more")
+        if min(self.count, self.shown, self.seed) < 0 or self.batch < 1:
+            raise ValueError("samples.count, samples.shown and samples.seed take 0 or more, samples.batch 1 or more")
         self.sampling()
 
     def sampling(self) -> Sampling:
@@ -117,10 +119,11 @@ class Speech:
         self.model = model
 
     def reduce(self, ranks: Any) -> None:
-        length, batch = self.classifier.config.length, self.config.batch
+        config, length = self.config, self.classifier.config.length
+        batch = config.batch
         made = torch.zeros(self.config.count, length, dtype=torch.int32)
         for at in range(ranks.rank * batch, self.config.count, ranks.world * batch):
-            sounds = self.make(self.model, self.labels[at : at + batch], at)
+            sounds = self.make(self.model, self.labels[at : at + batch], (config.seed << 32) + at)
             rows = np.stack([fit(sound, length) for sound in sounds]).astype(np.int32)
             made[at : at + len(rows)] = torch.from_numpy(rows)
         self.made = list(ranks.sum(made).to(torch.int16).numpy())

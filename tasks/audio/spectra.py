@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SCALES = ((128, 8), (256, 20), (512, 40), (1024, 80))  # (window in samples, mel bands) of the multi-scale loss
+SCALES = ((128, 8), (256, 20), (512, 40), (1024, 80))  # (window in samples, mel bands) of the distance that is told
+# Of the loss: windows of 4 and 8 ms, at 8 kHz, see where an onset of speech begins
+LOSS_SCALES = ((32, 5), (64, 8), (128, 10), (256, 40), (512, 40), (1024, 80))
 NARROWEST = 160  # pixels of a picture: the frames of short sounds are drawn wider, each by the same whole number
 FLOOR = 3e-4  # magnitudes below it count as silence: about what is quietest in a quiet recording
 
@@ -31,10 +33,10 @@ def log_mel(sound: Tensor, rate: int, *, window: int = 512, bands: int = 40, hop
         return spectrum.clamp(min=FLOOR).log()
 
 
-def mel_distance(one: Tensor, other: Tensor, rate: int) -> Tensor:
-    """(B, T) and (B, T) -> (B,): the mean absolute difference of log mels, over four scales."""
+def mel_distance(one: Tensor, other: Tensor, rate: int, scales: tuple[tuple[int, int], ...] = SCALES) -> Tensor:
+    """(B, T) and (B, T) -> (B,): the mean absolute difference of log mels, over several scales."""
     parts = []
-    for window, bands in SCALES:
+    for window, bands in scales:
         made, wanted = (log_mel(x, rate, window=window, bands=bands, hop=window // 4) for x in (one, other))
         parts.append((made - wanted).abs().mean(dim=(1, 2)))
     return torch.stack(parts).mean(dim=0)

@@ -57,6 +57,12 @@ def fit(sound: np.ndarray, length: int, before: int = 0) -> np.ndarray:
     return made
 
 
+def at_loudness(sound: np.ndarray, size: float) -> np.ndarray:
+    """(T,) int16 -> (T,) int16 of root mean square `size`, of full scale; peaks are clipped there, silence stays."""
+    amplitudes = to_float(sound)
+    return to_pcm(amplitudes * (size / max(float(np.sqrt(np.square(amplitudes).mean())), 1e-5)))
+
+
 def write_wav(path: Path, sound: np.ndarray, rate: int) -> None:
     """(T,) int16 as a mono 16-bit wav file."""
     path.parent.mkdir(parents=True, exist_ok=True)

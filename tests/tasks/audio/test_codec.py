@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import zoo
-from tasks.audio.classifier import Accuracy, ClassifierConfig, Varied, all_features, collate_labelled
+from tasks.audio.classifier import Accuracy, ClassifierConfig, Varied, all_features, collate_labelled, disturbed
 from tasks.audio.codec_task import Crops, Fidelity, collate_whole, decode_all, encode_all, si_sdr
 from tasks.audio.data import Recordings
 from tasks.audio.spectra import FLOOR, below_each_other, log_mel, mel_distance, picture
-from tasks.audio.waves import amplitudes, fit, from_levels, mu_law_table, to_float, to_levels, to_pcm
+from tasks.audio.waves import amplitudes, at_loudness, fit, from_levels, mu_law_table, to_float, to_levels, to_pcm
 from zoo.config import ConfigError, build
 from zoo.model import Batch, Context
 
@@ -96,6 +96,14 @@ def test_everything_learns():
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert model.config.hop == 128
     assert model.config.bits_per_second == 8000 / 128 * 6 * 8
+
+
+@torch.no_grad()
+def test_losses_add_up_over_sounds(codec):
+    sounds = 0.1 * torch.randn(4, 1024)
+    whole, parts = codec(Batch(sounds)), [codec(Batch(sounds[i : i + 1])) for i in range(4)]
+    torch.testing.assert_close(whole.loss_sum, sum(part.loss_sum for part in parts))
+    assert whole.count == sum(part.count for part in parts) == 4
 
 
 def test_what_it_cannot_take(codec):
@@ -225,11 +233,54 @@ def test_a_classifier_hears_no_loudness_and_scores_are_shares():
 
 
 def test_training_sounds_of_the_classifier_move():
-    items = [Varied(recordings(50, 400), 200, noise=0.0, seed=0).item(position) for position in range(20)]
+    items = [Varied(recordings(50, 400), 200, seed=0).item(position) for position in range(20)]
     starts = {int((sound > 0).argmax()) for sound, labels in items if labels[0] == 0}
     assert len(starts) > 3
     assert max(starts) <= 50
     assert all((sound > 0).sum() == (50, 200)[labels[0]] for sound, labels in items)
+
+
+@pytest.mark.parametrize("kind", ["noise", "grain", "dull"])
+def test_half_of_the_training_sounds_are_disturbed_as_far_as_they_may(kind):
+    """A tone of 500 Hz with one of 3.5 kHz, at 8 kHz, then silence."""
+    torch.manual_seed(0)
+    most = {"noise": 0.5, "grain": 0.7, "dull": 0.6}
+    config = ClassifierConfig(**{name: most[name] * (name == kind) for name in most})
+    time = torch.arange(4096) / 8000
+    tones = (2 * torch.pi * 500 * time).sin() + (2 * torch.pi * 3500 * time).sin()
+    sound = torch.cat((tones, torch.zeros(4096))).expand(400, -1)
+    error = disturbed(sound, config) - sound
+    size = error.square().mean(dim=1).sqrt() / sound[0].square().mean().sqrt()
+    hit = size > 1e-4
+    assert 160 < hit.sum() < 240
+    assert (error[~hit].abs() < 1e-4).all()
+    if kind == "dull":  # what is lost is of the upper tone alone, at the most all of it
+        assert 0.6 < size.max() < 0.75
+        lost = torch.fft.rfft(error[hit]).abs().mean(dim=0)
+        assert lost[:2000].sum() < 0.1 * lost.sum()
+    else:
+        assert 0.9 * most[kind] < size.max() < 1.05 * most[kind]
+        silent = error[hit][:, 4200:].square().mean() / error[hit].square().mean()
+        assert (silent < 1e-6) == (kind == "grain")  # noise goes on where the sound is silent
+
+
+def test_a_judge_disturbs_nothing_but_its_training():
+    torch.manual_seed(0)
+    model = build(ClassifierConfig, {"widths": (4, 4, 8, 8), "classes": (2, 3), "dropout": 0.0}).build()
+    batch = Batch(torch.randn(8, 8192), torch.zeros(8, 2, dtype=torch.int64))
+    model.eval()
+    assert torch.equal(model(batch).loss_sum, model(batch).loss_sum)
+    model.train()
+    assert not torch.equal(model(batch).loss_sum, model(batch).loss_sum)
+
+
+def test_sounds_are_brought_to_one_loudness():
+    quiet = (200 * np.sin(np.arange(4000) / 7)).astype(np.int16)
+    for sound in (quiet, 50 * quiet):
+        made = to_float(at_loudness(sound, 0.05))
+        assert float(np.sqrt(np.square(made).mean())) == pytest.approx(0.05, rel=1e-3)
+        assert np.corrcoef(made, sound)[0, 1] > 0.999
+    assert not at_loudness(np.zeros(100, np.int16), 0.05).any()
 
 
 def test_lengths_reach_the_device():

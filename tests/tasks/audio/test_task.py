@@ -5,6 +5,7 @@ import json
 import shutil
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 import zoo
 from tasks.audio.codec_task import encode_all, load_codec
 from tasks.audio.data import Recordings
-from tasks.audio.metrics import Likelihood, in_turn, order0_bits, order1_bits
+from tasks.audio.metrics import Likelihood, Speech, SpeechConfig, in_turn, order0_bits, order1_bits
 from tasks.audio.task import FRAMES_AT_ONCE, AudioPrompt
 from tasks.audio.waves import fit, from_levels, to_levels, write_wav
 from zoo import cli, config, registry
@@ -23,6 +24,7 @@ from zoo.model import Batch
 from zoo.pipelines import pipeline
 from zoo.task import Request, run_metrics
 from zoo.train import Recipe, load_run, train
+from zoo.train.parallel import Ranks
 from zoo.weights import WeightsError
 
 RATE = 2000
@@ -333,6 +335,52 @@ def test_floors_by_hand():
     train, test = of([5, 5, 9], [5]), of([5, 9])
     assert order0_bits(train, test) == pytest.approx(-(np.log2(4 / 260) + np.log2(2 / 260)) / 2)
     assert order1_bits(train, test) == pytest.approx(-(np.log2(3 / 258) + np.log2(2 / 258)) / 2)
+
+
+class Ear(torch.nn.Module):
+    """Hears the labels that a sound's level stands for: 100 digit + 10 speaker."""
+
+    config = SimpleNamespace(length=64)
+
+    def __init__(self):
+        super().__init__()
+        self.place = torch.nn.Parameter(torch.zeros(()))
+
+    def features(self, sound):
+        return sound[:, :8] + 1e-5 * torch.randn(len(sound), 8)
+
+    def answers(self, features):
+        level = (features[:, 0] * 32768 / 10).round().long()
+        return torch.stack((level // 10, level % 10), dim=1)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_speech_is_judged_by_what_was_asked_for(shift):
+    """A maker that says what it is asked scores as real recordings do, one that says the next digit scores nothing."""
+    attributes = {"digit": tuple("0123456789"), "speaker": ("a", "b")}
+
+    def say(labels):
+        return [np.full(80, 100 * int(digit) + 10 * int(speaker), np.int16) for digit, speaker in labels]
+
+    seeds = []
+
+    def make(model, labels, seed):
+        seeds.append(seed)
+        return say((labels + torch.tensor([shift, 0])) % torch.tensor([10, 2]))
+
+    labels = np.array([[number % 10, number % 2] for number in range(30)])
+    part = Recordings(say(labels), labels, [str(n) for n in range(30)])
+    config = SpeechConfig(count=60, batch=20, seed=3)
+    speech = Speech(
+        config, make, lambda sounds: sounds[::-1], Ear(), attributes, ["digit", "speaker"], (part, part), 8000
+    )
+    speech.update(torch.nn.Linear(1, 1), None)
+    speech.reduce(Ranks())
+    scores = speech.compute()
+    assert scores["digit_accuracy_real"] == scores["speaker_accuracy_real"] == scores["speaker_accuracy"] == 1
+    assert scores["digit_accuracy"] == 1 - shift
+    assert scores["digit_accuracy_rebuilt"] == 0  # in the wrong order
+    assert seeds == [(3 << 32) + at for at in (0, 20, 40)]
 
 
 def test_labels_in_turn():
