@@ -2,6 +2,7 @@
 
 import json
 import queue
+import random
 import threading
 import time
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 
 from zoo import cli, config
 from zoo.config import ConfigError, list_suites
-from zoo.evaluate import find_suite, run_suite, runner
-from zoo.evaluate.rows import is_complete, merge, read_rows
+from zoo.evaluate import find_suite, report, run_suite, runner
+from zoo.evaluate.rows import group_of, is_complete, merge, read_rows
 from zoo.evaluate.suite import fitting_mlp, parameter_count, read_suite
 from zoo.evaluate.summary import lines, sections
 from zoo.train import Recipe, Replica
@@ -117,6 +118,24 @@ def test_a_cell_that_breaks_off_leaves_the_rows_of_what_it_measured(suite, tmp_p
     after = read_rows(quiet(suite, tmp_path, only=["swa"]).rows)
     assert after[: len(before)] == before
     assert {row["seed"] for row in after[len(before) :]} == {1}
+
+
+def test_any_row_that_is_deleted_comes_back_to_the_same_page(suite, tmp_path):
+    path = Path(suite)
+    path.write_text(path.read_text().replace("seeds: [0, 1]", "seeds: [0, 1]\n    rates: [1.0e-3, 1.0e-2]"))
+    done = quiet(suite, tmp_path)
+    rows = read_rows(done.rows)
+    page = report.render({"tiny": rows}, tmp_path / "out")
+    assert page == done.page.read_text()
+    assert len(rows) > 40
+    for gone, row in enumerate(rows):
+        left = rows[:gone] + rows[gone + 1 :]
+        again = [other for other in rows if group_of(other) == group_of(row)]  # as a measurement gives them
+        assert merge(left, again) == rows
+        assert report.render({"tiny": merge(left, again)}, tmp_path / "out") == page, row
+    random.Random(0).shuffle(shuffled := [*rows])
+    done.rows.write_text("".join(json.dumps(row) + "\n" for row in shuffled))
+    assert report.write_page(tmp_path / "out").read_text() == page
 
 
 def test_a_changed_recipe_replaces_its_rows(suite, tmp_path):

@@ -6,8 +6,8 @@ from typing import Any
 
 from zoo import weights
 from zoo.evaluate import plots
-from zoo.evaluate.rows import Row, read_rows
-from zoo.evaluate.summary import Line, Spread, lines, measured, sections, series, title_of
+from zoo.evaluate.rows import Row, place_of, read_rows
+from zoo.evaluate.summary import Line, Spread, first_name, lines, measured, sections, series, title_of
 
 HEAD = """# Results
 
@@ -59,9 +59,10 @@ def tables(rows: Sequence[Row]) -> str:
 def section_tables(rows: Sequence[Row]) -> str:
     parts = []
     if scores := measured(rows, "scores"):
-        parts.append(score_table(lines(rows), {row["name"]: None for row in scores}))
-    if others := measured(rows, "lengths"):  # the first score stands for them all
-        name = others[0]["name"]
+        names = dict.fromkeys(row["name"] for row in sorted(scores, key=place_of))
+        parts.append(score_table(lines(rows), names))
+    if others := measured(rows, "lengths"):
+        name = first_name(others)
         parts.append(axis_table(series(rows, "lengths", name, "length"), f"{name} at length"))
     for name, label in plots.SPEEDS.items():
         if found := series(rows, "speed", name, "length"):

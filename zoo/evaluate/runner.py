@@ -312,6 +312,7 @@ def as_rows(
         row = {"suite": cell.suite, **identity, "measurement": measurement, "name": number.name, "at": number.at}
         row |= {
             "value": number.value if math.isfinite(number.value) else None,
+            "place": place,
             "of": len(numbers),
             "settings": settings,
         }

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from zoo.evaluate.rows import Row
+from zoo.evaluate.rows import Row, place_of
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,16 @@ def members(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     return dict(sorted(found.items(), key=lambda item: by_number(*item[0])))
 
 
+def first_name(rows: Sequence[Row]) -> str:
+    """Of a measurement's numbers, the one that stands for them all."""
+    return min(rows, key=place_of)["name"]
+
+
 def best_rates(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
     """(model, arm) -> the learning rate whose seeds have the best mean of the first score; a section's rows."""
     chosen = {}
     for who, own in members(measured(rows, "scores") or measured(rows, "lengths") or rows).items():
-        name = own[0]["name"]
+        name = first_name(own)
         sign = -1 if higher_is_better(name) else 1
         by_rate: dict[float, list[float]] = {}
         for row in own:
