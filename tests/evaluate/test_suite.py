@@ -101,6 +101,47 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(suite, tmp_path, monkeyp
     assert done.ran == ["tiny/recall_gatedfwa_d32"]
 
 
+def test_a_cell_whose_data_are_missing_is_told_and_the_others_go_on(suite, tmp_path, monkeypatch):
+    """Its recipe cannot even be resolved: a model's size is that of its data's vocabulary or frequency."""
+    path = Path(suite)
+    monkeypatch.setenv("ZOO_DATA", str(tmp_path / "none"))
+    absent = ["  absent:", "    recipe: series/etth1", "    same_size: series_softmax_100k"]
+    path.write_text(path.read_text().replace("experiments:\n", "\n".join(["experiments:", *absent, ""])))
+    done = quiet(suite, tmp_path, only=["absent", "swa"], dry_run=True)
+    (name,) = done.failed
+    assert "absent/" in name
+    assert "DataMissing" in done.failed[name]
+    assert done.ran == ["tiny/recall_swa_d32"]
+    done = quiet(suite, tmp_path, only=["absent", "swa"])
+    assert list(done.failed) == [name]
+    assert {row["model"] for row in read_rows(done.rows)} == {"recall_swa_d32"}
+
+
+def test_side_by_side_the_longest_begins(suite, tmp_path, monkeypatch):
+    path = Path(suite)
+    arms = [
+        "arms:",
+        "  short: [train.steps=2]",
+        "  long: [train.steps=9]",
+        "  wide: [train.steps=4,train.batch_size=99]",
+    ]
+    path.write_text(path.read_text().replace("seeds: [0, 1]", "seeds: [0]\n    " + "\n    ".join(arms)))
+    orders = []
+    monkeypatch.setattr(runner, "reports", lambda todo, jobs: orders.append([job.cell.arm for job in todo]) or [])
+    for jobs in (1, 2):
+        quiet(suite, tmp_path, only=["swa"], jobs=jobs)
+    assert orders == [["short", "long", "wide"], ["long", "wide", "short"]]
+    todo, _ = runner.lacking(find_suite("recall").cells(["lengths/recall_swa"]), [], tmp_path)
+    assert [job.cell.arm for job in runner.longest_first(todo)][:2] == ["length-512", "length-256"]
+
+
+def test_a_replica_has_the_recipe_that_train_would_be_given():
+    for recipe in (find_suite("recall").cells()[0].recipe, find_suite("cross_domain").cells(["jsb/*swa"])[0].recipe):
+        given = config.build(Recipe, recipe, {"train": {"seed": 3, "optimizer": {"lr": 0.25}}})
+        assert config.to_dict(Replica(0.25, 3).recipe(recipe)) == config.to_dict(given)
+        assert recipe.train.seed == 0
+
+
 def test_a_cell_that_breaks_off_leaves_the_rows_of_what_it_measured(suite, tmp_path, monkeypatch):
     real = runner.MEASURE["scores"]
 

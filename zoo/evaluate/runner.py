@@ -84,7 +84,7 @@ def run_suite(
     only       patterns of cell names: "wikitext2/*swa*"
     overrides  fields of every recipe to change
     dry_run    say what is missing and do nothing
-    A cell that fails is told and the others go on; its name is in `failed`. Ctrl-C ends all, nothing is lost: the same
+    A cell that fails (its data may be missing) is told and the others go on; its name is in `failed`. Ctrl-C ends all, nothing is lost: the same
     call goes on. Raises ConfigError for a suite, a pattern or a recipe that does not fit.
     """
     suite = find_suite(name)
@@ -92,12 +92,15 @@ def run_suite(
     if jobs > 1 and any("speed" in cell.settings.measure for cell in cells):
         raise configs.ConfigError(f"suite {name!r} times its models, which wants the machine to itself: --jobs 1")
     path = out / f"{suite.name}.jsonl"
-    todo = [job for cell in cells if (job := missing(cell, read_rows(path), work)).missing]
+    todo, failed = lacking(cells, read_rows(path), work)
+    if jobs > 1:
+        todo = longest_first(todo)
     if dry_run:
-        listed = "\n".join(f"  {job.cell.name}: {describe(job)}" for job in todo)
-        return Summary(len(cells), [job.cell.name for job in todo], {}, path, out.with_suffix(".md"), listed)
+        listed = [f"  {job.cell.name}: {describe(job)}" for job in todo]
+        listed += [f"  {cell}: cannot be run, {why}" for cell, why in failed.items()]
+        ran = [job.cell.name for job in todo]
+        return Summary(len(cells), ran, failed, path, out.with_suffix(".md"), "\n".join(listed))
 
-    failed: dict[str, str] = {}
     ended, began = 0, time.monotonic()
     bar = tqdm(total=len(todo), desc=suite.name, unit="cell", disable=not sys.stderr.isatty() or jobs == 1)
     with contextlib.closing(bar):
@@ -119,12 +122,42 @@ def run_suite(
     return Summary(len(cells), [job.cell.name for job in todo], failed, path, page, table)
 
 
+def lacking(cells: Sequence[Cell], rows: Sequence[Row], work: Path) -> tuple[list[Job], dict[str, str]]:
+    """The jobs to do, and name -> why of cells whose recipe cannot be resolved here. Raises ConfigError: what the suite
+    says is wrong on every machine."""
+    todo, failed = [], {}
+    for cell in cells:
+        try:
+            job = missing(cell, rows, work)
+        except configs.ConfigError:
+            raise
+        except Exception as error:
+            if os.environ.get("ZOO_DEBUG") == "1":
+                raise
+            failed[cell.name] = f"{type(error).__name__}: {error}"
+            log.warning("%s failed: %s", cell.name, failed[cell.name])
+            continue
+        if job.missing:
+            todo.append(job)
+    return todo, failed
+
+
+def longest_first(todo: Sequence[Job]) -> list[Job]:
+    """Side by side the longest begin, and none is left over to run alone at the end. By steps, since a small model's
+    step takes about as long whatever its batch is; then by batch. A stack's replicas are trained together."""
+
+    def length(job: Job) -> tuple[int, int]:
+        train, settings = job.cell.recipe.train, job.cell.settings
+        return train.steps * (1 if settings.stacked else len(job.missing)), train.batch_size
+
+    return sorted(todo, key=length, reverse=True)
+
+
 def missing(cell: Cell, rows: Sequence[Row], work: Path) -> Job:
     """What the rows lack of a cell."""
-    lacking = []
+    parts = []
     recipe = cell.recipe
-    replicas = cell.replicas() if cell.settings.trains else cell.replicas()[:1]
-    for replica in replicas:
+    for replica in cell.replicas():
         settings = settings_of(cell, configs.to_dict(replica.recipe(recipe)))
         names = tuple(
             name
@@ -132,8 +165,8 @@ def missing(cell: Cell, rows: Sequence[Row], work: Path) -> Job:
             if not is_complete(rows, group_for(cell, replica, name), settings[name])
         )
         if names:
-            lacking.append((replica, names))
-    return Job(cell, tuple(lacking), work)
+            parts.append((replica, names))
+    return Job(cell, tuple(parts), work)
 
 
 def group_for(cell: Cell, replica: Replica, measurement: str) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ class Replica:
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """What `zoo train` would be given for this one alone."""
-        return configs.build(Recipe, recipe, {"train": {"seed": self.seed, "optimizer": {"lr": self.lr}}})
+        train = replace(recipe.train, seed=self.seed, optimizer=replace(recipe.train.optimizer, lr=self.lr))
+        return replace(recipe, train=train)
 
 
 class Interrupted(SystemExit):
