@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from zoo import cli, config
+from zoo import cli, config, registry
 from zoo.config import ConfigError, list_suites
 from zoo.evaluate import find_suite, report, run_suite, runner
 from zoo.evaluate.rows import group_of, is_complete, merge, read_rows
@@ -34,11 +34,28 @@ def test_every_suite_unfolds_into_recipes_that_fit(name):
 
 
 def test_every_registered_mixer_is_in_cross_domain_and_speed():
-    from zoo.registry import mixers
-
     for suite in ("cross_domain", "speed"):
         models = {cell.model for cell in find_suite(suite).cells()}
-        assert {f"text_{mixer}_8m" for mixer in mixers} <= models
+        assert {f"text_{mixer}_8m" for mixer in registry.mixers} <= models
+
+
+@pytest.mark.parametrize("data", ["wikitext2", "gutenberg"])
+def test_the_gate_is_told_from_the_token_shift_on_text(data):
+    """Windowed with and without a gate, and full, each with and without the shift, in one table at one size."""
+    cells = [c for c in find_suite("cross_domain").cells() if (c.settings.section or c.experiment) == f"text-{data}"]
+    assert len({(cell.model, cell.arm) for cell in cells}) == len(cells)
+    found = {}
+    for cell in cells:
+        mixer = cell.recipe.model.config.backbone.mixer
+        found.setdefault(mixer.name, {})[cell.arm] = mixer.config.token_shift if mixer.name != "baseconv" else None
+    for gated in ("gatedfwa", "fox"):
+        assert found[gated] == {"": True, "unshifted": False}
+    for plain in ("swa", "softmax"):
+        assert found[plain] == {"": False, "shifted": True}
+    sizes = [parameter_count(cell.recipe) for cell in cells]
+    assert max(sizes) < 1.02 * min(sizes)
+    assert len({(cell.settings.recipe, *cell.settings.measure, *cell.settings.seeds) for cell in cells}) == 1
+    assert sum("shift" in cell.settings.title for cell in cells) == len(registry.mixers.names())
 
 
 @pytest.mark.parametrize("suite", ["cross_domain", "smoke"])

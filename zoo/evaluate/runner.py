@@ -84,8 +84,8 @@ def run_suite(
     only       patterns of cell names: "wikitext2/*swa*"
     overrides  fields of every recipe to change
     dry_run    say what is missing and do nothing
-    A cell that fails (its data may be missing) is told and the others go on; its name is in `failed`. Ctrl-C ends all, nothing is lost: the same
-    call goes on. Raises ConfigError for a suite, a pattern or a recipe that does not fit.
+    A cell that fails (its data may be missing) is told and the others go on; its name is in `failed`. Ctrl-C ends all,
+    nothing is lost: the same call goes on. Raises ConfigError for a suite, a pattern or a recipe that does not fit.
     """
     suite = find_suite(name)
     cells = suite.cells(only, overrides)
