@@ -37,6 +37,9 @@ def test_every_registered_mixer_is_in_cross_domain_and_speed():
     for suite in ("cross_domain", "speed"):
         models = {cell.model for cell in find_suite(suite).cells()}
         assert {f"text_{mixer}_8m" for mixer in registry.mixers} <= models
+    recall = {cell.model: parameter_count(cell.recipe) for cell in find_suite("cross_domain").cells(["recall-"])}
+    assert {f"recall_{mixer}_d64" for mixer in registry.mixers} == recall.keys()
+    assert max(recall.values()) < 1.02 * min(recall.values())
 
 
 @pytest.mark.parametrize("data", ["wikitext2", "gutenberg"])
