@@ -29,6 +29,12 @@ def test_every_measurement_leaves_rows_that_say_how_they_came_about(smoke):
         carried = {"fingerprint", "commit", "seed", "data", "hardware", "command", "evaluated_with", "settings"}
         assert carried <= row.keys(), row
         assert isinstance(row["value"], float | int)
+        assert row["stacked"] == (row["experiment"] == "recall")
+        assert ("trained_on" in row) == (row["measurement"] != "speed")  # which trains nothing
+        if "trained_on" in row:
+            cell = smoke / "runs/suites/smoke" / row["experiment"] / row["model"] / row["arm"]
+            provenance = json.loads((cell / f"lr{row['lr']:g}-seed{row['seed']}/provenance.json").read_text())
+            assert row["trained_on"] == [session["device"] for session in provenance["sessions"]]
     recall = [row for row in rows if row["experiment"] == "recall" and row["name"] == "accuracy"]
     assert len(recall) == 2 * 2 * 2 * 2  # models, arms, rates, seeds
     assert len({row["fingerprint"] for row in recall}) == 16

@@ -17,7 +17,7 @@ from zoo.evaluate.summary import Line, Spread, first_name, lines, measured, sect
 DIGEST = "Rows"  # the name in a PNG's text
 SPEEDS = {
     "train_tokens_per_second": "training, tokens/s",
-    "prefill_tokens_per_second": "prefill, tokens/s",
+    "prefill_tokens_per_second": "prefill, eager, tokens/s",
     "decode_tokens_per_second": "decoding, tokens/s",
     "state_bytes": "state, bytes a sequence",
 }

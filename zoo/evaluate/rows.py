@@ -7,6 +7,7 @@
 
 A measurement gives several numbers; each of its rows says how many (`of`), so that one that is missing is noticed from
 the rows alone. `settings` is a digest of the recipe and of how it was measured; a row of other settings is another one.
+`planned` says which rates, seeds and measurements its cell was to have, so that what a cell lacks is noticed, too.
 """
 
 import json

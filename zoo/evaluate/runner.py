@@ -30,7 +30,7 @@ from zoo import config as configs
 from zoo.evaluate import report
 from zoo.evaluate.measure import MEASURE, Number
 from zoo.evaluate.rows import Row, is_complete, merge, read_rows, write_rows
-from zoo.evaluate.score import circumstances, origin
+from zoo.evaluate.score import circumstances, origin, trained_on
 from zoo.evaluate.speed import speed
 from zoo.evaluate.suite import Cell, find_suite
 from zoo.train import Replica, pick_device, sweep, train
@@ -299,7 +299,7 @@ def run_job(job: Job) -> Iterator[Rows]:
                 rows += rows_of_speed(cell, replica)
                 continue
             numbers = MEASURE[name](run, cell.settings, device)
-            rows += as_rows(cell, replica, name, numbers, origin(run), device)
+            rows += as_rows(cell, replica, name, numbers, {**origin(run), "trained_on": trained_on(run)}, device)
         if rows:
             yield rows
 
@@ -336,6 +336,12 @@ def as_rows(
     """One row a number, with everything beside it that says how it came about."""
     recipe = configs.to_dict(replica.recipe(cell.recipe))
     settings = settings_of(cell, recipe)[measurement]
+    replicas = cell.replicas()
+    planned = {
+        "rates": sorted({replica.lr for replica in replicas}),
+        "seeds": sorted({replica.seed for replica in replicas}),
+        "measure": list(cell.settings.measure),
+    }
     measured_here = circumstances(device)
     identity = dict(zip(("experiment", "model", "arm", "lr", "seed"), group_for(cell, replica, "")[:5], strict=True))
     how = {name: value for name, value in where.items() if name not in ("run", "model", "seed")}
@@ -348,6 +354,8 @@ def as_rows(
             "place": place,
             "of": len(numbers),
             "settings": settings,
+            "stacked": cell.settings.stacked,
+            "planned": planned,
         }
         if measurement == "scores" and place == 0 and published is not None:
             row["published"] = published
