@@ -81,6 +81,20 @@ def test_recall_holds_the_published_calibration():
     assert sum(-(-n // 256) for _, _, n in recipe.task.config.dataset.config.train) == 707
 
 
+@pytest.mark.parametrize("suite", ["recall", "cross_domain"])
+def test_what_stands_in_one_table_was_tuned_alike(suite):
+    tuned, members = {}, []
+    for cell in find_suite(suite).cells():
+        section = cell.settings.section or cell.experiment
+        tuned.setdefault(section, set()).add((*cell.settings.rates, "seeds", *cell.settings.seeds))
+        members.append((section, cell.model, cell.arm))
+    assert {section: len(ways) for section, ways in tuned.items()} == dict.fromkeys(tuned, 1)
+    assert len(set(members)) == len(members)
+    if suite == "recall":
+        mixers = {model for section, model, _ in members if section == "mixture"}
+        assert mixers == {f"recall_{name}_d128" for name in ("softmax", "swa", "gatedfwa", "gatedfwa_nsa")}
+
+
 def test_rows_table_and_published_values(suite, tmp_path):
     done = quiet(suite, tmp_path)
     assert done.failed == {}
