@@ -1,8 +1,8 @@
 """How fast a model is at several lengths, with random weights: training, prefill, decoding; and what its state weighs.
 
 Medians of repeats after warm-up, one process, nothing else running. A training step is forward, backward and update as
-the recipe says (precision, compile). Prefill is one sequence in chunks, eagerly: neither compiled nor recorded, so that on
-a GPU short lengths and small models wait for Python. Decoding goes on from such a state, on a GPU as one CUDA graph,
+the recipe says (precision, compile). Prefill is one sequence in chunks, eagerly: neither compiled nor recorded, so that
+on a GPU short lengths and small models wait for Python. Decoding goes on from such a state, on a GPU as one CUDA graph,
 which the state's fixed shapes allow.
 """
 
