@@ -12,8 +12,10 @@ from zoo.evaluate.measure import ByPosition, Longest, elements, octaves, tokens_
 from zoo.evaluate.plots import AXES, finish, in_powers_of_two
 from zoo.evaluate.report import figure, section_tables, table
 from zoo.evaluate.summary import best_rates, lines, series
-from zoo.model import Batch
+from zoo.model import Batch, Context
 from zoo.task import run_metrics
+from zoo.train import Recipe
+from zoo.train.recipe import make_model, make_task
 
 
 @pytest.fixture
@@ -64,28 +66,36 @@ def test_tokens_seen():
     assert elements(Batch({"codes": torch.zeros(3, 5, 2)}, {"a": torch.zeros(3, 5)})) == 15
 
 
-def test_a_decoding_step_for_speed_goes_on_from_the_state(model):
-    """What is timed is the real thing: each call moves every row one token on."""
-    from zoo.config import build, recipe_layers
-    from zoo.train import Recipe
-
-    recipe = build(Recipe, *recipe_layers("text/smoke"))
-    batch = Batch(torch.randint(11, (1, 20)))
-    cache = speed.filled(model, batch, 20, 3, recipe, torch.device("cpu"))
+@pytest.mark.parametrize("mixer", registry.mixers.names())
+@torch.inference_mode()
+def test_a_decoding_step_for_speed_goes_on_from_the_state(mixer):
+    """What is timed is the real thing: each call moves every row one token on, in what it remembers, too."""
+    recipe = config.build(Recipe, *config.recipe_layers("text/smoke", [f"model.name=text_{mixer}_1m"]))
+    torch.manual_seed(0)
+    model, cpu = make_model(recipe, make_task(recipe)).eval(), torch.device("cpu")
+    tokens = torch.randint(256, (1, 20))
+    cache = speed.filled(model, Batch(tokens), 20, 3, recipe, cpu)
     assert cache["position"].tolist() == [20, 20, 20]
-    seconds = speed.decode_seconds(model, batch, 20, 3, recipe, torch.device("cpu"))
+    token = tokens[:, :1].repeat(3, 1)
+    step = speed.decoding(model, cache, token, recipe, cpu)
+    for longer in range(1, 5):
+        row = torch.cat((tokens, tokens[:, :1].expand(1, longer)), dim=1)
+        h, _ = model.backbone(model.head.embed(row, Context())[0], Context())
+        torch.testing.assert_close(step(), model.head.logits(h[:, -1], None).expand(3, -1), rtol=1e-4, atol=1e-4)
+        assert cache["position"].tolist() == [20 + longer] * 3
+
+
+def test_decoding_is_timed_a_step(model):
+    recipe = config.build(Recipe, *config.recipe_layers("text/smoke"))
+    seconds = speed.decode_seconds(model, Batch(torch.randint(11, (1, 20))), 20, 3, recipe, torch.device("cpu"))
     assert 0 < seconds < 1
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mixer", ["softmax", "gatedfwa", "gatedfwa_nsa", "baseconv"])
 def test_a_decoding_step_on_a_gpu_is_one_graph(mixer):
-    from zoo.config import build, recipe_layers
-    from zoo.train import Recipe
-    from zoo.train.recipe import make_model, make_task
-
     words = ["train.precision=bf16", f"model.name=text_{mixer}_1m"]
-    recipe, cuda = build(Recipe, *recipe_layers("text/smoke", words)), torch.device("cuda")
+    recipe, cuda = config.build(Recipe, *config.recipe_layers("text/smoke", words)), torch.device("cuda")
     model = make_model(recipe, make_task(recipe)).to(cuda).eval()
     batch = Batch(torch.randint(256, (1, 200), device=cuda))
     assert 0 < speed.decode_seconds(model, batch, 200, 4, recipe, cuda) < 0.1
@@ -110,6 +120,25 @@ def test_the_best_rate_by_the_mean_of_its_seeds():
     curve = [row("a", lr, 0, lr, name="valid/loss", measurement="curve", at={"tokens": 5}) for lr in (0.1, 0.2)]
     (points,) = series([*rows, *curve], "curve", "valid/loss", "tokens").values()
     assert [(place, spread.mean) for place, spread in points] == [(5, 0.2)]
+
+
+def test_a_rate_that_lacks_seeds_does_not_compete_and_the_page_says_so():
+    plan = {"planned": {"rates": [0.1, 0.2, 0.3], "seeds": [0, 1], "measure": ["scores"]}, "of": 1}
+    rows = [row(model, 0.1, seed, 0.5, **plan) for model in "ab" for seed in (0, 1)]
+    rows += [row("a", 0.2, 0, 0.9, **plan), row("a", 0.3, 0, 0.95, **plan), row("a", 0.3, 1, None, **plan)]
+    rows += [row("b", rate, seed, 0.4, **plan) for rate in (0.2, 0.3) for seed in (0, 1)]
+    for order in (rows, rows[::-1]):
+        assert best_rates(order) == {("a", ""): 0.1, ("b", ""): 0.1}
+        text = section_tables(order)
+        assert "| a † | 0.1 | 2 | 0.5000 ± 0.0000 |" in text
+        assert "| b | 0.1 | 2 |" in text
+        said = "measured in full: lr 0.1 seeds 0, 1; lr 0.2 seeds 0; lr 0.3 seeds 0, 1; "
+        assert f"† a is not complete; {said}planned: lr 0.1, 0.2, 0.3 with seeds 0, 1 each." in text
+        assert "b is not complete" not in text
+    without = [r for r in rows if r["model"] == "b" and (r["lr"], r["seed"]) != (0.1, 0)]
+    assert best_rates(without) == {("b", ""): 0.2}
+    half = [{**r, "of": 2} for r in rows if r["model"] == "b"]  # a number of each measurement is missing
+    assert "measured in full: none;" in section_tables(half)
 
 
 def test_mean_and_sample_deviation_in_the_table():

@@ -29,6 +29,12 @@ def test_every_measurement_leaves_rows_that_say_how_they_came_about(smoke):
         carried = {"fingerprint", "commit", "seed", "data", "hardware", "command", "evaluated_with", "settings"}
         assert carried <= row.keys(), row
         assert isinstance(row["value"], float | int)
+        assert row["stacked"] == (row["experiment"] == "recall")
+        assert ("trained_on" in row) == (row["measurement"] != "speed")  # which trains nothing
+        if "trained_on" in row:
+            cell = smoke / "runs/suites/smoke" / row["experiment"] / row["model"] / row["arm"]
+            provenance = json.loads((cell / f"lr{row['lr']:g}-seed{row['seed']}/provenance.json").read_text())
+            assert row["trained_on"] == [session["device"] for session in provenance["sessions"]]
     recall = [row for row in rows if row["experiment"] == "recall" and row["name"] == "accuracy"]
     assert len(recall) == 2 * 2 * 2 * 2  # models, arms, rates, seeds
     assert len({row["fingerprint"] for row in recall}) == 16
@@ -77,7 +83,7 @@ def test_the_arms_of_a_plot_against_state_are_told_in_its_legend(smoke):
 def test_a_deleted_row_comes_back_alone(smoke, monkeypatch):
     monkeypatch.chdir(smoke)
     path = smoke / "runs/results/smoke.jsonl"
-    lines = path.read_text().splitlines()
+    lines, page = path.read_text().splitlines(), (smoke / "runs/results.md").read_bytes()
     gone = next(i for i, line in enumerate(lines) if json.loads(line)["name"] == "accuracy_24x2")
     path.write_text("".join(line + "\n" for i, line in enumerate(lines) if i != gone) + '{"half a li')
 
@@ -91,10 +97,11 @@ def test_a_deleted_row_comes_back_alone(smoke, monkeypatch):
     monkeypatch.setattr("zoo.evaluate.runner.as_rows", lambda *words: measured.append(words) or real(*words))
     assert cli.main(["evaluate", "smoke"]) == 0
     after = path.read_text().splitlines()
-    assert after[:-1] == lines[:gone] + lines[gone + 1 :]  # the others stay as they were, to the letter
-    old, new = json.loads(lines[gone]), json.loads(after[-1])
+    assert after[:gone] + after[gone + 1 :] == lines[:gone] + lines[gone + 1 :]  # the others stay, to the letter
+    old, new = json.loads(lines[gone]), json.loads(after[gone])
     assert len(measured) == 1
     assert new["value"] == pytest.approx(old["value"])
     assert {**new, "value": 0, "command": ""} == {**old, "value": 0, "command": ""}
+    assert (smoke / "runs/results.md").read_bytes() == page
     assert cli.main(["evaluate", "smoke"]) == 0
     assert len(measured) == 1  # nothing is missing any more

@@ -2,6 +2,7 @@
 
 import json
 import queue
+import random
 import threading
 import time
 from pathlib import Path
@@ -9,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from zoo import cli, config
+from zoo import cli, config, registry
 from zoo.config import ConfigError, list_suites
-from zoo.evaluate import find_suite, run_suite, runner
-from zoo.evaluate.rows import is_complete, merge, read_rows
+from zoo.evaluate import find_suite, report, run_suite, runner
+from zoo.evaluate.rows import group_of, is_complete, merge, read_rows
 from zoo.evaluate.suite import fitting_mlp, parameter_count, read_suite
 from zoo.evaluate.summary import lines, sections
 from zoo.train import Recipe, Replica
@@ -33,11 +34,31 @@ def test_every_suite_unfolds_into_recipes_that_fit(name):
 
 
 def test_every_registered_mixer_is_in_cross_domain_and_speed():
-    from zoo.registry import mixers
-
     for suite in ("cross_domain", "speed"):
         models = {cell.model for cell in find_suite(suite).cells()}
-        assert {f"text_{mixer}_8m" for mixer in mixers} <= models
+        assert {f"text_{mixer}_8m" for mixer in registry.mixers} <= models
+    recall = {cell.model: parameter_count(cell.recipe) for cell in find_suite("cross_domain").cells(["recall-"])}
+    assert {f"recall_{mixer}_d64" for mixer in registry.mixers} == recall.keys()
+    assert max(recall.values()) < 1.02 * min(recall.values())
+
+
+@pytest.mark.parametrize("data", ["wikitext2", "gutenberg"])
+def test_the_gate_is_told_from_the_token_shift_on_text(data):
+    """Windowed with and without a gate, and full, each with and without the shift, in one table at one size."""
+    cells = [c for c in find_suite("cross_domain").cells() if (c.settings.section or c.experiment) == f"text-{data}"]
+    assert len({(cell.model, cell.arm) for cell in cells}) == len(cells)
+    found = {}
+    for cell in cells:
+        mixer = cell.recipe.model.config.backbone.mixer
+        found.setdefault(mixer.name, {})[cell.arm] = mixer.config.token_shift if mixer.name != "baseconv" else None
+    for gated in ("gatedfwa", "fox"):
+        assert found[gated] == {"": True, "unshifted": False}
+    for plain in ("swa", "softmax"):
+        assert found[plain] == {"": False, "shifted": True}
+    sizes = [parameter_count(cell.recipe) for cell in cells]
+    assert max(sizes) < 1.02 * min(sizes)
+    assert len({(cell.settings.recipe, *cell.settings.measure, *cell.settings.seeds) for cell in cells}) == 1
+    assert sum("shift" in cell.settings.title for cell in cells) == len(registry.mixers.names())
 
 
 @pytest.mark.parametrize("suite", ["cross_domain", "smoke"])
@@ -58,6 +79,20 @@ def test_recall_holds_the_published_calibration():
     assert recipe.train.steps == 8 * 707  # the protocol's 32 are in the recipe
     assert config.build(Recipe, *config.recipe_layers("recall/mqar_b", [])).train.steps == 32 * 707
     assert sum(-(-n // 256) for _, _, n in recipe.task.config.dataset.config.train) == 707
+
+
+@pytest.mark.parametrize("suite", ["recall", "cross_domain"])
+def test_what_stands_in_one_table_was_tuned_alike(suite):
+    tuned, members = {}, []
+    for cell in find_suite(suite).cells():
+        section = cell.settings.section or cell.experiment
+        tuned.setdefault(section, set()).add((*cell.settings.rates, "seeds", *cell.settings.seeds))
+        members.append((section, cell.model, cell.arm))
+    assert {section: len(ways) for section, ways in tuned.items()} == dict.fromkeys(tuned, 1)
+    assert len(set(members)) == len(members)
+    if suite == "recall":
+        mixers = {model for section, model, _ in members if section == "mixture"}
+        assert mixers == {f"recall_{name}_d128" for name in ("softmax", "swa", "gatedfwa", "gatedfwa_nsa")}
 
 
 def test_rows_table_and_published_values(suite, tmp_path):
@@ -100,6 +135,47 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(suite, tmp_path, monkeyp
     assert done.ran == ["tiny/recall_gatedfwa_d32"]
 
 
+def test_a_cell_whose_data_are_missing_is_told_and_the_others_go_on(suite, tmp_path, monkeypatch):
+    """Its recipe cannot even be resolved: a model's size is that of its data's vocabulary or frequency."""
+    path = Path(suite)
+    monkeypatch.setenv("ZOO_DATA", str(tmp_path / "none"))
+    absent = ["  absent:", "    recipe: series/etth1", "    same_size: series_softmax_100k"]
+    path.write_text(path.read_text().replace("experiments:\n", "\n".join(["experiments:", *absent, ""])))
+    done = quiet(suite, tmp_path, only=["absent", "swa"], dry_run=True)
+    (name,) = done.failed
+    assert "absent/" in name
+    assert "DataMissing" in done.failed[name]
+    assert done.ran == ["tiny/recall_swa_d32"]
+    done = quiet(suite, tmp_path, only=["absent", "swa"])
+    assert list(done.failed) == [name]
+    assert {row["model"] for row in read_rows(done.rows)} == {"recall_swa_d32"}
+
+
+def test_side_by_side_the_longest_begins(suite, tmp_path, monkeypatch):
+    path = Path(suite)
+    arms = [
+        "arms:",
+        "  short: [train.steps=2]",
+        "  long: [train.steps=9]",
+        "  wide: [train.steps=4,train.batch_size=99]",
+    ]
+    path.write_text(path.read_text().replace("seeds: [0, 1]", "seeds: [0]\n    " + "\n    ".join(arms)))
+    orders = []
+    monkeypatch.setattr(runner, "reports", lambda todo, jobs: orders.append([job.cell.arm for job in todo]) or [])
+    for jobs in (1, 2):
+        quiet(suite, tmp_path, only=["swa"], jobs=jobs)
+    assert orders == [["short", "long", "wide"], ["long", "wide", "short"]]
+    todo, _ = runner.lacking(find_suite("recall").cells(["lengths/recall_swa"]), [], tmp_path)
+    assert [job.cell.arm for job in runner.longest_first(todo)][:2] == ["length-512", "length-256"]
+
+
+def test_a_replica_has_the_recipe_that_train_would_be_given():
+    for recipe in (find_suite("recall").cells()[0].recipe, find_suite("cross_domain").cells(["jsb/*swa"])[0].recipe):
+        given = config.build(Recipe, recipe, {"train": {"seed": 3, "optimizer": {"lr": 0.25}}})
+        assert config.to_dict(Replica(0.25, 3).recipe(recipe)) == config.to_dict(given)
+        assert recipe.train.seed == 0
+
+
 def test_a_cell_that_breaks_off_leaves_the_rows_of_what_it_measured(suite, tmp_path, monkeypatch):
     real = runner.MEASURE["scores"]
 
@@ -117,6 +193,24 @@ def test_a_cell_that_breaks_off_leaves_the_rows_of_what_it_measured(suite, tmp_p
     after = read_rows(quiet(suite, tmp_path, only=["swa"]).rows)
     assert after[: len(before)] == before
     assert {row["seed"] for row in after[len(before) :]} == {1}
+
+
+def test_any_row_that_is_deleted_comes_back_to_the_same_page(suite, tmp_path):
+    path = Path(suite)
+    path.write_text(path.read_text().replace("seeds: [0, 1]", "seeds: [0, 1]\n    rates: [1.0e-3, 1.0e-2]"))
+    done = quiet(suite, tmp_path)
+    rows = read_rows(done.rows)
+    page = report.render({"tiny": rows}, tmp_path / "out")
+    assert page == done.page.read_text()
+    assert len(rows) > 40
+    for gone, row in enumerate(rows):
+        left = rows[:gone] + rows[gone + 1 :]
+        again = [other for other in rows if group_of(other) == group_of(row)]  # as a measurement gives them
+        assert merge(left, again) == rows
+        assert report.render({"tiny": merge(left, again)}, tmp_path / "out") == page, row
+    random.Random(0).shuffle(shuffled := [*rows])
+    done.rows.write_text("".join(json.dumps(row) + "\n" for row in shuffled))
+    assert report.write_page(tmp_path / "out").read_text() == page
 
 
 def test_a_changed_recipe_replaces_its_rows(suite, tmp_path):

@@ -140,6 +140,16 @@ def test_early_end_is_each_ones_own(tmp_path):
     assert not (tmp_path / "stopped" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("mixer", registry.mixers.names())
+def test_every_mixer_of_the_recall_comparison_can_be_stacked(mixer, tmp_path):
+    words = [f"model.name=recall_{mixer}_d32", "model.backbone.mlp=swiglu", "train.steps=2", "train.eval_every=0"]
+    words += ["model.head.dropout=0.0"]
+    replica = REPLICAS[1]
+    together = sweep(small(*words), tmp_path / "all", REPLICAS[:2])
+    alone = train(replica.recipe(small(*words)), tmp_path / "alone").run
+    assert_equal_weights(weights_of(together[1]), weights_of(alone), rtol=1e-3, atol=2e-5)
+
+
 def test_all_may_end_early(tmp_path):
     runs = sweep(small("train.stop_when=loss < 9"), tmp_path, REPLICAS)
     assert [checkpoint.read_manifest(chosen_checkpoint(run))["step"] for run in runs] == [4] * 4

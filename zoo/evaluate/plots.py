@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from zoo.evaluate.rows import Row, group_of
-from zoo.evaluate.summary import Line, Spread, lines, measured, sections, series, title_of
+from zoo.evaluate.summary import Line, Spread, first_name, lines, measured, sections, series, title_of
 
 DIGEST = "Rows"  # the name in a PNG's text
 SPEEDS = {
     "train_tokens_per_second": "training, tokens/s",
-    "prefill_tokens_per_second": "prefill, tokens/s",
+    "prefill_tokens_per_second": "prefill, eager, tokens/s",
     "decode_tokens_per_second": "decoding, tokens/s",
     "state_bytes": "state, bytes a sequence",
 }
@@ -57,7 +57,7 @@ def plan(rows: Sequence[Row]) -> list[Plot]:
         for measurement, (axis, what) in AXES.items():
             if part := measured(own, measurement):
                 shown = [*scores, *part]
-                draw = Over(measurement, axis, part[0]["name"])
+                draw = Over(measurement, axis, first_name(part))
                 plots.append(Plot(f"{stem}.{axis}.png", f"{about}: {draw.quantity} against {what}", shown, draw))
         if part := measured(own, "speed"):
             plots.append(Plot(f"{stem}.speed.png", f"{about}: rates against length", part, speeds, (12.0, 8.0)))

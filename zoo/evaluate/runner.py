@@ -30,7 +30,7 @@ from zoo import config as configs
 from zoo.evaluate import report
 from zoo.evaluate.measure import MEASURE, Number
 from zoo.evaluate.rows import Row, is_complete, merge, read_rows, write_rows
-from zoo.evaluate.score import circumstances, origin
+from zoo.evaluate.score import circumstances, origin, trained_on
 from zoo.evaluate.speed import speed
 from zoo.evaluate.suite import Cell, find_suite
 from zoo.train import Replica, pick_device, sweep, train
@@ -84,20 +84,23 @@ def run_suite(
     only       patterns of cell names: "wikitext2/*swa*"
     overrides  fields of every recipe to change
     dry_run    say what is missing and do nothing
-    A cell that fails is told and the others go on; its name is in `failed`. Ctrl-C ends all, nothing is lost: the same
-    call goes on. Raises ConfigError for a suite, a pattern or a recipe that does not fit.
+    A cell that fails (its data may be missing) is told and the others go on; its name is in `failed`. Ctrl-C ends all,
+    nothing is lost: the same call goes on. Raises ConfigError for a suite, a pattern or a recipe that does not fit.
     """
     suite = find_suite(name)
     cells = suite.cells(only, overrides)
     if jobs > 1 and any("speed" in cell.settings.measure for cell in cells):
         raise configs.ConfigError(f"suite {name!r} times its models, which wants the machine to itself: --jobs 1")
     path = out / f"{suite.name}.jsonl"
-    todo = [job for cell in cells if (job := missing(cell, read_rows(path), work)).missing]
+    todo, failed = lacking(cells, read_rows(path), work)
+    if jobs > 1:
+        todo = longest_first(todo)
     if dry_run:
-        listed = "\n".join(f"  {job.cell.name}: {describe(job)}" for job in todo)
-        return Summary(len(cells), [job.cell.name for job in todo], {}, path, out.with_suffix(".md"), listed)
+        listed = [f"  {job.cell.name}: {describe(job)}" for job in todo]
+        listed += [f"  {cell}: cannot be run, {why}" for cell, why in failed.items()]
+        ran = [job.cell.name for job in todo]
+        return Summary(len(cells), ran, failed, path, out.with_suffix(".md"), "\n".join(listed))
 
-    failed: dict[str, str] = {}
     ended, began = 0, time.monotonic()
     bar = tqdm(total=len(todo), desc=suite.name, unit="cell", disable=not sys.stderr.isatty() or jobs == 1)
     with contextlib.closing(bar):
@@ -119,12 +122,42 @@ def run_suite(
     return Summary(len(cells), [job.cell.name for job in todo], failed, path, page, table)
 
 
+def lacking(cells: Sequence[Cell], rows: Sequence[Row], work: Path) -> tuple[list[Job], dict[str, str]]:
+    """The jobs to do, and name -> why of cells whose recipe cannot be resolved here. Raises ConfigError: what the suite
+    says is wrong on every machine."""
+    todo, failed = [], {}
+    for cell in cells:
+        try:
+            job = missing(cell, rows, work)
+        except configs.ConfigError:
+            raise
+        except Exception as error:
+            if os.environ.get("ZOO_DEBUG") == "1":
+                raise
+            failed[cell.name] = f"{type(error).__name__}: {error}"
+            log.warning("%s failed: %s", cell.name, failed[cell.name])
+            continue
+        if job.missing:
+            todo.append(job)
+    return todo, failed
+
+
+def longest_first(todo: Sequence[Job]) -> list[Job]:
+    """Side by side the longest begin, and none is left over to run alone at the end. By steps, since a small model's
+    step takes about as long whatever its batch is; then by batch. A stack's replicas are trained together."""
+
+    def length(job: Job) -> tuple[int, int]:
+        train, settings = job.cell.recipe.train, job.cell.settings
+        return train.steps * (1 if settings.stacked else len(job.missing)), train.batch_size
+
+    return sorted(todo, key=length, reverse=True)
+
+
 def missing(cell: Cell, rows: Sequence[Row], work: Path) -> Job:
     """What the rows lack of a cell."""
-    lacking = []
+    parts = []
     recipe = cell.recipe
-    replicas = cell.replicas() if cell.settings.trains else cell.replicas()[:1]
-    for replica in replicas:
+    for replica in cell.replicas():
         settings = settings_of(cell, configs.to_dict(replica.recipe(recipe)))
         names = tuple(
             name
@@ -132,8 +165,8 @@ def missing(cell: Cell, rows: Sequence[Row], work: Path) -> Job:
             if not is_complete(rows, group_for(cell, replica, name), settings[name])
         )
         if names:
-            lacking.append((replica, names))
-    return Job(cell, tuple(lacking), work)
+            parts.append((replica, names))
+    return Job(cell, tuple(parts), work)
 
 
 def group_for(cell: Cell, replica: Replica, measurement: str) -> tuple[Any, ...]:
@@ -266,7 +299,7 @@ def run_job(job: Job) -> Iterator[Rows]:
                 rows += rows_of_speed(cell, replica)
                 continue
             numbers = MEASURE[name](run, cell.settings, device)
-            rows += as_rows(cell, replica, name, numbers, origin(run), device)
+            rows += as_rows(cell, replica, name, numbers, {**origin(run), "trained_on": trained_on(run)}, device)
         if rows:
             yield rows
 
@@ -303,6 +336,12 @@ def as_rows(
     """One row a number, with everything beside it that says how it came about."""
     recipe = configs.to_dict(replica.recipe(cell.recipe))
     settings = settings_of(cell, recipe)[measurement]
+    replicas = cell.replicas()
+    planned = {
+        "rates": sorted({replica.lr for replica in replicas}),
+        "seeds": sorted({replica.seed for replica in replicas}),
+        "measure": list(cell.settings.measure),
+    }
     measured_here = circumstances(device)
     identity = dict(zip(("experiment", "model", "arm", "lr", "seed"), group_for(cell, replica, "")[:5], strict=True))
     how = {name: value for name, value in where.items() if name not in ("run", "model", "seed")}
@@ -312,8 +351,11 @@ def as_rows(
         row = {"suite": cell.suite, **identity, "measurement": measurement, "name": number.name, "at": number.at}
         row |= {
             "value": number.value if math.isfinite(number.value) else None,
+            "place": place,
             "of": len(numbers),
             "settings": settings,
+            "stacked": cell.settings.stacked,
+            "planned": planned,
         }
         if measurement == "scores" and place == 0 and published is not None:
             row["published"] = published

@@ -85,7 +85,7 @@ def evaluate_run(
         "weights": "ema" if ema and recipe.train.ema else "raw",
         "overrides": list(overrides),
     }
-    common = {**origin(folder), **facts, **circumstances(place)}
+    common = {**origin(folder), "trained_on": trained_on(folder), **facts, **circumstances(place)}
     values, baselines = measured.values, task.baselines(split)
     rows = [
         {"name": name, "value": value, "kind": kind, **common}
@@ -156,6 +156,13 @@ def origin(run: Path) -> dict[str, Any]:
         **{name: manifest[name] for name in ("fingerprint", "seed", "data", "commit")},
         **{name: manifest[name] for name in ("backbone_from",) if name in manifest},
     }
+
+
+def trained_on(run: Path) -> list[str]:
+    """The devices of a run's sessions; none where nobody wrote them down."""
+    path = run / "provenance.json"
+    sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.is_file() else []
+    return list(dict.fromkeys(session["device"] for session in sessions))
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:

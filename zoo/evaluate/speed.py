@@ -1,8 +1,9 @@
 """How fast a model is at several lengths, with random weights: training, prefill, decoding; and what its state weighs.
 
 Medians of repeats after warm-up, one process, nothing else running. A training step is forward, backward and update as
-the recipe says (precision, compile). Prefill is one sequence in chunks; decoding goes on from such a state, on a GPU as
-one CUDA graph, which the state's fixed shapes allow.
+the recipe says (precision, compile). Prefill is one sequence in chunks, eagerly: neither compiled nor recorded, so that
+on a GPU short lengths and small models wait for Python. Decoding goes on from such a state, on a GPU as one CUDA graph,
+which the state's fixed shapes allow.
 """
 
 import statistics
@@ -106,15 +107,7 @@ def decode_seconds(model: Model, batch: Batch, length: int, rows: int, recipe: R
     """Of one step for all rows together: embed, backbone, logits. No sampling: it is the same for all models."""
     cache = filled(model, batch, length, rows, recipe, device)
     token = batch.inputs[:1, :1].repeat_interleave(rows, dim=0)
-    position = cache["position"]  # the one place that a graph reads it from
-
-    def step() -> None:
-        with autocast(recipe.train.precision, device):
-            h, _ = model.head.embed(token, Context())
-            h, after = model.backbone(h, Context(), {**cache, "position": position})
-            model.head.logits(h[:, -1], None)
-        position.copy_(after["position"])
-
+    step = decoding(model, cache, token, recipe, device)
     run = captured(step) if device.type == "cuda" else step
 
     def many() -> None:
@@ -124,7 +117,24 @@ def decode_seconds(model: Model, batch: Batch, length: int, rows: int, recipe: R
     return median_seconds(many, device) / STEPS
 
 
-def captured(step: Callable[[], None]) -> Callable[[], None]:
+def decoding(
+    model: Model, cache: Any, token: torch.Tensor, recipe: Recipe, device: torch.device
+) -> Callable[[], torch.Tensor]:
+    """A call that moves every row of the cache one token (B, 1) on, in place, as a graph wants it; gives its logits."""
+    position = cache["position"]  # the one place that a graph reads it from
+
+    def step() -> torch.Tensor:
+        with autocast(recipe.train.precision, device):
+            h, _ = model.head.embed(token, Context())
+            h, after = model.backbone(h, Context(), {**cache, "position": position})
+            logits = model.head.logits(h[:, -1], None)
+        position.copy_(after["position"])
+        return logits
+
+    return step
+
+
+def captured(step: Callable[[], Any]) -> Callable[[], None]:
     """The step as a CUDA graph."""
     side = torch.cuda.Stream()
     for _ in range(WARM):

@@ -118,8 +118,10 @@ class Cell:
         return configs.build(Recipe, *configs.recipe_layers(self.settings.recipe, words))
 
     def replicas(self) -> list[Replica]:
+        """All that are planned; speed alone wants no more than one."""
         rates = self.settings.rates or [self.recipe.train.optimizer.lr]
-        return [Replica(float(rate), seed) for rate in rates for seed in self.settings.seeds]
+        found = [Replica(float(rate), seed) for rate in rates for seed in self.settings.seeds]
+        return found if self.settings.trains else found[:1]
 
 
 @dataclass

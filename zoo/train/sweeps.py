@@ -2,7 +2,10 @@
 
 Small models leave a GPU idle: a step of one costs what a step of sixteen does. The replicas share the batches, those of
 train.seed, and the dropout noise; each has its own initial weights (those that `zoo train` begins with under that
-seed), learning rate, clipping, guard and early end (train.stop_when). Each gets the result that it would get alone.
+seed), learning rate, clipping, guard and early end (train.stop_when). Without dropout, and where the order of batches
+does not depend on the seed, each gets the result that `zoo train` would give it alone. Else it gets the one of a stack
+of its own: a run alone draws noise and order from its own seed, all replicas from the recipe's, so that between seeds
+of a stack the initial weights alone differ.
 
     folder/lr0.001-seed0/       a run like any other: zoo evaluate, zoo sample and load_run take it
     folder/checkpoints/         of the whole stack, while there are replicas to train
@@ -12,7 +15,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +58,8 @@ class Replica:
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """What `zoo train` would be given for this one alone."""
-        return configs.build(Recipe, recipe, {"train": {"seed": self.seed, "optimizer": {"lr": self.lr}}})
+        train = replace(recipe.train, seed=self.seed, optimizer=replace(recipe.train.optimizer, lr=self.lr))
+        return replace(recipe, train=train)
 
 
 class Interrupted(SystemExit):
