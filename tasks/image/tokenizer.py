@@ -135,19 +135,21 @@ def load_tokenizer(reference: str, sha256: str = "") -> Frozen:
 
 @torch.no_grad()
 def encode_all(tokenizer: Tokenizer, pixels: np.ndarray, batch: int = 500) -> np.ndarray:
-    """(N, H, W, C) uint8 -> codes (N, h, w) int32."""
+    """(N, H, W, C) uint8 -> codes (N, h, w) int32, the same whatever the precision around it."""
     device = next(tokenizer.parameters()).device
     starts = shown(range(0, len(pixels), batch), "codes")
     parts = (to_images(pixels[at : at + batch]).to(device) for at in starts)
-    return np.concatenate([tokenizer.encode(part).int().cpu().numpy() for part in parts])
+    with torch.autocast(device.type, enabled=False):
+        return np.concatenate([tokenizer.encode(part).int().cpu().numpy() for part in parts])
 
 
 @torch.no_grad()
 def decode_all(tokenizer: Tokenizer, codes: np.ndarray, batch: int = 500) -> np.ndarray:
-    """Codes (N, h, w) -> (N, H, W, C) uint8."""
+    """Codes (N, h, w) -> (N, H, W, C) uint8, the same whatever the precision around it."""
     device = next(tokenizer.parameters()).device
     parts = (torch.from_numpy(codes[at : at + batch]).long().to(device) for at in range(0, len(codes), batch))
-    return np.concatenate([tokenizer.decode(part).cpu().numpy().transpose(0, 2, 3, 1) for part in parts])
+    with torch.autocast(device.type, enabled=False):
+        return np.concatenate([tokenizer.decode(part).cpu().numpy().transpose(0, 2, 3, 1) for part in parts])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

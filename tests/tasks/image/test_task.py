@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import zoo
+from tasks.image.classifier import scaled, to_images
 from tasks.image.task import ImagePrompt
 from tasks.image.tokenizer import decode_all, encode_all, load_tokenizer
 from zoo import cli, config, frozen, registry
@@ -129,6 +130,20 @@ def test_codes_are_the_tokenizers(pictures, tokenizers):
     )
     mirrored = encode_all(tokenizer, task.data.load("train").pixels[:, :, ::-1])
     assert np.array_equal(task._views("train", task.data.load("train"))[1][..., 0], mirrored)
+
+
+def test_codes_and_pictures_are_the_same_under_autocast():
+    """A validation stream is opened under the training's precision, a training stream is not."""
+    torch.manual_seed(0)
+    tokenizer = zoo.create_model("image_tokenizer_f2", width=16, depth=1, quantizer={"codes": 256, "dim": 4}).eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (16, SIDE, SIDE, 3), dtype=np.uint8)
+    tokenizer.quantizer.train()(tokenizer._encoded(scaled(to_images(pixels))))  # codes among the vectors
+    tokenizer.eval()
+    codes = encode_all(tokenizer, pixels)
+    drawn = decode_all(tokenizer, codes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert np.array_equal(encode_all(tokenizer, pixels), codes)
+        assert np.array_equal(decode_all(tokenizer, codes), drawn)
 
 
 def test_a_tokenizer_is_trained_measured_and_shown(tokenizers):
