@@ -157,7 +157,8 @@ def decode_all(tokenizer: Tokenizer, codes: np.ndarray, batch: int = 500) -> np.
 
 class Reconstruction:
     """How well images come back from their codes: errors in [-1, 1], PSNR in dB of the mean squared error over all, how
-    the codebook is used, and with a classifier the Fréchet distance between images and reconstructions."""
+    the codebook is used, and with a classifier the Fréchet distance between images and reconstructions and how often it
+    names the classes of both right: what is lost in the codes, no generator of codes can draw."""
 
     def __init__(self, classifier: Classifier | None):
         self.codes = torch.zeros(2, dtype=torch.int64)  # size of the codebook and 1, from each rank that met a batch
@@ -166,6 +167,7 @@ class Reconstruction:
         self.classifier = classifier
         width = classifier.config.widths[-1] if classifier is not None else 0
         self.real, self.rebuilt = FeatureStats(width), FeatureStats(width)
+        self.right = torch.zeros(3, dtype=torch.int64)  # images, reconstructions, of so many
 
     @torch.no_grad()
     def update(self, model: Any, batch: Batch) -> None:
@@ -178,11 +180,16 @@ class Reconstruction:
         self.counts += torch.bincount(codes.flatten(), minlength=MOST_CODES).cpu()
         if self.classifier is not None:
             self.classifier.to(batch.inputs.device)
-            self.real.add(self.classifier.features(batch.inputs))
-            self.rebuilt.add(self.classifier.features(rebuilt))
+            pairs = ((self.real, batch.inputs), (self.rebuilt, rebuilt))
+            for place, (stats, images) in enumerate(pairs):
+                features = self.classifier.features(images)
+                stats.add(features)
+                self.right[place] += int((self.classifier.answers(features) == batch.targets).sum())
+            self.right[2] += len(rebuilt)
 
     def reduce(self, ranks: Any) -> None:
-        self.sums, self.counts, self.codes = (ranks.sum(x) for x in (self.sums, self.counts, self.codes))
+        mine = (self.sums, self.counts, self.codes, self.right)
+        self.sums, self.counts, self.codes, self.right = (ranks.sum(x) for x in mine)
         self.real.reduce(ranks)
         self.rebuilt.reduce(ranks)
 
@@ -193,6 +200,9 @@ class Reconstruction:
         scores = {"mse": mse, "mae": absolute / max(1, count), "psnr": 10 * math.log10(4 / max(mse, 1e-12)), **use}
         if self.classifier is not None:
             scores["reconstruction_fid_own_features"] = frechet(self.real, self.rebuilt)
+            real, rebuilt, images = self.right.tolist()
+            scores["class_accuracy_real"] = real / max(1, images)
+            scores["reconstruction_class_accuracy"] = rebuilt / max(1, images)
         return scores
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,12 @@ from PIL import Image
 import zoo
 from tasks.image.classifier import scaled, to_images
 from tasks.image.task import ImagePrompt
-from tasks.image.tokenizer import decode_all, encode_all, load_tokenizer
+from tasks.image.tokenizer import Reconstruction, decode_all, encode_all, load_tokenizer
 from zoo import cli, config, frozen, registry
 from zoo.config import ConfigError, build, recipe_layers
 from zoo.model import Batch
 from zoo.pipelines import Pipeline, pipeline
-from zoo.task import Request
+from zoo.task import OneRank, Request
 from zoo.train import Recipe, load_run, train
 from zoo.weights import WeightsError
 
@@ -162,6 +163,30 @@ def test_a_tokenizer_is_trained_measured_and_shown(tokenizers):
     assert scores["psnr"] == pytest.approx(10 * np.log10(4 / scores["mse"]))
     assert scores["codebook_usage"] == len(used) / 16
     assert (tokenizers[0] / "samples" / "step-00000003-reconstruction.png").is_file()
+
+
+def test_reconstructions_are_judged_by_a_classifier(tokenizers):
+    _, task, model = load_run(tokenizers[0])
+    judge = zoo.create_model("image_classifier_r10", classes=2, widths=(8, 8, 8, 8)).eval()
+    batches = list(task.stream("test", batch_size=5))
+    images = torch.cat([batch.inputs for batch in batches])
+    rebuilt = model.decode(model.encode(images))
+    judged = [judge.answers(judge.features(x)) for x in (images, rebuilt)]
+    judge.net.fc.bias.data[0] += 1e3  # one answer for all: half of the images are of that class
+    one = Reconstruction(judge)
+    for batch in batches:
+        one.update(model, batch)
+    one.reduce(OneRank())
+    assert one.compute()["reconstruction_class_accuracy"] == one.compute()["class_accuracy_real"] == 0.5
+
+    judge.net.fc.bias.data[0] -= 1e3
+    metric = Reconstruction(judge)
+    for batch in batches:  # labels for which it is always right about images, and as often as they stay alike rebuilt
+        seen = int(metric.right[2])
+        metric.update(model, replace(batch, targets=judged[0][seen : seen + len(batch.inputs)]))
+    scores = metric.compute()
+    assert scores["class_accuracy_real"] == 1
+    assert scores["reconstruction_class_accuracy"] == (judged[0] == judged[1]).double().mean()
 
 
 def test_images_that_a_tokenizer_cannot_take(pictures, tokenizers, tmp_path):
