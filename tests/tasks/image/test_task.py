@@ -415,7 +415,7 @@ def test_tokenizer_and_generator_on_real_digits_in_seconds(data_root, tmp_path, 
     assert values["bits_per_code"] < 4  # a uniform choice of 64 codes takes 6
     assert values["samples"] == 40
     untrained = untrained_scores("runs/image-smoke_codes")
-    assert values["class_accuracy"] > untrained["class_accuracy"] + 0.1
-    assert values["fid_own_features"] < 0.8 * untrained["fid_own_features"]
+    assert values["class_accuracy"] > untrained["class_accuracy"]  # 0.2 and 0.025 of 40
+    assert values["fid_own_features"] < 0.6 * untrained["fid_own_features"]  # 4 and 13
     for picture in ("samples/step-00000100-samples.png", "evaluation/test/nearest.png"):
         assert (tmp_path / "runs/image-smoke_codes" / picture).is_file()
