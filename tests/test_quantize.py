@@ -75,6 +75,27 @@ def test_every_cluster_gets_a_code_and_dead_codes_come_back(unit):
     assert code_use(torch.bincount(codes, minlength=16))["usage"] >= 0.5
 
 
+def test_a_code_restarts_where_the_error_is():
+    """Nine in ten vectors are right on a code; one far group has none."""
+    quantizer = VectorQuantizer(QuantizerConfig(codes=3), 2)
+    quantizer.codebook.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.0], [50.0, 50.0]]))
+    quantizer.share.copy_(torch.tensor([0.5, 0.5, 0.0]))
+    z = torch.tensor([[0.01, 0.0], [1.01, 0.0]]).repeat(45, 1)
+    z = torch.cat((z, torch.tensor([[-5.0, 5.0]]).expand(10, 2), torch.tensor([[9.0, 9.0]]).expand(10, 2)))
+    quantizer._restart(z, torch.arange(len(z)) < 100)  # the last ten are masked
+    assert quantizer.codebook.tolist() == [[0.0, 0.0], [1.0, 0.0], [-5.0, 5.0]]
+
+
+def test_restarts_among_vectors_that_are_all_right_or_all_masked():
+    quantizer = VectorQuantizer(QuantizerConfig(codes=3), 2)
+    z = torch.zeros(4, 2)
+    for counted in (torch.zeros(4, dtype=torch.bool), torch.tensor([False, True, True, False])):
+        quantizer.codebook.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]]))
+        quantizer.share.copy_(torch.tensor([0.5, 0.5, 0.0]))
+        quantizer._restart(z.masked_fill(~counted[:, None], torch.nan), counted)
+        assert quantizer.codebook.tolist() == [[0.0, 0.0], [1.0, 0.0], [0.0 if counted.any() else 2.0, 0.0]]
+
+
 def test_evaluation_changes_nothing_and_training_is_reproducible():
     z = torch.randn(40, 4)
 

@@ -7,8 +7,9 @@ van den Oord et al. (arXiv 1711.00937), with their appendix A.1's moving average
     loss = commitment |z - stop_gradient(e_code(z))|^2
 
 over the N vectors of a batch, n_k of them with code k and sum s_k; gradients pass straight through to z. A code that is
-hardly used any more starts again at a vector of the batch (Jukebox, arXiv 2005.00341, section 3), and so do all at the
-beginning. `ResidualQuantizer` stacks quantisers, each on what those before it left over (arXiv 2107.03312).
+hardly used any more starts again at a vector of the batch (Jukebox, arXiv 2005.00341, section 3), drawn in proportion
+to its squared error, as k-means++ draws; at the beginning all codes do, at vectors drawn evenly. `ResidualQuantizer`
+stacks quantisers, each on what those before it left over (arXiv 2107.03312).
 """
 
 from dataclasses import dataclass
@@ -128,8 +129,10 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _restart(self, flat: Tensor, counted: Tensor) -> None:
         """Put codes that are hardly used, and at first all of them, on vectors of the batch drawn with replacement."""
-        place = torch.randint(len(flat), (self.config.codes,), device=flat.device)
-        fresh = torch.where(counted.any(), flat[_next_marked(counted)[place]], torch.nan)
+        apart = torch.where(counted, (flat - F.embedding(self._nearest(flat), self.codebook)).square().sum(dim=1), 0)
+        even = (self.share.sum() == 0) | (apart.sum() == 0)
+        place = _drawn(torch.where(even, counted.to(apart.dtype), apart), self.config.codes)
+        fresh = torch.where(counted.any(), flat[place], torch.nan)
         if _ranks() > 1:
             dist.broadcast(fresh, 0)
         dead = (self.share <= self.config.restart / self.config.codes) & fresh.isfinite().all()
@@ -232,11 +235,12 @@ def code_use(counts: Tensor) -> dict[str, float]:
     return {"usage": float((counts > 0).double().mean()), "perplexity": float(entropy.exp())}
 
 
-def _next_marked(marked: Tensor) -> Tensor:
-    """(N,) bool -> (N,) int64: each place's own index where marked, else that of the next one, around the end."""
-    count = len(marked)
-    place = torch.where(marked.repeat(2), torch.arange(2 * count, device=marked.device), 2 * count)
-    return place.flip(0).cummin(0).values.flip(0)[:count] % count
+def _drawn(weight: Tensor, count: int) -> Tensor:
+    """`count` places of `weight` (N,) >= 0, each drawn in proportion to it: (count,) int64; where all are 0, any place.
+    `multinomial` would wait for the device."""
+    upto = weight.double().cumsum(dim=0)
+    aim = torch.rand(count, device=weight.device, dtype=torch.float64) * upto[-1]
+    return torch.searchsorted(upto, aim, right=True).clamp(max=len(weight) - 1)
 
 
 def _ranks() -> int:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.image.stream import Augment, image_stream, pixel_views, shown
+from tasks.image.stream import Augment, image_source, pixel_views, shown
 from zoo import config as configs
 from zoo import frozen
 from zoo.config import Choice
@@ -139,8 +139,9 @@ class ClassifierTask(Task):
 
     def stream(self, split: str, *, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0) -> SourceStream:
         images, augment = self.data.load(split), self.config.augment
-        views, place = pixel_views(images.pixels, augment), {"batch_size": batch_size, "rank": rank, "world": world}
-        return image_stream(split, views, images.labels, collate_images, seed=seed, shift=augment.shift, **place)
+        views = pixel_views(images.pixels, augment)
+        source = image_source(split, views, images.labels, collate_images, seed=seed, shift=augment.shift)
+        return SourceStream(source, batch_size=batch_size, rank=rank, world=world, endless=split == "train")
 
     def metrics(self, split: str) -> dict[str, Metric]:
         return {"accuracy": Accuracy()}

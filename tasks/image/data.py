@@ -200,47 +200,49 @@ class Mnist(Standard):
     Config = StandardConfig
     name = "image/mnist"
     shape = (28, 28, 1)
-    classes: ClassVar[tuple[str, ...]] = tuple("0123456789")
-    folders: ClassVar[tuple[str, ...]] = ("MNIST/raw", "mnist")
-    torchvision: ClassVar[str] = "MNIST"
+    classes = tuple("0123456789")
 
     def _read(self, part: str) -> Images:
-        if (folder := self._folder(part)) is None:
-            looked = [str(root / folder) for root in roots(self.config.root) for folder in self.folders]
-            with telling_where(self.name, looked):
-                import torchvision.datasets
-
-                root = roots(self.config.root)[-1]
-                getattr(torchvision.datasets, self.torchvision)(str(root), download=True)
-            folder = root / self.folders[0]
-        stem = "train" if part == "train" else "t10k"
-        pixels = read_idx(idx_file(folder, f"{stem}-images-idx3-ubyte"))
-        labels = read_idx(idx_file(folder, f"{stem}-labels-idx1-ubyte")).astype(np.int64)
-        if pixels.shape[1:] != self.shape[:2] or len(pixels) != len(labels):
-            raise ValueError(
-                f"{folder} does not hold {self.name}: {len(labels)} labels for images of shape {pixels.shape}, "
-                f"where (N, {self.shape[0]}, {self.shape[1]}) was expected"
-            )
-        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.classes):
-            raise ValueError(f"{folder}: label {labels.max()} is not one of the {len(self.classes)} of {self.name}")
-        return Images(pixels[..., None], labels)
-
-    def _folder(self, part: str) -> Path | None:
-        name = f"{'train' if part == 'train' else 't10k'}-images-idx3-ubyte"
-        for root in roots(self.config.root):
-            for folder in self.folders:
-                if any((root / folder / f"{name}{end}").is_file() for end in ("", ".gz")):
-                    return root / folder
-        return None
+        return read_mnist(self, part, ("MNIST/raw", "mnist"), "MNIST")
 
 
-class FashionMnist(Mnist):
+class FashionMnist(Standard):
     """Fashion-MNIST (Xiao et al., arXiv 1708.07747): the same format, with pieces of clothing."""
 
+    Config = StandardConfig
     name = "image/fashion_mnist"
+    shape = (28, 28, 1)
     classes = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-    folders = ("FashionMNIST/raw", "fashion-mnist")
-    torchvision = "FashionMNIST"
+
+    def _read(self, part: str) -> Images:
+        return read_mnist(self, part, ("FashionMNIST/raw", "fashion-mnist"), "FashionMNIST")
+
+
+def read_mnist(data: Standard, part: str, folders: tuple[str, ...], torchvision_name: str) -> Images:
+    """From idx files in one of `folders`; where there are none, torchvision downloads them into the first."""
+    stem, root = "train" if part == "train" else "t10k", data.config.root
+    if (folder := _idx_folder(root, folders, f"{stem}-images-idx3-ubyte")) is None:
+        looked = [str(root / folder) for root in roots(root) for folder in folders]
+        with telling_where(data.name, looked):
+            import torchvision.datasets
+
+            getattr(torchvision.datasets, torchvision_name)(str(roots(root)[-1]), download=True)
+        folder = roots(root)[-1] / folders[0]
+    pixels = read_idx(idx_file(folder, f"{stem}-images-idx3-ubyte"))
+    labels = read_idx(idx_file(folder, f"{stem}-labels-idx1-ubyte")).astype(np.int64)
+    if pixels.shape[1:] != data.shape[:2] or len(pixels) != len(labels):
+        raise ValueError(
+            f"{folder} does not hold {data.name}: {len(labels)} labels for images of shape {pixels.shape}, "
+            f"where (N, {data.shape[0]}, {data.shape[1]}) was expected"
+        )
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(data.classes):
+        raise ValueError(f"{folder}: label {labels.max()} is not one of the {len(data.classes)} of {data.name}")
+    return Images(pixels[..., None], labels)
+
+
+def _idx_folder(root: str, folders: tuple[str, ...], name: str) -> Path | None:
+    places = (place / folder for place in roots(root) for folder in folders)
+    return next((x for x in places if any((x / f"{name}{end}").is_file() for end in ("", ".gz"))), None)
 
 
 def idx_file(folder: Path, name: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from zoo.data import Recent, SourceStream, epoch_rng
+from zoo.data import Recent, epoch_rng
 from zoo.model import Batch
 
 
@@ -80,13 +80,12 @@ def shifted(pixels: np.ndarray, down: int, right: int) -> np.ndarray:
     return moved
 
 
-def image_stream(
-    split: str, views: Sequence[np.ndarray], labels: np.ndarray, collate: Any, *, seed: int, shift: int, **place: int
-) -> SourceStream:
-    """The stream of a task: `place` is batch_size, rank and world."""
+def image_source(
+    split: str, views: Sequence[np.ndarray], labels: np.ndarray, collate: Any, *, seed: int, shift: int
+) -> ImageSource:
+    """Shuffled and moved for training, as they are for evaluation."""
     training = split == "train"
-    source = ImageSource(views, labels, collate, seed=seed if training else None, shift=shift if training else 0)
-    return SourceStream(source, endless=training, **place)
+    return ImageSource(views, labels, collate, seed=seed if training else None, shift=shift if training else 0)
 
 
 def shown(work: Iterable[Any], what: str) -> Iterable[Any]:

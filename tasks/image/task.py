@@ -14,7 +14,7 @@ from tasks.image.data import Images
 from tasks.image.grid import as_media, make_grid, write_png
 from tasks.image.metrics import Likelihood, SampleConfig, Samples, order0_bits
 from tasks.image.orders import ORDERS, rows_given
-from tasks.image.stream import Augment, image_stream, pixel_views
+from tasks.image.stream import Augment, image_source, pixel_views
 from tasks.image.tokenizer import Tokenizer, TokenizerConfig, decode_all, encode_all, load_tokenizer
 from zoo import config as configs
 from zoo import frozen, recording
@@ -195,8 +195,8 @@ class ImageTask(Task):
     def stream(self, split: str, *, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0) -> SourceStream:
         images, augment = self.data.load(split), self.config.augment
         views = self._views(split, images)
-        place = {"batch_size": batch_size, "rank": rank, "world": world}
-        return image_stream(split, views, images.labels, self._collate, seed=seed, shift=augment.shift, **place)
+        source = image_source(split, views, images.labels, self._collate, seed=seed, shift=augment.shift)
+        return SourceStream(source, batch_size=batch_size, rank=rank, world=world, endless=split == "train")
 
     def _views(self, split: str, images: Images) -> list[np.ndarray]:
         views = pixel_views(images.pixels, self.config.augment if split == "train" else Augment())

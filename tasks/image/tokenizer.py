@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tasks.image.classifier import Classifier, collate_images, load_classifier, scaled, to_images
 from tasks.image.grid import as_media, make_grid
-from tasks.image.stream import Augment, image_stream, pixel_views, shown
+from tasks.image.stream import Augment, image_source, pixel_views, shown
 from zoo import config as configs
 from zoo import frozen
 from zoo.config import Choice
@@ -135,19 +135,21 @@ def load_tokenizer(reference: str, sha256: str = "") -> Frozen:
 
 @torch.no_grad()
 def encode_all(tokenizer: Tokenizer, pixels: np.ndarray, batch: int = 500) -> np.ndarray:
-    """(N, H, W, C) uint8 -> codes (N, h, w) int32."""
+    """(N, H, W, C) uint8 -> codes (N, h, w) int32, the same whatever the precision around it."""
     device = next(tokenizer.parameters()).device
     starts = shown(range(0, len(pixels), batch), "codes")
     parts = (to_images(pixels[at : at + batch]).to(device) for at in starts)
-    return np.concatenate([tokenizer.encode(part).int().cpu().numpy() for part in parts])
+    with torch.autocast(device.type, enabled=False):
+        return np.concatenate([tokenizer.encode(part).int().cpu().numpy() for part in parts])
 
 
 @torch.no_grad()
 def decode_all(tokenizer: Tokenizer, codes: np.ndarray, batch: int = 500) -> np.ndarray:
-    """Codes (N, h, w) -> (N, H, W, C) uint8."""
+    """Codes (N, h, w) -> (N, H, W, C) uint8, the same whatever the precision around it."""
     device = next(tokenizer.parameters()).device
     parts = (torch.from_numpy(codes[at : at + batch]).long().to(device) for at in range(0, len(codes), batch))
-    return np.concatenate([tokenizer.decode(part).cpu().numpy().transpose(0, 2, 3, 1) for part in parts])
+    with torch.autocast(device.type, enabled=False):
+        return np.concatenate([tokenizer.decode(part).cpu().numpy().transpose(0, 2, 3, 1) for part in parts])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,7 +157,8 @@ def decode_all(tokenizer: Tokenizer, codes: np.ndarray, batch: int = 500) -> np.
 
 class Reconstruction:
     """How well images come back from their codes: errors in [-1, 1], PSNR in dB of the mean squared error over all, how
-    the codebook is used, and with a classifier the Fréchet distance between images and reconstructions."""
+    the codebook is used, and with a classifier the Fréchet distance between images and reconstructions and how often it
+    names the classes of both right: what is lost in the codes, no generator of codes can draw."""
 
     def __init__(self, classifier: Classifier | None):
         self.codes = torch.zeros(2, dtype=torch.int64)  # size of the codebook and 1, from each rank that met a batch
@@ -164,6 +167,7 @@ class Reconstruction:
         self.classifier = classifier
         width = classifier.config.widths[-1] if classifier is not None else 0
         self.real, self.rebuilt = FeatureStats(width), FeatureStats(width)
+        self.right = torch.zeros(3, dtype=torch.int64)  # images, reconstructions, of so many
 
     @torch.no_grad()
     def update(self, model: Any, batch: Batch) -> None:
@@ -176,11 +180,16 @@ class Reconstruction:
         self.counts += torch.bincount(codes.flatten(), minlength=MOST_CODES).cpu()
         if self.classifier is not None:
             self.classifier.to(batch.inputs.device)
-            self.real.add(self.classifier.features(batch.inputs))
-            self.rebuilt.add(self.classifier.features(rebuilt))
+            pairs = ((self.real, batch.inputs), (self.rebuilt, rebuilt))
+            for place, (stats, images) in enumerate(pairs):
+                features = self.classifier.features(images)
+                stats.add(features)
+                self.right[place] += int((self.classifier.answers(features) == batch.targets).sum())
+            self.right[2] += len(rebuilt)
 
     def reduce(self, ranks: Any) -> None:
-        self.sums, self.counts, self.codes = (ranks.sum(x) for x in (self.sums, self.counts, self.codes))
+        mine = (self.sums, self.counts, self.codes, self.right)
+        self.sums, self.counts, self.codes, self.right = (ranks.sum(x) for x in mine)
         self.real.reduce(ranks)
         self.rebuilt.reduce(ranks)
 
@@ -191,6 +200,9 @@ class Reconstruction:
         scores = {"mse": mse, "mae": absolute / max(1, count), "psnr": 10 * math.log10(4 / max(mse, 1e-12)), **use}
         if self.classifier is not None:
             scores["reconstruction_fid_own_features"] = frechet(self.real, self.rebuilt)
+            real, rebuilt, images = self.right.tolist()
+            scores["class_accuracy_real"] = real / max(1, images)
+            scores["reconstruction_class_accuracy"] = rebuilt / max(1, images)
         return scores
 
 
@@ -217,8 +229,9 @@ class TokenizerTask(Task):
 
     def stream(self, split: str, *, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0) -> SourceStream:
         images, augment = self.data.load(split), self.config.augment
-        views, place = pixel_views(images.pixels, augment), {"batch_size": batch_size, "rank": rank, "world": world}
-        return image_stream(split, views, images.labels, collate_images, seed=seed, shift=augment.shift, **place)
+        views = pixel_views(images.pixels, augment)
+        source = image_source(split, views, images.labels, collate_images, seed=seed, shift=augment.shift)
+        return SourceStream(source, batch_size=batch_size, rank=rank, world=world, endless=split == "train")
 
     def metrics(self, split: str) -> dict[str, Metric]:
         return {"reconstruction": Reconstruction(self.classifier.module if self.classifier else None)}  # type: ignore[arg-type]

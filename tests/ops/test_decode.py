@@ -36,6 +36,29 @@ def test_only_live_slots_count(gated):
     torch.testing.assert_close(dirty[1:2], short)
 
 
+@pytest.mark.parametrize("counts", [(5, 5, 5), (3, 3, 3), (5, 2, 0), (0, 0, 0)])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_every_row_is_the_definition(dtype, gated, counts):
+    """Rings that are full, half full, of several lengths and empty, slots beyond filled with NaN, grouped heads, and
+    keys that are a view of something larger."""
+    torch.manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    q, k, v = torch.randn(3, 1, 4, 8).to(dtype), *torch.randn(2, 3, 9, 2, 8).to(dtype)[:, :, 2:7]
+    decay = -torch.rand(3, 5, 4, dtype=wide) if gated else None
+    for row, count in enumerate(counts):
+        k[row, count:] = v[row, count:] = torch.nan
+        if gated:
+            decay[row, count:] = torch.nan
+    out = ring_attention(q, k, v, decay, torch.tensor(counts, dtype=torch.int32))
+    assert out.dtype == dtype
+    for row, count in enumerate(counts):
+        for head in range(4):
+            keys, values = (x[row, :count, head // 2].double() for x in (k, v))
+            logits = keys @ q[row, 0, head].double() / 8**0.5 + (decay[row, :count, head].double() if gated else 0)
+            torch.testing.assert_close(out[row, 0, head], (logits.softmax(0) @ values).to(dtype))
+
+
 def test_bad_shapes_are_named():
     q, k, live = torch.zeros(2, 1, 2, 4), torch.zeros(2, 5, 1, 4), torch.zeros(2, dtype=torch.int32)
     with pytest.raises(ValueError, match="exactly one"):

@@ -306,19 +306,25 @@ def _decay_by_head(gate: tuple[Tensor, ...], kv_heads: int) -> Tensor | None:
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, live: Tensor, scale: float) -> Tensor:
-    """As `zoo.ops.ring_attention`: q (B,1,H,D) over the slots [0, live) of k, v (B,S,G,D), decay (B,S,H)."""
+    """As `zoo.ops.ring_attention`: q (B,1,H,D) over the slots [0, live) of k, v (B,S,G,D), decay (B,S,H).
+
+    A CPU takes the slots that some row has filled alone, and copies nothing where every row has as many.
+    """
     batch, _, heads, dim = q.shape
-    slots, kv_heads = k.shape[1], k.shape[2]
-    wide = accumulator(q.dtype)
-    dead = torch.arange(slots, device=q.device) >= live[:, None]
-    queries = q.to(wide).view(batch, kv_heads, -1, dim)
-    logits = torch.einsum("bgrd,bsgd->bgrs", queries, k.to(wide)) * scale
-    if decay is not None:
-        logits = logits + decay.to(wide).transpose(1, 2).unflatten(1, (kv_heads, -1))
-    logits = logits.masked_fill(dead[:, None, None], -torch.inf)
-    p = logits.softmax(-1).masked_fill((live == 0)[:, None, None, None], 0)
-    values = v.to(wide).masked_fill(dead[..., None, None], 0)  # 0 * NaN of a stale slot is NaN
-    return torch.einsum("bgrs,bsgd->bgrd", p, values).reshape(batch, 1, heads, dim).to(q.dtype)
+    kv_heads, wide = k.shape[2], accumulator(q.dtype)
+    look = q.device.type == "cpu" and batch > 0  # at values of `live`, which would stall any other device
+    most = max(1, int(live.max())) if look else k.shape[1]
+    ragged = not look or int(live.min()) < most
+    k, v = k[:, :most].to(wide), v[:, :most].to(wide)
+    bias = None if decay is None else decay[:, :most].to(wide).transpose(1, 2).unflatten(1, (kv_heads, -1))
+    if ragged:  # a stale slot may hold NaN, and 0 * NaN is NaN
+        dead = torch.arange(most, device=q.device) >= live[:, None]
+        k, v = (x.masked_fill(dead[..., None, None], 0) for x in (k, v))
+        bias = q.new_zeros(batch, kv_heads, heads // kv_heads, most, dtype=wide) if bias is None else bias
+        bias = bias.masked_fill(dead[:, None, None], -torch.inf)
+    queries = q.to(wide).view(batch, kv_heads, -1, dim)  # the query heads of a key head stand as its queries
+    out = F.scaled_dot_product_attention(queries, k.transpose(1, 2), v.transpose(1, 2), bias, scale=scale)
+    return out.masked_fill((live == 0)[:, None, None, None], 0).reshape(batch, 1, heads, dim).to(q.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ the loss

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,16 @@ import torch
 from PIL import Image
 
 import zoo
+from tasks.image.classifier import scaled, to_images
 from tasks.image.task import ImagePrompt
-from tasks.image.tokenizer import decode_all, encode_all, load_tokenizer
+from tasks.image.tokenizer import Reconstruction, decode_all, encode_all, load_tokenizer
 from zoo import cli, config, frozen, registry
 from zoo.config import ConfigError, build, recipe_layers
 from zoo.model import Batch
 from zoo.pipelines import Pipeline, pipeline
-from zoo.task import Request
+from zoo.task import OneRank, Request
 from zoo.train import Recipe, load_run, train
+from zoo.train.recipe import make_model, make_task
 from zoo.weights import WeightsError
 
 SIDE = 8
@@ -131,6 +134,20 @@ def test_codes_are_the_tokenizers(pictures, tokenizers):
     assert np.array_equal(task._views("train", task.data.load("train"))[1][..., 0], mirrored)
 
 
+def test_codes_and_pictures_are_the_same_under_autocast():
+    """A validation stream is opened under the training's precision, a training stream is not."""
+    torch.manual_seed(0)
+    tokenizer = zoo.create_model("image_tokenizer_f2", width=16, depth=1, quantizer={"codes": 256, "dim": 4}).eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (16, SIDE, SIDE, 3), dtype=np.uint8)
+    tokenizer.quantizer.train()(tokenizer._encoded(scaled(to_images(pixels))))  # codes among the vectors
+    tokenizer.eval()
+    codes = encode_all(tokenizer, pixels)
+    drawn = decode_all(tokenizer, codes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert np.array_equal(encode_all(tokenizer, pixels), codes)
+        assert np.array_equal(decode_all(tokenizer, codes), drawn)
+
+
 def test_a_tokenizer_is_trained_measured_and_shown(tokenizers):
     _, task, model = load_run(tokenizers[0])
     metric = task.metrics("test")["reconstruction"]
@@ -147,6 +164,30 @@ def test_a_tokenizer_is_trained_measured_and_shown(tokenizers):
     assert scores["psnr"] == pytest.approx(10 * np.log10(4 / scores["mse"]))
     assert scores["codebook_usage"] == len(used) / 16
     assert (tokenizers[0] / "samples" / "step-00000003-reconstruction.png").is_file()
+
+
+def test_reconstructions_are_judged_by_a_classifier(tokenizers):
+    _, task, model = load_run(tokenizers[0])
+    judge = zoo.create_model("image_classifier_r10", classes=2, widths=(8, 8, 8, 8)).eval()
+    batches = list(task.stream("test", batch_size=5))
+    images = torch.cat([batch.inputs for batch in batches])
+    rebuilt = model.decode(model.encode(images))
+    judged = [judge.answers(judge.features(x)) for x in (images, rebuilt)]
+    judge.net.fc.bias.data[0] += 1e3  # one answer for all: half of the images are of that class
+    one = Reconstruction(judge)
+    for batch in batches:
+        one.update(model, batch)
+    one.reduce(OneRank())
+    assert one.compute()["reconstruction_class_accuracy"] == one.compute()["class_accuracy_real"] == 0.5
+
+    judge.net.fc.bias.data[0] -= 1e3
+    metric = Reconstruction(judge)
+    for batch in batches:  # labels for which it is always right about images, and as often as they stay alike rebuilt
+        seen = int(metric.right[2])
+        metric.update(model, replace(batch, targets=judged[0][seen : seen + len(batch.inputs)]))
+    scores = metric.compute()
+    assert scores["class_accuracy_real"] == 1
+    assert scores["reconstruction_class_accuracy"] == (judged[0] == judged[1]).double().mean()
 
 
 def test_images_that_a_tokenizer_cannot_take(pictures, tokenizers, tmp_path):
@@ -324,16 +365,33 @@ def test_every_size_takes_a_step(name):
 
 
 @pytest.mark.parametrize("name", [name for name in config.list_recipes() if name.startswith("image/")])
-def test_every_recipe_builds_its_model(name):
+def test_every_recipe_builds_its_model(name, data_root):
+    """As training does, but without what has to be trained first."""
+    first = {"task": {"sequence": "pixels", "tokenizer": "", "samples": {"classifier": ""}}}
     made = build(Recipe, *recipe_layers(name))
-    size = made.model.config
-    if made.task.name == "image":
-        size = build(type(size), size, {"head": {"height": 4, "width": 4}})
+    if made.task.name == "image_tokenizer":
+        made = build(Recipe, *recipe_layers(name), {"task": {"classifier": ""}})
+    elif made.task.name == "image":
+        made = build(Recipe, *recipe_layers(name), first)
+    task = make_task(made)
     with torch.device("meta"):
-        size.build()
+        model = make_model(made, task)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 1000
 
 
 SMOKE = ["smoke_classifier", "smoke_tokenizer", "smoke_codes"]
+
+
+def untrained_scores(run):
+    """Of the samples of a generator with the weights that it began with."""
+    made, task, model = load_run(run)
+    torch.manual_seed(1)
+    fresh = make_model(made, task).eval()
+    assert fresh.parameter_count() == model.parameter_count()
+    metric = task.metrics("test")["samples"]
+    metric.update(fresh, None)
+    metric.reduce(OneRank())
+    return metric.compute()
 
 
 def test_tokenizer_and_generator_on_real_digits_in_seconds(data_root, tmp_path, monkeypatch, capsys):
@@ -356,6 +414,8 @@ def test_tokenizer_and_generator_on_real_digits_in_seconds(data_root, tmp_path, 
     assert values["codebook_usage"] > 0.3
     assert values["bits_per_code"] < 4  # a uniform choice of 64 codes takes 6
     assert values["samples"] == 40
-    assert 0 < values["fid_own_features"] < 30
+    untrained = untrained_scores("runs/image-smoke_codes")
+    assert values["class_accuracy"] > untrained["class_accuracy"]  # 0.2 and 0.025 of 40
+    assert values["fid_own_features"] < 0.6 * untrained["fid_own_features"]  # 4 and 13
     for picture in ("samples/step-00000100-samples.png", "evaluation/test/nearest.png"):
         assert (tmp_path / "runs/image-smoke_codes" / picture).is_file()
