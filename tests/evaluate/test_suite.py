@@ -13,7 +13,7 @@ import pytest
 from zoo import cli, config, registry
 from zoo.config import ConfigError, list_suites
 from zoo.evaluate import find_suite, report, run_suite, runner
-from zoo.evaluate.rows import group_of, is_complete, merge, read_rows
+from zoo.evaluate.rows import group_of, in_order, is_complete, merge, read_rows
 from zoo.evaluate.suite import fitting_mlp, parameter_count, read_suite
 from zoo.evaluate.summary import lines, sections
 from zoo.train import Recipe, Replica
@@ -336,6 +336,13 @@ def test_equal_parameters():
         assert parameter_count(fitted) == pytest.approx(parameter_count(wanted), rel=0.01)
     with pytest.raises(ConfigError, match="cannot have the"):
         fitting_mlp(recipe("text_gatedfwa_1m"), recipe("text_softmax_1m", "model.backbone.width=8"))
+
+
+def test_rows_without_a_rate_stand_before_those_with_one():
+    names = ("experiment", "model", "arm", "lr", "seed", "measurement")
+    groups = [("a", "m", "", 0.1, 0, "speed"), ("a", "m", "", None, None, "speed"), ("a", "m", "", 0.01, 1, "speed")]
+    rows = [dict(zip(names, group, strict=True)) for group in groups]
+    assert in_order(rows) == [rows[1], rows[2], rows[0]]
 
 
 def test_completeness_is_seen_from_the_rows():

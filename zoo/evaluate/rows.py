@@ -49,7 +49,7 @@ def key_of(row: Row) -> tuple[Any, ...]:
 
 def in_order(rows: Iterable[Row]) -> list[Row]:
     """By what they are, not by when they were measured: one that was deleted comes back to where it stood."""
-    return sorted(rows, key=lambda row: (*group_of(row), place_of(row)))
+    return sorted(rows, key=lambda row: (*((part is not None, part) for part in group_of(row)), place_of(row)))
 
 
 def place_of(row: Row) -> int:
