@@ -1,5 +1,7 @@
 """The sparse mixers beyond what every mixer is tested for: the paper's form, hybrids, costs counted by brute force."""
 
+import math
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -121,25 +123,34 @@ def test_wrong_configs(fields):
         mixers.get("nsa").Config(**fields)
 
 
+READERS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product_flash_attention_for_cpu")
+
+
 @torch.no_grad()
 def step_bytes(mixer: dict[str, object], tokens: int) -> int:
-    """What a decoding step after so many tokens allocates, all temporaries counted."""
+    """What a decoding step after so many tokens allocates, all temporaries counted, and what its products and attention
+    read, as float32."""
     node = {"width": 32, "depth": 1, "heads": 2, "kv_heads": 1, "mixer": mixer}
     model = Backbone(config.build(BackboneConfig, node)).eval()
     cache = model.init_cache(1, tokens + 2)
     for chunk in torch.randn(1, tokens + 1, 32).split([tokens, 1], 1):
         _, cache = model(chunk, Context(), cache)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
+    seen = {"profile_memory": True, "record_shapes": True, "acc_events": True}
+    with profile(activities=[ProfilerActivity.CPU], **seen) as profiled:
         model(torch.randn(1, 1, 32), Context(), cache)
     events = profiled.events() or []
-    return sum(max(0, event.self_cpu_memory_usage) for event in events if event.name != "[memory]")
+    read = [event for event in events if event.name in READERS]
+    assert read
+    return sum(max(0, event.self_cpu_memory_usage) for event in events if event.name != "[memory]") + sum(
+        4 * math.prod(shape) for event in read for shape in event.input_shapes if shape
+    )
 
 
 def test_a_step_grows_with_the_blocks_not_with_the_tokens():
-    """O(T / block + top * block + window): a few numbers for each compressed block. Full attention shows what would be
-    seen of a step that touched every token."""
+    """O(T / block + top * block + window): a compressed key and value of 16 numbers, and a few more, for each block.
+    Full attention shows what would be seen of a step that touched every token."""
     sparse = {"name": "gatedfwa_nsa", "window": 16, "block": 16, "top": 4, "token_shift": True}
     grown, full = (step_bytes(mixer, 4096) - step_bytes(mixer, 1024) for mixer in (sparse, {"name": "softmax"}))
     blocks = (4096 - 1024) // 16
-    assert 0 < grown <= 120 * blocks
+    assert 0 < grown <= (120 + 2 * 64) * blocks  # made, and the key and the value read
     assert full > 100 * 16 * blocks

@@ -23,7 +23,7 @@ def codec():
     made = zoo.create_model(
         "audio_codec_8khz", width=8, widest=16, strides=(2, 4, 4), stages=3, quantizer={"codes": 16, "dim": 6}
     )
-    for _ in range(3):  # codebooks and the spread begin with their first batches
+    for _ in range(40):  # codebooks begin with the first batches, the spread's running mean takes a few tens
         made(Batch(0.1 * torch.randn(8, 1024)))
     return made.eval()
 
