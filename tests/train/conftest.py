@@ -9,22 +9,19 @@ sys.path.insert(0, str(Path(__file__).parent))  # toytask, here and in the proce
 import toytask
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo import recording, registry
+from zoo import recording
 from zoo.train import graph
 
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch):
     """Registries that hold the toy task and model alone, put back afterwards."""
-    for table in (registry.tasks, registry.models):
-        monkeypatch.setattr(table, "_entries", table._entries)
-        monkeypatch.setattr(table, "_load", table._load)
     monkeypatch.setattr(toytask.FaultyModel, "faults", None)
     monkeypatch.setattr(toytask.FaultyModel, "fired", set())
-    toytask.install()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with toytask.installed():
+        yield
     torch.set_num_threads(threads)
 
 

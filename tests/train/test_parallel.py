@@ -97,8 +97,9 @@ def of(ranks, root):
 @pytest.fixture(scope="module")
 def scored(root):
     """A run in float32 (sums of its batches are exact in float64), made by one process."""
-    rank_worker.install()
-    train(rows_recipe(model={"double": False}), root / "scored")
+    with rank_worker.toytask.installed():
+        rank_worker.install()
+        train(rows_recipe(model={"double": False}), root / "scored")
     return root / "scored"
 
 

@@ -1,5 +1,6 @@
 """A tiny model and task for the trainer's tests: no backbone, no text. Importable by the processes that tests start."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -183,6 +184,19 @@ def install():
     registry.tasks._load = registry.models._load = None
     registry.tasks._entries = {"toy": ToyTask}
     registry.models._entries = {"toy_mlp": lambda: FaultyModelConfig()}
+
+
+@contextlib.contextmanager
+def installed():
+    """`install`, and afterwards what was there before."""
+    tables = (registry.tasks, registry.models)
+    kept = [(table.names(), table._entries, table._load) for table in tables]  # names: the domains are in by now
+    install()
+    try:
+        yield
+    finally:
+        for table, (_, entries, load) in zip(tables, kept, strict=True):
+            table._entries, table._load = entries, load
 
 
 def recipe(task=None, model=None, **train):
