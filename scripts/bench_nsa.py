@@ -389,9 +389,10 @@ def run_once(job: Job) -> None:
 
 
 def compile_ahead(run: Callable[[Any], None], todo: list[Any]) -> None:
-    """Runs each of them once, in processes side by side: what they compile, all find in Triton's cache."""
+    """Runs each of them once, in a process of its own, side by side: what they compile, all find in Triton's cache."""
     begin = time.perf_counter()
-    with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(WORKERS, mp_context=spawn, max_tasks_per_child=1) as pool:  # keep_config is for good
         futures = [pool.submit(run, job) for job in todo]
         failed = {job: error for job, future in zip(todo, futures, strict=True) if (error := future.exception())}
     say(f"compiled ahead in {time.perf_counter() - begin:.0f} s; {len(failed)} of {len(todo)} did not run")
